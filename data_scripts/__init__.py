@@ -1,0 +1,63 @@
+"""Every data set that GSVA is trained and evaluated on, in one schema (see `schema.py`).
+
+>>> import data_scripts
+>>> rows = data_scripts.load("grefcoco", data_dir="dataset", split="val")  # doctest: +SKIP
+>>> rows[0]["expressions"][0]["text"]  # doctest: +SKIP
+'man in red'
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import datasets
+
+# name -> module and builder class; a module is imported when one of its data sets is asked for
+BUILDERS = {
+    **dict.fromkeys(
+        ("refclef", "refcoco", "refcoco+", "refcocog", "grefcoco", "refzom"), ("referring", "ReferringBuilder")
+    ),
+}
+# made in memory, from options instead of files
+GENERATED = {"shapes": ("shapes", "load")}
+
+
+def names() -> list[str]:
+    """The data sets that `load` knows."""
+    return [*BUILDERS, *GENERATED]
+
+
+def _get(place: tuple[str, str]) -> Any:
+    return getattr(import_module(f".{place[0]}", __name__), place[1])
+
+
+def load(
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    split: str = "train",
+    cache_dir: str | None = None,
+    **options: Any,
+) -> datasets.Dataset:
+    """Rows of one split of a data set, memory-mapped from Arrow files that the first call builds.
+
+    Args:
+        name: One of `names()`.
+        data_dir: The folder that holds the original's tree (`refer_seg/`, `coco/`, `ade20k/`, ...).
+        split: A split that the data set's files hold.
+        cache_dir: Where the Arrow files go; by default the cache of `datasets`.
+        options: What the data set takes beyond that.
+
+    Raises:
+        ValueError: The name or the split does not exist (the message lists those that do), or a record is wrong.
+        FileNotFoundError: `data_dir` or one of the data set's files is missing.
+    """
+    if name in GENERATED:
+        return _get(GENERATED[name])(split=split, **options)
+    if name not in BUILDERS:
+        raise ValueError(f"There is no data set {name!r}; the names are {', '.join(names())}.")
+    if data_dir is None:
+        raise ValueError(f"load({name!r}) needs data_dir, the folder that holds the data set's files.")
+    return _get(BUILDERS[name])(name, data_dir, cache_dir, **options).load(split)

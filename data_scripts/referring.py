@@ -1,0 +1,176 @@
+"""The referring sets in their published layout: refclef, refcoco, refcoco+, refcocog, grefcoco, refzom.
+
+Each is a file of *refs* (which annotations a few sentences name) beside COCO's `instances.json`:
+
+    DATA_DIR/refer_seg/NAME/{refs(unc).p, instances.json}
+    DATA_DIR/refer_seg/images/{mscoco/images/train2014, saiapr_tc-12}/*.jpg
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .builder import RowBuilder, read_json, read_plain_pickle, require
+from .schema import empty_mask, expression, merge_masks, segmentation_to_rle
+
+TRAIN2014 = "refer_seg/images/mscoco/images/train2014"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where one referring set keeps its files, relative to `data_dir`."""
+
+    refs: tuple[str, ...]  # the first that exists is read
+    pictures: tuple[str, ...] = (TRAIN2014,)
+    # refcoco's convention: "test" is every split with that word in its name, "testA" every one with that letter
+    letters: bool = True
+
+
+LAYOUTS = {
+    "refclef": Layout(("refs(unc).p",), ("refer_seg/images/saiapr_tc-12",)),
+    "refcoco": Layout(("refs(unc).p",)),
+    "refcoco+": Layout(("refs(unc).p",)),
+    "refcocog": Layout(("refs(umd).p",)),
+    "grefcoco": Layout(("grefs(unc).p", "grefs(unc).json"), letters=False),
+    # published as "Ref-ZOM(final).p"; the original wants "Ref_ZOM.p". Its pictures are COCO's of train and val 2014.
+    "refzom": Layout(
+        ("Ref_ZOM.p", "Ref-ZOM(final).p"),
+        (TRAIN2014, "refer_seg/images/mscoco/images/val2014", "coco/train2014", "coco/val2014"),
+        letters=False,
+    ),
+}
+
+
+def splits_of(name: str, letters: bool) -> list[str]:
+    """The splits to which a ref marked `name` belongs.
+
+    >>> splits_of("testAB", letters=True)
+    ['testAB', 'test', 'testA', 'testB']
+    >>> splits_of("testA", letters=False)
+    ['testA']
+    """
+    if not letters or not name.startswith("test"):
+        return [name]
+    return list(dict.fromkeys([name, "test", *(f"test{letter}" for letter in name[len("test") :])]))
+
+
+class ReferringBuilder(RowBuilder):
+    """One row per picture of a split, with the sentences of all its refs in the order of the file."""
+
+    @property
+    def layout(self) -> Layout:
+        return LAYOUTS[self.title]
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "refer_seg" / self.title
+
+    @property
+    def refs_path(self) -> Path:
+        found = [self.folder / name for name in self.layout.refs if (self.folder / name).exists()]
+        wanted = " or ".join(self.layout.refs)
+        return found[0] if found else require(self.folder / self.layout.refs[0], f"the refs of {self.title}: {wanted}")
+
+    def files(self) -> list[Path]:
+        files = [self.refs_path, require(self.folder / "instances.json", f"the annotations of {self.title}")]
+        if len(self.layout.pictures) > 1:  # the stored paths depend on which folder holds which picture
+            files += [self.root / place for place in self.layout.pictures if (self.root / place).is_dir()]
+        return files
+
+    @cached_property
+    def refs(self) -> dict[str, dict[Any, list[dict]]]:
+        """Split -> image id -> refs in the order of the file."""
+        path = self.refs_path
+        records = read_json(path) if path.suffix == ".json" else read_plain_pickle(path)
+        if not isinstance(records, list):
+            raise ValueError(f"{path} must hold a list of refs, got {type(records).__name__}; download it again.")
+        refs: dict[str, dict[Any, list[dict]]] = {}
+        for number, record in enumerate(records):
+            missing = {"ref_id", "ann_id", "image_id", "split", "sentences"} - set(
+                record if isinstance(record, dict) else ()
+            )
+            if missing:
+                raise ValueError(f"{path}: record {number} lacks {', '.join(sorted(missing))}; download it again.")
+            for split in splits_of(record["split"], self.layout.letters):
+                refs.setdefault(split, {}).setdefault(record["image_id"], []).append(record)
+        return refs
+
+    @cached_property
+    def instances(self) -> tuple[dict[Any, dict], dict[Any, dict]]:
+        """Image id -> image record, annotation id -> annotation record of instances.json."""
+        path = self.folder / "instances.json"
+        content = read_json(path)
+        tables = []
+        for part in ("images", "annotations"):
+            try:
+                tables.append({record["id"]: record for record in content[part]})
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{path} lacks {error} in or under {part!r}; download it again.") from None
+        return tables[0], tables[1]
+
+    @cached_property
+    def pictures(self) -> dict[str, Path]:
+        """File name -> path, where a set's pictures may lie in several folders."""
+        found: dict[str, Path] = {}
+        for place in self.layout.pictures:
+            if (self.root / place).is_dir():
+                for path in (self.root / place).iterdir():
+                    found.setdefault(path.name, path)
+        return found
+
+    def picture(self, file_name: str) -> str:
+        default = self.root / self.layout.pictures[0] / file_name
+        return str(self.pictures.get(file_name, default) if len(self.layout.pictures) > 1 else default)
+
+    def split_names(self) -> list[str]:
+        return list(self.refs)
+
+    def mask_of(self, ref: dict, image: dict, cache: dict) -> tuple[dict, int]:
+        """The union of a ref's annotations and how many there are."""
+        ids = ref["ann_id"] if isinstance(ref["ann_id"], (list, tuple)) else [ref["ann_id"]]
+        ids = [number for number in ids if number != -1]  # gRefCOCO writes "no target" as [-1], Ref-ZOM as []
+        for number in ids:
+            if number in cache:
+                continue
+            try:
+                annotation = self.instances[1][number]
+                cache[number] = segmentation_to_rle(annotation["segmentation"], image["height"], image["width"])
+            except KeyError:
+                raise ValueError(
+                    f"{self.refs_path}: ref {ref['ref_id']} names annotation {number!r}, which "
+                    f"{self.folder / 'instances.json'} does not have; take both files from one release."
+                ) from None
+            except ValueError as error:
+                raise ValueError(f"{self.folder / 'instances.json'}: annotation {number!r}: {error}") from None
+        if not ids:
+            return empty_mask(image["height"], image["width"]), 0
+        try:
+            return merge_masks([cache[number] for number in ids]), len(ids)
+        except ValueError as error:
+            raise ValueError(f"{self.refs_path}: ref {ref['ref_id']} names annotations {ids}: {error}") from None
+
+    def rows(self, split: str) -> Iterator[dict[str, Any]]:
+        images = self.instances[0]
+        for image_id, refs in sorted(self.refs[split].items()):
+            image = images.get(image_id)
+            if image is None:
+                raise ValueError(
+                    f"{self.refs_path}: ref {refs[0]['ref_id']} names picture {image_id!r}, which "
+                    f"{self.folder / 'instances.json'} does not have; take both files from one release."
+                )
+            cache: dict[Any, dict] = {}
+            expressions = []
+            for ref in refs:
+                mask, num_targets = self.mask_of(ref, image, cache)
+                expressions += [expression(sentence["sent"], mask, num_targets) for sentence in ref["sentences"]]
+            yield {
+                "image": {"path": self.picture(image["file_name"]), "bytes": None},
+                "image_id": str(image_id),
+                "height": image["height"],
+                "width": image["width"],
+                "expressions": expressions,
+            }
