@@ -1,0 +1,74 @@
+"""`python -m metrics.gres rows.jsonl --convention rela --json`: metrics from kept rows, without the model."""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .functions import CONVENTIONS, METRIC_KEYS, RUN_FIELDS, report, to_json
+from .plots import plot_rejection_curves
+from .rows import group_rows, read_rows
+
+
+def _title(record: dict[str, Any]) -> str:
+    return " ".join(record[field] for field in RUN_FIELDS if field in record)
+
+
+def _as_text(record: dict[str, Any]) -> str:
+    """A record as a table: all rows, their intervals, then each part."""
+
+    def line(name: str, samples: Any, cells: Sequence[str]) -> str:
+        return f"{name:<22}{samples:>8}" + "".join(f"{cell:>16}" for cell in cells)
+
+    def number(value: float) -> str:
+        return "-" if math.isnan(value) else f"{value:.4f}"
+
+    lines = [_title(record), line("", "rows", METRIC_KEYS)]
+    lines.append(line("all", record["samples"], [number(record["metrics"][key]) for key in METRIC_KEYS]))
+    if "intervals" in record:
+        pairs = [record["intervals"][key] for key in METRIC_KEYS]
+        cells = ["-" if math.isnan(low) else f"{low:.4f}-{high:.4f}" for low, high in pairs]
+        lines.append(line("95 % interval", "", cells))
+    for field, parts in record["breakdown"].items():
+        for value, part in parts.items():
+            name = value if field == "kind" else f"{value} per prompt"
+            lines.append(line(name, part["samples"], [number(part["metrics"][key]) for key in METRIC_KEYS]))
+    if record["curve"]["balance"]:
+        balance = record["curve"]["balance"]
+        lines.append(
+            f"N-acc/T-acc curve: area {record['curve']['area']:.4f}; balanced by rejecting score < "
+            f"{balance['threshold']:.4f}: N_acc {balance['N_acc']:.4f}, T_acc {balance['T_acc']:.4f}"
+        )
+    lines += [f"note, {key}: {note}" for key, note in record["notes"].items()]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; `arguments` defaults to `sys.argv[1:]`. Wrong rows end it with status 1 and one line."""
+    parser = argparse.ArgumentParser(prog="python -m metrics.gres", description=__doc__)
+    parser.add_argument("rows", nargs="+", metavar="ROWS", help="JSON lines or .parquet, one row per expression")
+    parser.add_argument("--convention", choices=CONVENTIONS, default="rela", help="how to count (default: rela)")
+    parser.add_argument("--group-by", nargs="+", default=[], choices=RUN_FIELDS, help="report such runs apart")
+    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--json", action="store_true", help="print JSON: one record, or a list with --group-by")
+    parser.add_argument("--plot", metavar="FILE", help="draw the N-acc/T-acc curve")
+    options = parser.parse_args(arguments)
+    if options.bootstrap < 0 or options.seed < 0:
+        parser.error("--bootstrap and --seed must be 0 or more")
+    try:
+        groups = group_rows(read_rows(options.rows), options.group_by)
+        records = [report(rows, options.convention, options.bootstrap, options.seed) for rows in groups.values()]
+    except (OSError, TypeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    if options.plot:
+        plot_rejection_curves({_title(record): record["curve"] for record in records}, options.plot)
+    if options.json:
+        print(to_json(records if options.group_by else records[0], indent=2))
+    else:
+        print("\n\n".join(_as_text(record) for record in records))
+
+
+if __name__ == "__main__":
+    main()

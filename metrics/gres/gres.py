@@ -1,0 +1,127 @@
+"""The GRES metrics as an `evaluate` module: `evaluate.load("./metrics/gres")`, offline.
+
+Thin on purpose: every number comes from `functions.py`, which needs neither evaluate nor what it imports (torch).
+`evaluate.load` copies this file and the siblings that it names in `from .x import y`, so those import none further.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+import evaluate
+
+from .functions import check_row, gres_metrics, row_from_masks, undefined_notes
+
+_DESCRIPTION = """\
+gIoU, cIoU, N-acc, T-acc and Pr@0.7/0.8/0.9 of generalized referring expression segmentation, as the benchmark counts
+them (convention "rela") or as the original GSVA does ("gsva", "gsva_validate").
+"""
+
+_CITATION = """\
+@inproceedings{liu2023gres,
+  title={{GRES}: Generalized Referring Expression Segmentation},
+  author={Liu, Chang and Ding, Henghui and Jiang, Xudong},
+  booktitle={CVPR},
+  year={2023}
+}
+@inproceedings{xia2024gsva,
+  title={{GSVA}: Generalized Segmentation via Multimodal Large Language Models},
+  author={Xia, Zhuofan and Han, Dongchen and Han, Yizeng and Pan, Xuran and Song, Shiji and Huang, Gao},
+  booktitle={CVPR},
+  year={2024}
+}
+"""
+
+_INPUTS = """
+Args:
+    is_rejected: list of bool, the model's decision for each expression.
+    is_malformed: optional list of bool.
+    config "rows" (default): is_no_target (bool), intersection, union (pixels), one entry per expression.
+    config "masks": predictions and references, COCO run-length encodings {"size": [height, width], "counts": str}.
+    convention: "rela" (default), "gsva" or "gsva_validate"; an argument of compute.
+
+Returns:
+    {gIoU, cIoU, N_acc, T_acc, Pr@0.7, Pr@0.8, Pr@0.9, malformed, notes}: numbers between 0 and 1, NaN where not
+    defined; notes maps each NaN to its reason.
+
+Example:
+    >>> metric = evaluate.load("./metrics/gres")
+    >>> metric.add_batch(intersection=[3, 0], union=[4, 0], is_no_target=[False, True], is_rejected=[False, True])
+    >>> metric.compute(convention="rela")["gIoU"]
+    0.875
+"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
+class Gres(evaluate.Metric):
+    """The functions above as an `evaluate` module; `config_name` is "rows" (default) or "masks"."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        flag, area = datasets.Value("bool"), datasets.Value("int64")
+        rle = {"size": datasets.Sequence(datasets.Value("int32")), "counts": datasets.Value("string")}
+        inputs = {
+            "rows": {"intersection": area, "union": area, "is_no_target": flag},
+            "masks": {"predictions": rle, "references": rle},
+        }
+        if self.config_name == "default":
+            self.config_name = "rows"
+        if self.config_name not in inputs:
+            raise ValueError(f"unknown config_name {self.config_name!r}; choose one of {', '.join(inputs)}")
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features({**inputs[self.config_name], "is_rejected": flag, "is_malformed": flag}),
+            reference_urls=["https://github.com/henghuiding/ReLA", "https://github.com/LeapLabTHU/GSVA"],
+        )
+
+    def _row(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+        row = dict(values)
+        if self.config_name == "masks":
+            pair = row.pop("predictions"), row.pop("references")
+            row.update(row_from_masks(*pair, row["is_rejected"], where))
+        check_row(row, where)
+        return row
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **columns: Any) -> None:
+        """Adds one entry per expression; `is_malformed` may be left out. Wrong entries are named here, not later.
+
+        (evaluate itself would turn "no" into true and 0.5 pixels into 0 without a word.)
+        """
+        columns = {"predictions": predictions, "references": references, **columns}
+        columns = {
+            name: values.tolist() if hasattr(values, "tolist") else list(values)
+            for name, values in columns.items()
+            if values is not None
+        }
+        names = self._feature_names()
+        required = [name for name in names if name != "is_malformed"]
+        missing = [name for name in required if name not in columns]
+        unknown = [name for name in columns if name not in names]
+        if missing or unknown:
+            raise ValueError(
+                f"gres ({self.config_name}) takes {', '.join(required)} and, if known, is_malformed; "
+                f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
+            )
+        lengths = {name: len(values) for name, values in columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"gres: one entry per expression in each column, but the lengths are {lengths}")
+        count = lengths["is_rejected"]
+        columns.setdefault("is_malformed", [None] * count)
+        for index, values in enumerate(zip(*columns.values())):
+            self._row(dict(zip(columns, values)), f"entry {index} of the batch")
+        super().add_batch(**columns)
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **values: Any) -> None:
+        """Adds one expression; as `add_batch` with single values."""
+        values = {"predictions": prediction, "references": reference, **values}
+        self.add_batch(**{name: [value] for name, value in values.items() if value is not None})
+
+    def compute(self, *, is_malformed: Any = None, **kwargs: Any) -> dict[str, Any] | None:
+        """Computes the metrics of all that was added, plus the columns given here; None on processes but the first."""
+        return super().compute(is_malformed=is_malformed, **kwargs)
+
+    def _compute(self, *, convention: str = "rela", **columns: list) -> dict[str, Any]:
+        rows = [self._row(dict(zip(columns, values)), f"entry {n}") for n, values in enumerate(zip(*columns.values()))]
+        metrics = gres_metrics(rows, convention)
+        return {**metrics, "notes": undefined_notes(metrics)}

@@ -1,0 +1,76 @@
+"""Rows files: one JSON line or one parquet row per expression."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .functions import REQUIRED_IN_FILES, RUN_FIELDS, check_row
+
+
+def _parsed(path: Path) -> Iterable[tuple[str, Any]]:
+    """(place, row) of each row of a file."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet  # only here: JSON lines need no pyarrow
+
+        try:
+            table = pyarrow.parquet.read_table(path)
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{path}: not a parquet file ({error})") from None
+        yield from ((f"{path} row {n}", row) for n, row in enumerate(table.to_pylist(), 1))
+        return
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if line.strip():
+            try:
+                yield f"{path} line {number}", json.loads(line)
+            except ValueError as error:  # bad JSON, or bytes that are no text
+                raise ValueError(
+                    f"{path} line {number}: not a JSON object ({error}); a run that was killed while writing leaves "
+                    "half a line: remove it, and let the run finish"
+                ) from None
+
+
+def read_rows(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
+    """Reads and checks the rows of one or several files.
+
+    Args:
+        paths: one path or several, `.parquet` or JSON lines. Each row needs `dataset, split, protocol, image_id,
+            expression, is_no_target, is_rejected, intersection, union`.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: a file given twice or without rows, or a row that is wrong, with its line.
+    """
+    paths = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
+    seen, rows = set(), []
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such rows file; an evaluation writes one beside its results.json")
+        if path.resolve() in seen:
+            raise ValueError(f"{path}: given twice, so every expression would count twice")
+        seen.add(path.resolve())
+        before = len(rows)
+        for where, row in _parsed(path):
+            check_row(row, where, REQUIRED_IN_FILES)
+            rows.append(row)
+        if len(rows) == before:
+            raise ValueError(f"{path}: holds no rows; the evaluation wrote nothing, or not yet")
+    return rows
+
+
+def group_rows(rows: Iterable[dict[str, Any]], fields: Sequence[str]) -> dict[tuple, list[dict[str, Any]]]:
+    """Rows by their values of `fields` (some of `RUN_FIELDS`), groups in sorted order.
+
+    Example:
+        >>> rows = [{"split": "val"}, {"split": "testA"}, {"split": "val"}]
+        >>> {key: len(group) for key, group in group_rows(rows, ["split"]).items()}
+        {('testA',): 1, ('val',): 2}
+    """
+    unknown = [field for field in fields if field not in RUN_FIELDS]
+    if unknown:
+        raise ValueError(f"cannot group by {', '.join(unknown)}; choose among {', '.join(RUN_FIELDS)}")
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(field) for field in fields), []).append(row)
+    return dict(sorted(groups.items(), key=lambda item: [str(value) for value in item[0]]))
