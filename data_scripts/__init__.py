@@ -20,6 +20,13 @@ BUILDERS = {
     **dict.fromkeys(
         ("refclef", "refcoco", "refcoco+", "refcocog", "grefcoco", "refzom"), ("referring", "ReferringBuilder")
     ),
+    "ade20k": ("semantic", "Ade20kBuilder"),
+    "cocostuff": ("semantic", "CocoStuffBuilder"),
+    "mapillary": ("semantic", "MapillaryBuilder"),
+    "paco_lvis": ("semantic", "PartsBuilder"),
+    "pascal_part": ("semantic", "PartsBuilder"),
+    "ReasonSeg": ("reason_seg", "ReasonSegBuilder"),
+    "llava_instruct_150k": ("vqa", "ConversationBuilder"),
 }
 # made in memory, from options instead of files
 GENERATED = {"shapes": ("shapes", "load")}
@@ -39,6 +46,7 @@ def load(
     data_dir: str | os.PathLike | None = None,
     split: str = "train",
     cache_dir: str | None = None,
+    num_proc: int | None = None,
     **options: Any,
 ) -> datasets.Dataset:
     """Rows of one split of a data set, memory-mapped from Arrow files that the first call builds.
@@ -46,8 +54,9 @@ def load(
     Args:
         name: One of `names()`.
         data_dir: The folder that holds the original's tree (`refer_seg/`, `coco/`, `ade20k/`, ...).
-        split: A split that the data set's files hold.
+        split: A split that the data set's files hold, or several ("train+val"), or a slice ("train[:100]").
         cache_dir: Where the Arrow files go; by default the cache of `datasets`.
+        num_proc: Processes that share the first build of a set of label maps.
         options: What the data set takes beyond that.
 
     Raises:
@@ -60,4 +69,4 @@ def load(
         raise ValueError(f"There is no data set {name!r}; the names are {', '.join(names())}.")
     if data_dir is None:
         raise ValueError(f"load({name!r}) needs data_dir, the folder that holds the data set's files.")
-    return _get(BUILDERS[name])(name, data_dir, cache_dir, **options).load(split)
+    return _get(BUILDERS[name])(name, data_dir, cache_dir, **options).load(split, num_proc)

@@ -123,19 +123,20 @@ class RowBuilder(datasets.GeneratorBasedBuilder):
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from enumerate(self.rows(split))
 
-    def build(self) -> RowBuilder:
+    def build(self, num_proc: int | None = None) -> RowBuilder:
         """Write the Arrow files unless an earlier start has; an error in the data is raised as it is."""
         try:
-            self.download_and_prepare()
+            self.download_and_prepare(num_proc=num_proc)
         except DatasetGenerationError as error:
             raise (error.__cause__ or error) from None
         return self
 
-    def load(self, split: str) -> datasets.Dataset:
+    def load(self, split: str, num_proc: int | None = None) -> datasets.Dataset:
         """The rows of `split`, memory-mapped. Raises ValueError naming the splits that exist."""
-        self.build()
-        if split not in self.info.splits:
-            raise ValueError(
-                f"{self.title} has no split {split!r} in {self.root}; its splits are {', '.join(self.info.splits)}."
-            )
+        self.build(num_proc)
+        for name in (part.split("[")[0].strip() for part in split.split("+")):
+            if name not in self.info.splits:
+                raise ValueError(
+                    f"{self.title} has no split {name!r} in {self.root}; its splits are {', '.join(self.info.splits)}."
+                )
         return self.as_dataset(split=split)

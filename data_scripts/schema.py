@@ -116,6 +116,28 @@ def empty_mask(height: int, width: int) -> dict[str, Any]:
     return {"size": [height, width], "counts": _empty_counts(height, width)}
 
 
+def encode_labels(labels: np.ndarray) -> dict[int, dict[str, Any]]:
+    """Value -> encoding of its pixels, for every value in a label map (height, width), in ascending order.
+
+    One pass over the pixels, however many values there are.
+
+    >>> {value: mask_area(mask) for value, mask in encode_labels(np.array([[7, 7], [2, 7]])).items()}
+    {2: 1, 7: 3}
+    """
+    height, width = (int(side) for side in labels.shape)
+    flat = labels.ravel(order="F")
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    ends = np.append(starts[1:], flat.size)
+    values = flat[starts]
+    masks = {}
+    for value in np.unique(values):
+        runs = np.stack([starts[values == value], ends[values == value]], axis=1).ravel()
+        counts = np.diff(np.concatenate([[0], runs, [flat.size]] if runs[-1] < flat.size else [[0], runs]))
+        rle = {"size": [height, width], "counts": counts.tolist()}
+        masks[int(value)] = _plain(coco_mask.frPyObjects(rle, height, width))
+    return masks
+
+
 def merge_masks(rles: Sequence[dict]) -> dict[str, Any]:
     """Union of run-length encodings of one size. Raises ValueError when the sizes differ or there is none."""
     sizes = {tuple(rle["size"]) for rle in rles}

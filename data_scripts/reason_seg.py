@@ -1,0 +1,124 @@
+"""ReasonSeg: pictures with outlines and a few implicit questions, some with an explanation in words.
+
+    DATA_DIR/reason_seg/ReasonSeg/{train,val,test}/*.jpg, a .json beside each
+    DATA_DIR/reason_seg/ReasonSeg/explanatory/train.json
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .builder import RowBuilder, read_json, require
+from .polygons import fill_polygon
+from .schema import encode_mask, expression
+from .transforms import read_image
+
+logger = logging.getLogger(__name__)
+TARGET, IGNORE = 1, 255
+
+
+def read_annotation(path: Path) -> dict[str, Any]:
+    """The JSON beside a picture: UTF-8, or cp1252 where it is not (a few of the published files)."""
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        try:
+            text = content.decode("cp1252")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is neither UTF-8 nor cp1252 ({error}); download it again.") from None
+    try:
+        record = json.loads(text)
+        return {"shapes": record["shapes"], "text": list(record["text"]), "is_sentence": bool(record["is_sentence"])}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} lacks shapes, text or is_sentence, or is not JSON ({error!r}).") from None
+
+
+def draw_shapes(shapes: list[dict], height: int, width: int) -> np.ndarray:
+    """Label map (height, width): 1 on the target, 255 where pixels do not count, 0 elsewhere.
+
+    Larger shapes are painted first; coordinates lose their fraction; shapes labelled "flag" are notes.
+    """
+    drawn = []
+    for shape in shapes:
+        label = shape["label"].lower()
+        if label != "flag" and len(shape["points"]):
+            inside = fill_polygon(np.array(shape["points"]).astype(np.int32), height, width) > 0
+            drawn.append((int(inside.sum()), inside, IGNORE if "ignore" in label else TARGET))
+    labels = np.zeros((height, width), np.uint8)
+    # largest first; of two equally large shapes the later one is painted first, as in the original (Q48)
+    for number in sorted(range(len(drawn)), key=lambda number: (-drawn[number][0], -number)):
+        labels[drawn[number][1]] = drawn[number][2]
+    return labels
+
+
+class ReasonSegBuilder(RowBuilder):
+    """One row per picture; its texts share one mask and, where there are such pixels, one ignore mask."""
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "reason_seg" / "ReasonSeg"
+
+    @property
+    def explanations_path(self) -> Path:
+        return self.folder / "explanatory" / "train.json"
+
+    @cached_property
+    def pictures(self) -> dict[str, list[Path]]:
+        require(self.folder, "ReasonSeg's folder with train, val and test")
+        found = {split: sorted((self.folder / split).glob("*.jpg")) for split in ("train", "val", "test")}
+        return {split: paths for split, paths in found.items() if paths}
+
+    def files(self) -> list[Path]:
+        pictures = [path for paths in self.pictures.values() for path in paths]
+        if not pictures:
+            require(self.folder / "train", "ReasonSeg's pictures")
+            raise FileNotFoundError(f"There are no .jpg files in {self.folder}/train, val or test.")
+        files = [file for path in pictures for file in (path, require(path.with_suffix(".json"), f"for {path.name}"))]
+        return files + [path for path in [self.explanations_path] if path.exists()]
+
+    @cached_property
+    def explanations(self) -> dict[str, str]:
+        if not self.explanations_path.exists():
+            logger.warning("%s is missing: no picture has an explanation.", self.explanations_path)
+            return {}
+        return {record["image"]: record["outputs"] for record in read_json(self.explanations_path)}
+
+    def split_names(self) -> list[str]:
+        return list(self.pictures)
+
+    def rows(self, split: str) -> Iterator[dict[str, Any]]:
+        for path in self.pictures[split]:
+            record = read_annotation(path.with_suffix(".json"))
+            width, height = read_image({"path": str(path), "bytes": None}).size
+            try:
+                labels = draw_shapes(record["shapes"], height, width)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise ValueError(
+                    f"{path.with_suffix('.json')}: a shape needs a label and points [[x, y], ...] ({error!r})."
+                ) from None
+            ignore = encode_mask(labels == IGNORE) if (labels == IGNORE).any() else None
+            yield {
+                "image": {"path": str(path), "bytes": None},
+                "image_id": path.stem,
+                "height": height,
+                "width": width,
+                "expressions": [
+                    expression(
+                        text,
+                        encode_mask(labels == TARGET),
+                        num_targets=sum("ignore" not in shape["label"].lower() for shape in record["shapes"]),
+                        is_sentence=record["is_sentence"],
+                        ignore_mask=ignore,
+                        explanation=self.explanations.get(path.name),
+                    )
+                    for text in record["text"]
+                ],
+            }

@@ -1,0 +1,56 @@
+"""Conversations about pictures: LLaVA-Instruct-150k.
+
+    DATA_DIR/llava_dataset/llava_instruct_150k.json
+    DATA_DIR/coco/train2017/*.jpg
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from .builder import RowBuilder, read_json, require
+from .schema import VQA_FEATURES
+
+ROLES = {"human": "user", "gpt": "assistant"}
+
+
+class ConversationBuilder(RowBuilder):
+    """One row per record; a record without a picture is a conversation in words only."""
+
+    FEATURES = VQA_FEATURES
+
+    @property
+    def path(self) -> Path:
+        return self.root / "llava_dataset" / f"{self.title}.json"
+
+    def files(self) -> list[Path]:
+        return [require(self.path, f"the conversations of {self.title}")]
+
+    def split_names(self) -> list[str]:
+        return ["train"]
+
+    def rows(self, split: str) -> Iterator[dict[str, Any]]:
+        for number, record in enumerate(read_json(self.path)):
+            where = f"{self.path}: record {number} (id {record.get('id')!r})"
+            turns = []
+            for turn in record.get("conversations", ()):
+                if turn.get("from") not in ROLES or not isinstance(turn.get("value"), str):
+                    raise ValueError(
+                        f"{where}: a turn needs a 'value' and 'from', one of {', '.join(ROLES)}, got "
+                        f"{turn.get('from')!r}; correct the record or take it out."
+                    )
+                turns.append({"role": ROLES[turn["from"]], "text": turn["value"]})
+            if any(one["role"] == other["role"] for one, other in pairwise(turns)):
+                raise ValueError(f"{where}: human and gpt must take turns; correct the record or take it out.")
+            image = record.get("image")
+            if image is None and any("<image>" in turn["text"] for turn in turns):
+                raise ValueError(f"{where}: it speaks of <image> but names no 'image'; add it or take the record out.")
+            path = str(self.root / "coco" / "train2017" / image) if image else None
+            yield {
+                "image": path and {"path": path, "bytes": None},
+                "image_id": str(record.get("id", number)),
+                "conversation": turns,
+            }
