@@ -230,8 +230,9 @@ def test_intervals_are_seeded_and_draw_whole_images():
     one_image = [{**item, "image_id": "same"} for item in rows]
     assert bootstrap_intervals(one_image)["T_acc"] == (gres_metrics(rows)["T_acc"],) * 2
     alone = [{name: value for name, value in item.items() if name != "image_id"} for item in rows]
-    low, high = bootstrap_intervals(alone)["T_acc"]
-    assert low < gres_metrics(rows)["T_acc"] < high
+    intervals = bootstrap_intervals(alone)
+    assert intervals["T_acc"][0] < gres_metrics(rows)["T_acc"] < intervals["T_acc"][1]
+    assert bootstrap_intervals(alone[::-1]) == intervals
     with pytest.raises(ValueError, match="resamples is 0"):
         bootstrap_intervals(rows, resamples=0)
 
@@ -262,12 +263,14 @@ def test_breakdown():
         ([0.5], [0.5], 0.5, (0.5, 0.0, 1.0)),  # a tie counts half and cannot be balanced; the lower threshold
         ([-1.0, 1.0], [-0.5, 2.0], 0.75, (1.0, 0.5, 0.5)),  # 3 of 4 pairs in order
         ([-1.0, 0.0, 3.0], [1.0, 2.0], 2 / 3, (2.0, 2 / 3, 1 / 2)),  # 4 of 6 pairs; |2/3 - 1/2| is the least
+        ([1.0, 1.0], [0.0, 3.0], 0.5, (3.0, 1.0, 0.5)),  # (0, 1/2) is as even, (1, 1/2) is better
+        ([-1.0], [0.0], 1.0, (0.0, 1.0, 1.0)),  # a score of 0 is not below 0: kept
     ],
 )
 def test_rejection_curve(empty, target, area, balance):
     rows = [row(0, 1, 1, s < 0, score=s) for s in empty] + [row(0, 1, 0, s < 0, score=s) for s in target]
     curve = rejection_curve(rows)
-    assert curve["area"] == pytest.approx(area, abs=1e-15)
+    assert curve["area"] == pytest.approx(area, abs=1e-15) and curve["note"] is None
     assert tuple(curve["balance"].values()) == pytest.approx(balance)
     points = list(zip(*curve["points"].values()))
     assert points[0][1:] == (0.0, 1.0) and points[-1][1:] == (1.0, 0.0)
