@@ -1,0 +1,78 @@
+"""GsvaConfig: the sizes, token ids and loss weights of a GSVA model."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+@strict
+class GsvaConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`GsvaForConditionalGeneration`]: a Llama-like language model that reads an image through a
+    CLIP-like vision tower and prompts a SAM mask decoder with the hidden state that predicts each `[SEG]`.
+
+    What is frozen or trained is no property of a model and stands in the training arguments.
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`): the vision tower, CLIP ViT-L/14 at 224 px in the paper.
+        text_config (`dict` or `PreTrainedConfig`): the language model, LLaMA 7B or 13B in the paper. Its vocabulary
+            counts the rows of the embedding, `[SEG]` and `[REJ]` among them.
+        sam_config (`dict` or `PreTrainedConfig`): the segmentation model, SAM ViT-H at 1024 px in the paper.
+        image_token_id (`int`): id of `<image>`. It is only ever replaced by features and may lie beyond the embedding.
+        seg_token_id (`int`): id of `[SEG]`, the slot of an expression that has a target.
+        rej_token_id (`int`): id of `[REJ]`, the slot of an expression that has none.
+        vision_feature_layer (`int`): which hidden state of the vision tower is read (LLaVA: the last but one).
+        vision_feature_select_strategy (`str`): `"default"` drops the class token, `"full"` keeps it.
+        ce_loss_weight, bce_loss_weight, dice_loss_weight (`float`): weights of the three loss parts
+            (1.0, 2.0 and 0.5 in the original's training script).
+        rejected_slot_loss (`str`): how a slot whose true mask is empty counts in the mask losses. `"zero_logits"`, as
+            the original: as a mask of constant zero logits (a constant offset of the loss that also counts in the
+            mean over masks). `"ignore"`: not at all.
+    """
+
+    model_type = "gsva"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "sam_config": SubConfigSpec(config_class=AutoConfig, model_type="sam"),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    sam_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 32004
+    seg_token_id: int = 32000
+    rej_token_id: int = 32001
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    ce_loss_weight: float = 1.0
+    bce_loss_weight: float = 2.0
+    dice_loss_weight: float = 0.5
+    rejected_slot_loss: Literal["zero_logits", "ignore"] = "zero_logits"
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.seg_token_id == self.rej_token_id:
+            raise ValueError(
+                f"seg_token_id and rej_token_id are both {self.seg_token_id}: a slot could not be rejected. Take them "
+                "from the tokenizer with convert_tokens_to_ids('[SEG]') and ('[REJ]'); a tokenizer that gives one id "
+                "for both lacks these tokens."
+            )
+        for name in ("seg_token_id", "rej_token_id"):
+            if not 0 <= getattr(self, name) < self.text_config.vocab_size:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} lies outside the vocabulary of {self.text_config.vocab_size} tokens. "
+                    "Add the token to the tokenizer and resize the embedding, or correct text_config.vocab_size."
+                )
+
+    @property
+    def image_seq_length(self) -> int:
+        """Number of placeholder positions one image takes in the text (256 for ViT-L/14 at 224 px)."""
+        patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+        return patches + (self.vision_feature_select_strategy == "full")
+
+
+__all__ = ["GsvaConfig"]

@@ -1,0 +1,156 @@
+"""GsvaImageProcessor: one picture → the CLIP tensor and the SAM tensor, and masks back to the picture's own size."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature, get_size_dict
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    PILImageResampling,
+    SizeDict,
+    load_image,
+)
+from transformers.processing_utils import ImagesKwargs
+
+
+class GsvaImageProcessorKwargs(ImagesKwargs, total=False):
+    r"""
+    sam_size (`dict[str, int]`): `{"longest_edge": int}`, the side of the square SAM input in pixels.
+    sam_image_mean (`list[float]`): mean of the SAM input per channel, in units of 0-255.
+    sam_image_std (`list[float]`): standard deviation of the SAM input per channel, in units of 0-255.
+    """
+
+    sam_size: dict[str, int]
+    sam_image_mean: list[float]
+    sam_image_std: list[float]
+
+
+class GsvaImageProcessor(PilBackend):
+    r"""
+    Prepares each picture twice, with Pillow alone (torchvision is not needed):
+
+    - `pixel_values` (images, 3, height, width), for the vision tower: shortest side resized bicubically, centre crop,
+      CLIP's mean and standard deviation, as openai/clip-vit-large-patch14 is configured. The margins of a picture that
+      is not square are never seen by the language model (the original's behaviour, it changes published numbers).
+    - `sam_pixel_values` (images, 3, longest_edge, longest_edge), for SAM: longest side resized bilinearly, mean and
+      standard deviation of segment-anything, zeros right and below.
+    - `original_sizes` and `reshaped_input_sizes` (images, 2): (height, width) before and after the SAM resize.
+
+    EXIF orientation is applied, as cv2.imread does in the original. Pictures may be PIL images, arrays (height, width,
+    3) or (3, height, width), paths or URLs.
+
+    Raises:
+        ValueError: a picture that is none, cannot be decoded, or has a side of zero pixels.
+    """
+
+    # openai/clip-vit-large-patch14, preprocessor_config.json
+    resample = PILImageResampling.BICUBIC
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    size = {"shortest_edge": 224}
+    crop_size = {"height": 224, "width": 224}
+    default_to_square = False
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    # facebookresearch/segment-anything, modeling/sam.py and build_sam.py
+    sam_size = {"longest_edge": 1024}
+    sam_image_mean = [123.675, 116.28, 103.53]
+    sam_image_std = [58.395, 57.12, 57.375]
+    valid_kwargs = GsvaImageProcessorKwargs
+    model_input_names = ["pixel_values", "sam_pixel_values", "original_sizes", "reshaped_input_sizes"]
+
+    def _standardize_kwargs(self, sam_size=None, **kwargs) -> dict:
+        kwargs = super()._standardize_kwargs(**kwargs)
+        if sam_size is not None and not isinstance(sam_size, SizeDict):
+            sam_size = SizeDict(**get_size_dict(sam_size, default_to_square=False, param_name="sam_size"))
+        kwargs["sam_size"] = sam_size
+        return kwargs
+
+    def fetch_images(self, image_url_or_urls):
+        """Also opens local paths, and names the picture that is missing or cannot be decoded."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        if image_url_or_urls is None:
+            raise ValueError("An image is None: give a PIL image, an array, a path or a URL.")
+        if isinstance(image_url_or_urls, str):
+            try:
+                return load_image(image_url_or_urls)
+            except Exception as error:
+                raise ValueError(
+                    f"{image_url_or_urls!r} cannot be read as an image ({error}). Give the path or URL of a picture "
+                    "that Pillow can open."
+                ) from error
+        if not isinstance(image_url_or_urls, (Image.Image, np.ndarray, torch.Tensor)):
+            raise ValueError(
+                f"An image of type {type(image_url_or_urls).__name__} is not supported: give a PIL image, an array of "
+                "shape (height, width, 3), a path or a URL."
+            )
+        return image_url_or_urls
+
+    def process_image(self, image, *args, **kwargs) -> np.ndarray:
+        if isinstance(image, Image.Image):
+            image = ImageOps.exif_transpose(image)
+        array = super().process_image(image, *args, **kwargs)
+        if array.shape[0] == 1:  # a grey array; a grey PIL picture was converted above
+            array = np.repeat(array, 3, axis=0)
+        if min(array.shape) == 0 or array.shape[0] != 3:
+            raise ValueError(f"An image has shape {array.shape} (channels, height, width); expected 3 channels and pixels.")
+        return array
+
+    def _preprocess(self, images, sam_size, sam_image_mean, sam_image_std, return_tensors=None, **kwargs):
+        # The vision tower's tensor is PilBackend's own road; only SAM's is added.
+        features = super()._preprocess(images, return_tensors=None, **kwargs)
+        mean = np.asarray(sam_image_mean, dtype=np.float32).reshape(3, 1, 1)
+        std = np.asarray(sam_image_std, dtype=np.float32).reshape(3, 1, 1)
+        sam_pixel_values, reshaped_input_sizes = [], []
+        for image in images:
+            image = self.resize_for_sam(image, sam_size.longest_edge)
+            height, width = image.shape[-2:]
+            padded = np.zeros((3, sam_size.longest_edge, sam_size.longest_edge), dtype=np.float32)
+            padded[:, :height, :width] = (image.astype(np.float32) - mean) / std
+            sam_pixel_values.append(padded)
+            reshaped_input_sizes.append((height, width))
+        features["sam_pixel_values"] = sam_pixel_values
+        features["original_sizes"] = [image.shape[-2:] for image in images]
+        features["reshaped_input_sizes"] = reshaped_input_sizes
+        return BatchFeature(data=dict(features), tensor_type=return_tensors)
+
+    def resize_for_sam(self, image: np.ndarray, longest_edge: int) -> np.ndarray:
+        """(3, height, width) → the same with its longest side at `longest_edge`, rounded half up as SAM does."""
+        height, width = image.shape[-2:]
+        scale = longest_edge / max(height, width)
+        size = SizeDict(height=max(int(height * scale + 0.5), 1), width=max(int(width * scale + 0.5), 1))
+        if (size.height, size.width) == (height, width):
+            return image
+        return self.resize(image, size=size, resample=PILImageResampling.BILINEAR)
+
+
+def upscale_mask_logits(
+    mask_logits: torch.Tensor, reshaped_input_size: tuple[int, int], original_size: tuple[int, int], input_size: int
+) -> torch.Tensor:
+    """
+    The one way from SAM's low-resolution logits back to the picture: bilinear to the padded square, cut to the part
+    that held the picture, bilinear to the picture's own size (segment-anything, modeling/sam.py: postprocess_masks).
+
+    Args:
+        mask_logits: (slots, height, width) of one picture.
+        reshaped_input_size: (height, width) of the picture inside SAM's input.
+        original_size: (height, width) of the picture.
+        input_size: side of SAM's square input in pixels.
+
+    Returns:
+        (slots, original height, original width), in float32.
+    """
+    height, width = (int(side) for side in reshaped_input_size)
+    logits = F.interpolate(mask_logits[None].float(), (input_size, input_size), mode="bilinear", align_corners=False)
+    logits = logits[..., :height, :width]
+    return F.interpolate(logits, tuple(int(side) for side in original_size), mode="bilinear", align_corners=False)[0]
+
+
+__all__ = ["GsvaImageProcessor", "upscale_mask_logits"]

@@ -1,0 +1,764 @@
+"""GSVA: a LLaVA-like model that prompts SAM's mask decoder with the hidden state of each `[SEG]`, and rejects with `[REJ]`."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple
+
+from .configuration_gsva import GsvaConfig
+from .image_processing_gsva import upscale_mask_logits
+
+# Constants of the original's losses (model/llava/model/modeling_lisa_gsva.py): the areas of the dice loss are divided by
+# 1000 and smoothed by 1e-6, the mean over masks by 1e-8.
+DICE_SCALE = 1000.0
+DICE_EPS = 1e-6
+MASK_COUNT_EPS = 1e-8
+
+# Inputs that only the masks need: the language model never sees them, so `generate` sets them aside.
+MASK_ONLY_INPUTS = (
+    "sam_pixel_values",
+    "sam_embeddings",
+    "original_sizes",
+    "reshaped_input_sizes",
+    "mask_labels",
+    "answer_ids",
+    "answer_attention_mask",
+    "expressions",
+)
+
+
+@dataclass
+class GsvaModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    The language model's output, with `image_hidden_states`: the projected image features, one (positions, hidden)
+    tensor per placeholder run of the text.
+    """
+
+    image_hidden_states: list[torch.Tensor] | None = None
+
+
+@dataclass
+class GsvaOutput(ModelOutput):
+    """
+    Output of [`GsvaForConditionalGeneration`].
+
+    Args:
+        loss: scalar, the weighted sum of the three parts; given `labels`.
+        ce_loss, mask_bce_loss, mask_dice_loss: scalars, the weighted parts.
+        logits: (conversations, length, vocabulary). None while training with labels: there they are computed at the
+            supervised positions only, for the loss.
+        mask_logits: per conversation a (slots, height, width) tensor at the mask decoder's low resolution, given SAM
+            inputs; constant zero for `[REJ]`.
+        iou_scores: per conversation a (slots,) tensor, the mask decoder's own estimate; 0 for `[REJ]`.
+        slot_logits: (all slots, 2), the logits of `[SEG]` and `[REJ]` at the position that predicts each slot.
+        slot_positions: (all slots, 2), conversation and position of each slot in `input_ids`.
+    """
+
+    loss: torch.Tensor | None = None
+    ce_loss: torch.Tensor | None = None
+    mask_bce_loss: torch.Tensor | None = None
+    mask_dice_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    mask_logits: tuple[torch.Tensor, ...] | None = None
+    iou_scores: tuple[torch.Tensor, ...] | None = None
+    slot_logits: torch.Tensor | None = None
+    slot_positions: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: list[torch.Tensor] | None = None
+
+
+@dataclass
+class GsvaSegmentationOutput(ModelOutput):
+    """
+    Output of [`GsvaForConditionalGeneration.segment`], one entry per conversation.
+
+    Args:
+        method: how the answers came about: "slots", "generate" or "teacher_forced".
+        sequences: (conversations, length) token ids of prompt and answer as the model gave it, padded.
+        answer_starts: (conversations,) position at which each answer begins in `sequences`.
+        mask_logits: per conversation (slots, height, width) low-resolution logits; constant zero where rejected.
+        scores: per conversation (slots,) log-odds of `[SEG]` against `[REJ]`.
+        is_rejected: per conversation (slots,) booleans.
+        iou_scores: per conversation (slots,), the mask decoder's own estimate of its mask's IoU.
+        image_index: (conversations,) which image each conversation is about, -1 for none.
+    """
+
+    method: str | None = None
+    sequences: torch.LongTensor | None = None
+    answer_starts: torch.LongTensor | None = None
+    mask_logits: tuple[torch.Tensor, ...] | None = None
+    scores: tuple[torch.Tensor, ...] | None = None
+    is_rejected: tuple[torch.Tensor, ...] | None = None
+    iou_scores: tuple[torch.Tensor, ...] | None = None
+    image_index: torch.LongTensor | None = None
+
+
+def _grad_if_trained(module: nn.Module):
+    """A frozen tower builds no graph, whatever hooks on its inputs ask for (peft's enable_input_require_grads does)."""
+    trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
+    return torch.set_grad_enabled(trained)
+
+
+class GsvaPreTrainedModel(PreTrainedModel):
+    config_class = GsvaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+
+
+class GsvaModel(GsvaPreTrainedModel):
+    """Vision tower, projector and language model: reads images and text, gives hidden states."""
+
+    def __init__(self, config: GsvaConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        # LLaVA v1's projector is a single linear layer.
+        self.multi_modal_projector = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(images, 3, height, width) → (images, positions, vision hidden), what the projector reads."""
+        with _grad_if_trained(self.vision_tower):
+            outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), output_hidden_states=True)
+            features = outputs.hidden_states[self.config.vision_feature_layer]
+            return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """
+        Encodes each image once and projects it into the language model's space.
+
+        Args:
+            pixel_values: (images, 3, height, width); or
+            vision_features: (images, positions, vision hidden), kept from [`GsvaModel.get_vision_features`].
+            image_index: (conversations,) the image of each conversation, -1 for none; by default one each, in order.
+
+        Returns:
+            An output whose `pooler_output` lists one (positions, hidden) tensor per conversation that has an image.
+        """
+        if vision_features is None:
+            vision_features = self.get_vision_features(pixel_values)
+        features = self.multi_modal_projector(vision_features.to(self.multi_modal_projector.weight.dtype))
+        if image_index is None:
+            per_text = list(features)
+        else:
+            indices = image_index.tolist()
+            if indices and max(indices) >= len(features):
+                raise ValueError(f"image_index points to image {max(indices)}, but only {len(features)} images were given.")
+            per_text = [features[i] for i in indices if i >= 0]
+        return BaseModelOutputWithPooling(last_hidden_state=vision_features, pooler_output=per_text)
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.Tensor:
+        """(conversations, length) booleans, True at `<image>`; raises when placeholders and features differ in number."""
+        if input_ids is None:
+            image_id = torch.tensor(self._embeddable(self.config.image_token_id), device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(image_id)).all(-1)
+        else:
+            mask = input_ids == self.config.image_token_id
+        if mask.sum() != image_features.shape[0]:
+            raise ValueError(
+                f"The text holds {int(mask.sum())} image placeholder tokens, but the images give {image_features.shape[0]} "
+                f"features ({self.config.image_seq_length} each). Build the inputs with the processor, with one <image> "
+                "in each conversation that has an image (truncation must not cut it)."
+            )
+        return mask
+
+    def _embeddable(self, token_ids):
+        """`<image>` may lie beyond the embedding (the original's placeholder has no row): its row is never read."""
+        vocab_size = self.get_input_embeddings().num_embeddings
+        if isinstance(token_ids, int):
+            return token_ids if token_ids < vocab_size else 0
+        return token_ids.masked_fill(token_ids >= vocab_size, 0)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ) -> GsvaModelOutputWithPast:
+        """
+        Args:
+            input_ids: (conversations, length); or `inputs_embeds` (conversations, length, hidden).
+            pixel_values, image_index, vision_features: see [`GsvaModel.get_image_features`].
+            mm_encoder_outputs: `{"image": output of get_image_features}`, what `generate` keeps.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(self._embeddable(input_ids))  # (B, L, H)
+
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if image_outputs is None and (pixel_values is not None or vision_features is not None):
+            image_outputs = self.get_image_features(pixel_values, image_index, vision_features)
+        if image_outputs is not None and len(image_outputs.pooler_output):
+            features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds)  # (placeholders, H)
+            placeholders = self.get_placeholder_mask(input_ids, inputs_embeds, features)
+            inputs_embeds = inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), features)
+        elif input_ids is not None and past_key_values is None and (input_ids == self.config.image_token_id).any():
+            raise ValueError("The text holds image placeholder tokens, but no image was given: pass pixel_values.")
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return GsvaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_outputs.pooler_output if image_outputs is not None else None,
+        )
+
+
+class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
+    r"""
+    GSVA with its language head and its mask decoder.
+
+    Example:
+
+    ```python
+    processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True)
+    inputs = processor(images=[image], expressions=[["the red circle", "the unicorn"]], return_tensors="pt")
+    results = processor.post_process_segmentation(model.segment(**inputs), inputs)
+    ```
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: GsvaConfig):
+        super().__init__(config)
+        hidden_size = config.text_config.hidden_size
+        self.model = GsvaModel(config)
+        self.lm_head = nn.Linear(hidden_size, config.text_config.vocab_size, bias=False)
+        self.sam = AutoModel.from_config(config.sam_config)
+        prompt_size = config.sam_config.prompt_encoder_config.hidden_size
+        # text_hidden_fcs of the original
+        self.mask_projector = nn.Sequential(
+            nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, prompt_size)
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(self, pixel_values=None, image_index=None, vision_features=None, **kwargs):
+        """See [`GsvaModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, image_index, vision_features, **kwargs)
+
+    def get_sam_embeddings(self, sam_pixel_values: torch.Tensor) -> torch.Tensor:
+        """(images, 3, side, side) → (images, channels, height, width), SAM's image embedding."""
+        encoder = self.sam.vision_encoder
+        with _grad_if_trained(encoder):
+            return encoder(sam_pixel_values.to(encoder.dtype)).last_hidden_state
+
+    def decode_masks(
+        self, slot_states: torch.Tensor, sam_embeddings: torch.Tensor, slot_images: torch.LongTensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The one place where masks are made: hidden state → prompt → SAM's mask decoder.
+
+        Args:
+            slot_states: (slots, hidden), the hidden states that predict each `[SEG]`.
+            sam_embeddings: (images, channels, height, width).
+            slot_images: (slots,) the image of each slot.
+
+        Returns:
+            Low-resolution mask logits (slots, 4 height, 4 width) and the decoder's IoU estimates (slots,).
+        """
+        decoder_dtype = self.sam.dtype
+        prompts = self.mask_projector(slot_states).to(decoder_dtype)[:, None, None]  # (S, 1 prompt, 1 token, C)
+        no_mask = self.sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        positions = self.sam.get_image_wide_positional_embeddings().to(decoder_dtype)
+        masks, iou = self.sam.mask_decoder(
+            image_embeddings=sam_embeddings.to(decoder_dtype)[slot_images],
+            image_positional_embeddings=positions.expand(len(prompts), -1, -1, -1),
+            sparse_prompt_embeddings=prompts,
+            dense_prompt_embeddings=no_mask,
+            multimask_output=False,
+        )
+        return masks[:, 0, 0], iou[:, 0, 0]
+
+    def find_slots(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """(all slots, 2): conversation and position of every `[SEG]` and `[REJ]`, in reading order."""
+        is_slot = (input_ids == self.config.seg_token_id) | (input_ids == self.config.rej_token_id)
+        is_slot[:, 0] = False  # nothing predicts the first position
+        return is_slot.nonzero()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        sam_pixel_values: torch.Tensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        original_sizes: torch.LongTensor | None = None,
+        reshaped_input_sizes: torch.LongTensor | None = None,
+        mask_labels: list[torch.Tensor] | None = None,
+        vision_features: torch.Tensor | None = None,
+        sam_embeddings: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        num_masks_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> GsvaOutput:
+        """
+        Args:
+            input_ids, attention_mask: (conversations, length); every `<image>` expanded by the processor.
+            labels: (conversations, length) token ids, -100 where nothing is learned. Gives the loss.
+            pixel_values: (images, 3, h, w) for the vision tower; or `vision_features` kept from it.
+            sam_pixel_values: (images, 3, H, W) for SAM; or `sam_embeddings` kept from it. Gives the masks.
+            image_index: (conversations,) which image each conversation is about, -1 for none. Default: one each, in order.
+            original_sizes, reshaped_input_sizes: (images, 2) as (height, width), needed for the mask losses.
+            mask_labels: per conversation the true masks (slots, height, width) at the picture's own size, an empty
+                one for a no-target expression. Where truncation cut slots off, their empty masks still count as in the
+                original, their real ones are left out (the original raises).
+            num_items_in_batch, num_masks_in_batch: numbers of supervised tokens and of masks of the whole optimizer
+                step. Given them, micro-batches add up to exactly the loss of one big batch; without them each batch is
+                averaged by itself, as the original does.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            image_index=image_index,
+            vision_features=vision_features,
+            mm_encoder_outputs=mm_encoder_outputs,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state  # (B, L, H)
+        result = GsvaOutput(
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+        if labels is None or not self.training:
+            result.logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+        if labels is not None:
+            result.loss = result.ce_loss = self._ce_loss(hidden, labels, num_items_in_batch)
+
+        if sam_pixel_values is not None or sam_embeddings is not None:
+            if input_ids is None:
+                raise ValueError("Masks need input_ids: [SEG] and [REJ] cannot be found in inputs_embeds.")
+            if sam_embeddings is None:
+                sam_embeddings = self.get_sam_embeddings(sam_pixel_values)
+            if image_index is None:
+                image_index = torch.arange(len(input_ids), device=input_ids.device)
+            slots = self.find_slots(input_ids)  # (S, 2)
+            states = hidden[slots[:, 0], slots[:, 1] - 1]  # (S, H): the position that predicts the slot
+            is_seg = input_ids[slots[:, 0], slots[:, 1]] == self.config.seg_token_id
+            masks, iou = self._slot_masks(states, is_seg, sam_embeddings, image_index[slots[:, 0]])
+            counts = torch.bincount(slots[:, 0], minlength=len(input_ids)).tolist()
+            result.slot_positions = slots
+            result.slot_logits = self._slot_logits(states)
+            result.mask_logits, result.iou_scores = masks.split(counts), iou.split(counts)
+            if labels is not None and mask_labels is not None:
+                result.mask_bce_loss, result.mask_dice_loss = self._mask_losses(
+                    result.mask_logits, mask_labels, image_index, original_sizes, reshaped_input_sizes, num_masks_in_batch
+                )
+                result.loss = result.loss + result.mask_bce_loss + result.mask_dice_loss
+                if self.training and not is_seg.any():
+                    # Distributed training waits for every parameter's gradient, also in a batch without a mask.
+                    unused, _ = self.decode_masks(hidden[:1, 0], sam_embeddings[:1], image_index.new_zeros(1))
+                    result.loss = result.loss + 0.0 * unused.sum()
+        return result
+
+    def _slot_logits(self, states: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(states)[:, [self.config.seg_token_id, self.config.rej_token_id]].float()
+
+    def _slot_masks(self, states, is_seg, sam_embeddings, slot_images):
+        """Masks of the `[SEG]` slots, constant zero logits for `[REJ]`: (slots, h, w), and IoU estimates (slots,)."""
+        if (is_seg & (slot_images < 0)).any():
+            raise ValueError("A conversation without an image (image_index -1) holds [SEG]: there is nothing to segment.")
+        side = sam_embeddings.shape[-1] * 4  # SAM's decoder upscales its embedding twice by 2
+        masks = states.new_zeros(len(states), side, side, dtype=self.sam.dtype)
+        iou = masks.new_zeros(len(states))
+        if is_seg.any():
+            seg_masks, seg_iou = self.decode_masks(states[is_seg], sam_embeddings, slot_images[is_seg])
+            masks = masks.masked_scatter(is_seg[:, None, None], seg_masks)
+            iou = iou.masked_scatter(is_seg, seg_iou)
+        return masks, iou
+
+    def _ce_loss(self, hidden, labels, num_items=None):
+        """Cross-entropy over the supervised tokens; logits exist at these positions only."""
+        targets = labels[:, 1:]
+        supervised = targets != -100
+        if not supervised.any():
+            return hidden.sum() * 0.0
+        logits = self.lm_head(hidden[:, :-1][supervised]).float()
+        total = F.cross_entropy(logits, targets[supervised].to(logits.device), reduction="sum")
+        return self.config.ce_loss_weight * total / (supervised.sum() if num_items is None else num_items)
+
+    def _mask_losses(self, mask_logits, mask_labels, image_index, original_sizes, reshaped_input_sizes, num_masks=None):
+        """BCE and dice, summed over all masks and divided by their number (see the constants above)."""
+        if len(mask_labels) != len(mask_logits):
+            raise ValueError(f"{len(mask_logits)} conversations but {len(mask_labels)} entries in mask_labels; give one each.")
+        input_size = self.config.sam_config.vision_config.image_size
+        bce_sum = dice_sum = mask_logits[0].new_zeros((), dtype=torch.float32)
+        count = 0
+        for index, (logits, truth) in enumerate(zip(mask_logits, mask_labels)):
+            if len(truth) == 0:
+                continue
+            image = int(image_index[index])
+            original_size = tuple(original_sizes[image].tolist())
+            if tuple(truth.shape[1:]) != original_size:
+                raise ValueError(
+                    f"mask_labels[{index}] has masks of size {tuple(truth.shape[1:])}, but its image is "
+                    f"{original_size} (height, width). Give masks at the picture's own size."
+                )
+            if len(logits) > len(truth):
+                raise ValueError(
+                    f"Conversation {index} has {len(logits)} [SEG]/[REJ] slots but {len(truth)} masks; give one mask per "
+                    "slot, an empty one for [REJ]."
+                )
+            truth = truth.to(logits.device, torch.float32)
+            empty = ~truth.flatten(1).any(1)
+            # Decided by the mask being empty, as in the original; a slot that truncation cut off has no logits.
+            kept = [n for n in range(len(logits)) if not empty[n]]
+            if kept:
+                upscaled = upscale_mask_logits(logits[kept], reshaped_input_sizes[image], original_size, input_size)
+                bce, dice = mask_losses(upscaled, truth[kept])
+                bce_sum, dice_sum, count = bce_sum + bce, dice_sum + dice, count + len(kept)
+            if self.config.rejected_slot_loss == "zero_logits" and empty.any():
+                bce, dice = mask_losses(torch.zeros_like(truth[empty]), truth[empty])
+                bce_sum, dice_sum, count = bce_sum + bce, dice_sum + dice, count + int(empty.sum())
+        count = (count if num_masks is None else num_masks) + MASK_COUNT_EPS
+        return self.config.bce_loss_weight * bce_sum / count, self.config.dice_loss_weight * dice_sum / count
+
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs):
+        """
+        [`GenerationMixin.generate`] with every of its strategies. Inputs that only masks need are set aside, so that
+        `model.generate(**inputs)` takes what `model.segment(**inputs)` takes; `segment_sequences` gives the masks.
+        """
+        return super().generate(inputs, **{name: value for name, value in kwargs.items() if name not in MASK_ONLY_INPUTS})
+
+    @torch.no_grad()
+    def segment(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        answer_ids: torch.LongTensor | None = None,
+        answer_attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        sam_pixel_values: torch.Tensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        sam_embeddings: torch.Tensor | None = None,
+        method: str = "slots",
+        threshold: float = 0.0,
+        original_sizes=None,
+        reshaped_input_sizes=None,
+        expressions=None,
+        **generate_kwargs,
+    ) -> GsvaSegmentationOutput:
+        """
+        Answers with masks. `model.segment(**processor(images=..., expressions=..., return_tensors="pt"))`.
+
+        Args:
+            input_ids, attention_mask: (conversations, length) prompts, padded on the left.
+            answer_ids, answer_attention_mask: (conversations, length) the answers' wording, padded on the right, a
+                `[SEG]` or `[REJ]` standing where each slot is. `slots` only looks at where the slots are.
+            pixel_values, sam_pixel_values, image_index: see `forward`. Every image is encoded once.
+            method: "slots": the answer's wording is given, each slot is the model's own choice and later slots see that
+                choice. "generate": the answer is generated from the question alone, `generate_kwargs` go to `generate`.
+                "teacher_forced", the original's published protocol: the slots of `answer_ids` (the gold ones) are in the
+                input when later ones are decided, and masks come from a second pass in which every slot is `[SEG]`.
+            threshold: a slot is rejected when its log-odds of `[SEG]` against `[REJ]` are below it ("slots").
+            original_sizes, reshaped_input_sizes, expressions: not used here, for `post_process_segmentation`.
+
+        Raises:
+            ValueError: unknown method, or answers missing where the method needs them.
+        """
+        if method not in ("slots", "generate", "teacher_forced"):
+            raise ValueError(f"method={method!r} is not known; choose 'slots', 'generate' or 'teacher_forced'.")
+        if method != "generate" and answer_ids is None:
+            raise ValueError(
+                f"method={method!r} needs answer_ids, the answers' wording: build the inputs with processor(images=..., "
+                "expressions=...), or use method='generate' for free questions."
+            )
+        if method != "generate" and generate_kwargs:
+            raise ValueError(f"{sorted(generate_kwargs)} only apply to method='generate', not to {method!r}.")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if sam_embeddings is None and sam_pixel_values is not None:
+            sam_embeddings = self.get_sam_embeddings(sam_pixel_values)
+        if vision_features is None and pixel_values is not None:
+            vision_features = self.model.get_vision_features(pixel_values)
+        if image_index is None:
+            has_image = torch.arange(len(input_ids), device=input_ids.device)
+            image_index = has_image if sam_embeddings is not None else torch.full_like(has_image, -1)
+        images = {"vision_features": vision_features, "sam_embeddings": sam_embeddings, "image_index": image_index}
+
+        if method == "generate":
+            if vision_features is not None:
+                generate_kwargs["mm_encoder_outputs"] = {
+                    "image": self.get_image_features(None, image_index, vision_features)
+                }
+            sequences = self.generate(input_ids, attention_mask=attention_mask, **generate_kwargs)
+            sequences = sequences if isinstance(sequences, torch.Tensor) else sequences.sequences
+            return self.segment_sequences(sequences, attention_mask, **images)
+        answer_ids, answer_attention_mask = answer_ids.to(input_ids), answer_attention_mask.to(attention_mask)
+        if method == "slots":
+            return self._segment_slots(input_ids, attention_mask, answer_ids, answer_attention_mask, threshold, **images)
+        sequences = torch.cat([input_ids, answer_ids], 1)
+        mask = torch.cat([attention_mask, answer_attention_mask], 1)
+        return self._segment_teacher_forced(sequences, mask, input_ids.shape[1], **images)
+
+    @torch.no_grad()
+    def segment_sequences(
+        self, sequences: torch.LongTensor, attention_mask: torch.Tensor, image_index=None, **images
+    ) -> GsvaSegmentationOutput:
+        """
+        Masks for what `generate` returned, whatever its strategy: one pass over the finished sequences, whose hidden
+        states equal those of the steps that wrote them.
+
+        Args:
+            sequences: (conversations × returned, prompt + new) ids.
+            attention_mask: (conversations, prompt) of the prompts.
+            image_index and the images as pixels or features: see `forward`.
+        """
+        copies = len(sequences) // len(attention_mask)  # num_return_sequences
+        attention_mask = attention_mask.repeat_interleave(copies, 0)
+        if image_index is not None:
+            image_index = image_index.repeat_interleave(copies, 0)
+        start = attention_mask.shape[1]
+        answers = sequences[:, start:]
+        pad, eos = self.generation_config.pad_token_id, self.generation_config.eos_token_id
+        ends = torch.zeros_like(answers, dtype=torch.bool)
+        for token in {*(eos if isinstance(eos, list) else [eos]), pad} - {None}:
+            ends |= answers == token
+        alive = torch.cumsum(ends, 1) - ends.long() == 0  # up to and including the first end
+        mask = torch.cat([attention_mask, alive.to(attention_mask)], 1)
+        sequences = torch.cat([sequences[:, :start], answers.masked_fill(~alive, pad if pad is not None else 0)], 1)
+        outputs = self.forward_slots(sequences, mask, image_index=image_index, prompt_length=start, **images)
+        return self._segmentation_output("generate", sequences, start, outputs, image_index)
+
+    def forward_slots(self, sequences, attention_mask, prompt_length=0, **images) -> GsvaOutput:
+        """One full pass over sequences padded on both sides; slots inside the prompt (earlier turns) are left out."""
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        outputs = self.model(
+            sequences,
+            attention_mask,
+            position_ids=position_ids,
+            image_index=images["image_index"],
+            vision_features=images.get("vision_features"),
+            pixel_values=images.get("pixel_values"),
+            use_cache=False,
+        )
+        sam_embeddings = images.get("sam_embeddings")
+        if sam_embeddings is None and images.get("sam_pixel_values") is not None:
+            sam_embeddings = self.get_sam_embeddings(images["sam_pixel_values"])
+        slots = self.find_slots(sequences.masked_fill(attention_mask == 0, -1))
+        slots = slots[slots[:, 1] >= max(prompt_length, 1)]
+        states = outputs.last_hidden_state[slots[:, 0], slots[:, 1] - 1]
+        is_seg = sequences[slots[:, 0], slots[:, 1]] == self.config.seg_token_id
+        counts = torch.bincount(slots[:, 0], minlength=len(sequences)).tolist()
+        result = GsvaOutput(slot_positions=slots, slot_logits=self._slot_logits(states))
+        if sam_embeddings is not None:
+            masks, iou = self._slot_masks(states, is_seg, sam_embeddings, images["image_index"][slots[:, 0]])
+            result.mask_logits, result.iou_scores = masks.split(counts), iou.split(counts)
+        return result
+
+    def _segmentation_output(self, method, sequences, start, outputs: GsvaOutput, image_index, rejected=None):
+        slots = outputs.slot_positions
+        counts = torch.bincount(slots[:, 0], minlength=len(sequences)).tolist()
+        if rejected is None:
+            rejected = sequences[slots[:, 0], slots[:, 1]] == self.config.rej_token_id
+        return GsvaSegmentationOutput(
+            method=method,
+            sequences=sequences,
+            answer_starts=torch.full((len(sequences),), start, device=sequences.device),
+            mask_logits=outputs.mask_logits,
+            iou_scores=outputs.iou_scores,
+            scores=(outputs.slot_logits[:, 0] - outputs.slot_logits[:, 1]).split(counts),
+            is_rejected=rejected.split(counts),
+            image_index=image_index,
+        )
+
+    def _segment_teacher_forced(self, sequences, attention_mask, start, **images):
+        """
+        The original's `validate`/`eval_gres` (quirk Q3 of its data pipeline: gold answers are in the input). A slot is
+        decided by the arg-max over the whole vocabulary one position earlier; any other token than the gold one counts
+        as the opposite decision. The second pass is needed only where a gold [REJ] precedes another slot.
+        """
+        first = self._forward_states(sequences, attention_mask, **images)
+        slots = self.find_slots(sequences.masked_fill(attention_mask == 0, -1))
+        slots = slots[slots[:, 1] >= start]
+        gold = sequences[slots[:, 0], slots[:, 1]]
+        logits = self.lm_head(first[slots[:, 0], slots[:, 1] - 1])
+        said = logits.argmax(-1)
+        seg_id, rej_id = self.config.seg_token_id, self.config.rej_token_id
+        rejected = torch.where(gold == rej_id, said == rej_id, said != seg_id)
+        all_seg = sequences.masked_fill((sequences == rej_id) & (attention_mask != 0), seg_id)
+        changed = (all_seg != sequences).any()
+        second = self._forward_states(all_seg, attention_mask, **images) if changed else first
+        states = second[slots[:, 0], slots[:, 1] - 1]
+        counts = torch.bincount(slots[:, 0], minlength=len(sequences)).tolist()
+        result = GsvaOutput(slot_positions=slots, slot_logits=logits[:, [seg_id, rej_id]].float())
+        if images.get("sam_embeddings") is not None:
+            every = torch.ones_like(rejected)
+            image_index = images["image_index"]
+            masks, iou = self._slot_masks(states, every, images["sam_embeddings"], image_index[slots[:, 0]])
+            result.mask_logits, result.iou_scores = masks.split(counts), iou.split(counts)
+        return self._segmentation_output("teacher_forced", sequences, start, result, images["image_index"], rejected)
+
+    def _forward_states(self, sequences, attention_mask, vision_features=None, image_index=None, **unused):
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return self.model(
+            sequences,
+            attention_mask,
+            position_ids=position_ids,
+            image_index=image_index,
+            vision_features=vision_features,
+            use_cache=False,
+        ).last_hidden_state
+
+    def _segment_slots(
+        self, input_ids, attention_mask, answer_ids, answer_attention_mask, threshold, vision_features, sam_embeddings, image_index
+    ):
+        """
+        Walks the slots with a key-value cache. Step k feeds every conversation what lies between its slots k-1 and k
+        (the chosen token of slot k-1 first) and reads the choice for slot k at the last position. Steps are padded on
+        the left, so that this position is the last one; padding is masked in the cache for good.
+        """
+        seg_id, rej_id = self.config.seg_token_id, self.config.rej_token_id
+        prompts = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask)]
+        answers = [ids[mask.bool()] for ids, mask in zip(answer_ids, answer_attention_mask)]
+        full = [torch.cat(pair) for pair in zip(prompts, answers)]
+        slots = [
+            (((answer == seg_id) | (answer == rej_id)).nonzero()[:, 0] + len(prompt)).tolist()
+            for prompt, answer in zip(prompts, answers)
+        ]
+        cache = DynamicCache(config=self.config.text_config)
+        cached_mask = input_ids.new_zeros(len(full), 0)
+        starts = [0] * len(full)
+        states: list[list[torch.Tensor]] = [[] for _ in full]
+        scores: list[list[torch.Tensor]] = [[] for _ in full]
+        for step in range(max(map(len, slots), default=0)):
+            ends = [where[step] if step < len(where) else start for where, start in zip(slots, starts)]
+            width = max(end - start for start, end in zip(starts, ends))
+            ids = input_ids.new_zeros(len(full), width)
+            mask, positions = torch.zeros_like(ids), torch.zeros_like(ids)
+            for row, (start, end) in enumerate(zip(starts, ends)):
+                if end > start:
+                    ids[row, start - end :] = full[row][start:end]
+                    mask[row, start - end :] = 1
+                    positions[row, start - end :] = torch.arange(start, end, device=ids.device)
+            cached_mask = torch.cat([cached_mask, mask], 1)
+            outputs = self.model(
+                ids,
+                cached_mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                vision_features=vision_features if step == 0 else None,
+                image_index=image_index if step == 0 else None,
+            )
+            last = outputs.last_hidden_state[:, -1]  # (B, H)
+            log_odds = self._slot_logits(last)
+            log_odds = log_odds[:, 0] - log_odds[:, 1]
+            for row, where in enumerate(slots):
+                if step < len(where):
+                    full[row][where[step]] = rej_id if log_odds[row] < threshold else seg_id
+                    states[row].append(last[row])
+                    scores[row].append(log_odds[row])
+            starts = ends
+
+        counts = [len(where) for where in slots]
+        flat_states = [state for row in states for state in row]
+        flat_scores = [score for row in scores for score in row]
+        states = torch.stack(flat_states) if flat_states else input_ids.new_zeros(0, self.config.text_config.hidden_size)
+        scores = torch.stack(flat_scores) if flat_scores else states.new_zeros(0, dtype=torch.float32)
+        rejected = scores < threshold
+        slot_images = image_index.repeat_interleave(torch.tensor(counts, device=image_index.device))
+        sequences = answer_ids.new_full(
+            (len(full), input_ids.shape[1] + answer_ids.shape[1]), self.generation_config.pad_token_id or 0
+        )
+        for row, (tokens, prompt) in enumerate(zip(full, prompts)):
+            begin = input_ids.shape[1] - len(prompt)
+            sequences[row, begin : begin + len(tokens)] = tokens
+        result = GsvaSegmentationOutput(
+            method="slots",
+            sequences=sequences,
+            answer_starts=torch.full((len(full),), input_ids.shape[1], device=input_ids.device),
+            scores=scores.split(counts),
+            is_rejected=rejected.split(counts),
+            image_index=image_index,
+        )
+        if sam_embeddings is not None:
+            masks, iou = self._slot_masks(states, ~rejected, sam_embeddings, slot_images)
+            result.mask_logits, result.iou_scores = masks.split(counts), iou.split(counts)
+        return result
+
+
+def mask_losses(logits: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Sums over masks of the binary cross-entropy (mean over a mask's pixels) and of the dice loss.
+
+    Args:
+        logits: (masks, height, width) before the sigmoid.
+        truth: (masks, height, width) of 0 and 1.
+    """
+    bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").flatten(1).mean(1).sum()
+    probability, truth = logits.sigmoid().flatten(1), truth.flatten(1)
+    overlap = 2 * (probability / DICE_SCALE * truth).sum(1)
+    area = (probability / DICE_SCALE).sum(1) + (truth / DICE_SCALE).sum(1)
+    return bce, (1 - (overlap + DICE_EPS) / (area + DICE_EPS)).sum()
+
+
+__all__ = ["GsvaPreTrainedModel", "GsvaModel", "GsvaForConditionalGeneration"]

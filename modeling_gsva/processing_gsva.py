@@ -1,0 +1,454 @@
+"""GsvaProcessor: every string of GSVA (prompts, chat templates, answers), their tokens and labels, and answers back to results."""
+
+import re
+
+import numpy as np
+import torch
+from transformers.image_processing_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .image_processing_gsva import upscale_mask_logits
+
+IMAGE_TOKEN, SEG_TOKEN, REJ_TOKEN = "<image>", "[SEG]", "[REJ]"
+IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<im_start>", "<im_end>"
+# In the order in which the original adds them to the tokenizer; <image> comes last and has no embedding there.
+ADDED_TOKENS = (SEG_TOKEN, REJ_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN)
+
+# Content is a string that may hold <image>, or the list of parts that transformers' chat templates use.
+_CONTENT = (
+    "{%- macro content(message) -%}{%- if message['content'] is string -%}"
+    "{{- message['content'] | replace('<image>', '<im_start><image><im_end>') -}}{%- else -%}"
+    "{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}{{- '<im_start><image><im_end>\\n' -}}"
+    "{%- else -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+    "{%- if messages[0]['role'] == 'system' -%}{%- set system = content(messages[0]) -%}{%- set turns = messages[1:] -%}"
+    "{%- else -%}{%- set system = default_system -%}{%- set turns = messages -%}{%- endif -%}"
+)
+_TWO_SEPARATORS = (
+    "{%- if system -%}{{- system + ' ' -}}{%- endif -%}"
+    "{%- for message in turns -%}{%- if message['role'] == 'user' -%}{{- 'USER: ' + content(message) + ' ASSISTANT:' -}}"
+    "{%- else -%}{%- generation -%}{{- ' ' + content(message) + eos_token -}}{%- endgeneration -%}{%- endif -%}"
+    "{%- endfor -%}"
+)
+_LLAMA_2 = (
+    "{%- for message in turns -%}{%- if message['role'] == 'user' -%}"
+    "{%- if not loop.first -%}{{- bos_token -}}{%- endif -%}{{- '[INST] ' -}}"
+    "{%- if loop.first and system -%}{{- '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' -}}{%- endif -%}"
+    "{{- content(message) + ' [/INST]' -}}"
+    "{%- else -%}{%- generation -%}{{- ' ' + content(message) + ' ' + eos_token -}}{%- endgeneration -%}{%- endif -%}"
+    "{%- endfor -%}"
+)
+# The two conversation styles of the original (model/llava/conversation.py: conv_llava_v1, conv_llava_llama_2), and one
+# without a system prompt for small models. What stands in {% generation %} is supervised.
+CHAT_TEMPLATES = {
+    "llava_v1": "{%- set default_system = 'A chat between a curious human and an artificial intelligence assistant. The "
+    "assistant gives helpful, detailed, and polite answers to the human\\'s questions.' -%}" + _CONTENT + _TWO_SEPARATORS,
+    "llava_llama_2": "{%- set default_system = 'You are a helpful language and vision assistant. You are able to understand "
+    "the visual content that the user provides, and assist the user with a variety of tasks using natural language.' -%}"
+    + _CONTENT
+    + _LLAMA_2,
+    "plain": "{%- set default_system = '' -%}" + _CONTENT + _TWO_SEPARATORS,
+}
+
+# How expressions are asked for and answered. "refer" and the two "reason" prompts are the original's evaluation prompts to
+# the letter (data/dataset.py:494-537): no blank before "in this image", one after the newline, none after "Sure,".
+# They change published numbers.
+PROMPTS = {
+    "refer": {
+        "question": "<image>\n What are {expressions}in this image? Please output segmentation masks.",
+        "answer": "Sure,{slots}.",
+        "slot": "{expression}:{token}",
+        "separator": ", ",
+        "lower": True,
+    },
+    "reason_phrase": {
+        "question": "<image>\n What is {expressions} in this image? Please output segmentation mask.",
+        "answer": "{slots}",
+        "slot": "{token}",
+        "separator": ", ",
+        "lower": False,
+    },
+    "reason_sentence": {
+        "question": "<image>\n {expressions} Please output segmentation mask.",
+        "answer": "{slots}",
+        "slot": "{token}",
+        "separator": ", ",
+        "lower": False,
+    },
+}
+# What free answers put around a phrase: the evaluation prompt's and the five training answers' wording.
+_BEFORE_PHRASE = re.compile(r"^(?:sure,\s*)?(?:(?:the segmentation results are|they are|it is|and)\s+)?", re.IGNORECASE)
+_AROUND_PHRASE = re.compile(r"^the (?:mask of|segmentation of|referred)\s+(?P<phrase>.*?)\s+is$", re.IGNORECASE)
+
+
+class GsvaProcessor(ProcessorMixin):
+    r"""
+    Turns pictures and expressions (or conversations) into model inputs, and segmentation outputs into results.
+
+    Args:
+        image_processor ([`GsvaImageProcessor`]), tokenizer: the two halves. The tokenizer knows `[SEG]`, `[REJ]`,
+            `<im_start>`, `<im_end>` and `<image>`.
+        patch_size (`int`): side of a patch of the vision tower in pixels; with the crop size it gives the number of
+            placeholders of an image.
+        chat_template (`str`): a Jinja template, by default the original's `llava_v1` (see `CHAT_TEMPLATES`).
+        prompts (`dict`): wording of questions and answers by name (see `PROMPTS`), merged over the original's.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, patch_size=14, chat_template=None, prompts=None, **kwargs):
+        self.patch_size = patch_size
+        self.prompts = {**PROMPTS, **(prompts or {})}
+        self.image_token = IMAGE_TOKEN
+        if tokenizer is not None:
+            vocabulary = tokenizer.get_vocab()
+            if missing := [token for token in ADDED_TOKENS if token not in vocabulary]:
+                raise ValueError(
+                    f"The tokenizer lacks {missing}: a slot could not be read. Add them with tokenizer.add_tokens "
+                    f"({list(ADDED_TOKENS)}, in this order) and resize the model's embedding."
+                )
+            self.image_token_id, self.seg_token_id, self.rej_token_id = (
+                vocabulary[token] for token in (IMAGE_TOKEN, SEG_TOKEN, REJ_TOKEN)
+            )
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATES["llava_v1"])
+
+    @property
+    def image_seq_length(self) -> int:
+        """Number of placeholders one image takes."""
+        crop = self.image_processor.crop_size
+        return (crop["height"] // self.patch_size) * (crop["width"] // self.patch_size)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "image_index"]
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        return self.image_token * self.image_seq_length
+
+    def normalize_expression(self, expression: str, prompt: str = "refer") -> str:
+        """
+        An expression as the prompt holds it: stripped, without dots at both ends and lower-cased (quirk Q4 of the
+        original's data pipeline, which changes published numbers); the "reason" prompts only strip.
+
+        Raises:
+            ValueError: an expression that is no string, is empty, or holds a special token.
+        """
+        if not isinstance(expression, str):
+            raise ValueError(f"Expression {expression!r} is a {type(expression).__name__}; give a string.")
+        text = expression.strip()
+        if self.prompts[prompt]["lower"]:
+            text = text.lower().strip(".").strip()
+        if not text:
+            raise ValueError(f"Expression {expression!r} is empty; leave it out or give it words.")
+        lowered = expression.lower()
+        for token in {*ADDED_TOKENS, *self.tokenizer.all_special_tokens}:
+            if token.lower() in lowered:
+                raise ValueError(
+                    f"Expression {expression!r} holds {token}, which the model reads as a token of its own; take it out."
+                )
+        return text
+
+    def build_conversation(
+        self, expressions: list[str], no_targets: list[bool] | None = None, prompt: str = "refer"
+    ) -> list[dict[str, str]]:
+        """
+        The one prompt builder: question and answer for the expressions of one picture.
+
+        Args:
+            no_targets: which expressions are answered by `[REJ]`; by default none.
+        """
+        if prompt not in self.prompts:
+            raise ValueError(f"prompt={prompt!r} is not known; choose one of {sorted(self.prompts)}.")
+        if not expressions:
+            raise ValueError("A list of expressions is empty; give at least one expression for each prompt.")
+        no_targets = [False] * len(expressions) if no_targets is None else no_targets
+        if len(no_targets) != len(expressions):
+            raise ValueError(f"{len(expressions)} expressions but {len(no_targets)} no_targets; give one for each.")
+        wording = self.prompts[prompt]
+        texts = [self.normalize_expression(expression, prompt) for expression in expressions]
+        slots = [
+            wording["slot"].format(expression=text, token=REJ_TOKEN if absent else SEG_TOKEN)
+            for text, absent in zip(texts, no_targets)
+        ]
+        return [
+            {"role": "user", "content": wording["question"].format(expressions=", ".join(texts))},
+            {"role": "assistant", "content": wording["answer"].format(slots=wording["separator"].join(slots))},
+        ]
+
+    def encode_conversations(
+        self, conversations: list[list[dict]], add_generation_prompt: bool = False
+    ) -> list[tuple[list[int], list[int]]]:
+        """
+        Renders and tokenizes conversations: per conversation the ids, `<image>` expanded, and the labels, -100
+        wherever the assistant does not speak. Supervised are exactly the answers with their end-of-sequence token.
+        """
+        texts, spans = render_jinja_template(
+            conversations=conversations,
+            chat_template=self.chat_template,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=add_generation_prompt,
+            **self.tokenizer.special_tokens_map,
+        )
+        encoded = self.tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False)
+        results = []
+        for ids, offsets, answer_spans in zip(encoded["input_ids"], encoded["offset_mapping"], spans):
+            if ids.count(self.image_token_id) > 1:
+                raise ValueError(
+                    f"A conversation holds {ids.count(self.image_token_id)} <image> placeholders; GSVA reads one image per "
+                    "conversation. Ask about each image in a conversation of its own."
+                )
+            labels = [-100] * len(ids)
+            for begin, end in answer_spans:
+                for position, (token_begin, token_end) in enumerate(offsets):
+                    if token_begin < end and token_end > begin:
+                        labels[position] = ids[position]
+            if self.image_token_id in ids:
+                place, count = ids.index(self.image_token_id), self.image_seq_length
+                ids = ids[:place] + [self.image_token_id] * count + ids[place + 1 :]
+                labels = labels[:place] + [-100] * count + labels[place + 1 :]
+            results.append((ids, labels))
+        return results
+
+    def __call__(
+        self,
+        images=None,
+        text=None,
+        expressions: list[list[str]] | None = None,
+        conversations: list[list[dict]] | None = None,
+        image_index: list[int] | None = None,
+        masks: list | None = None,
+        no_targets: list[list[bool]] | None = None,
+        prompt: str = "refer",
+        one_prompt_per_expression: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        r"""
+        Three ways to call it:
+
+        - `processor(images=[a, b], expressions=[["man in red", "the unicorn"], ["both dogs"]])`, to segment: `input_ids`
+          (conversations, length) are the prompts padded on the left, `answer_ids` the wording of the answers padded on
+          the right, each with its attention mask.
+        - `processor(images=..., conversations=[[{"role": "user", "content": "<image>\n..."}, {"role": "assistant", ...}]],
+          image_index=[0], masks=[(slots, height, width)])`, to train: `input_ids` padded on the right, `labels`,
+          `mask_labels`.
+        - `processor(images=..., text=...)` and `apply_chat_template`, as every processor of transformers.
+
+        Args:
+            images: one picture or a list, each given once however many conversations it has.
+            expressions: per image the expressions to look for.
+            no_targets: per image, which expressions the answer rejects (the gold answer of `teacher_forced`).
+            prompt: the name of the wording, see `prompts`.
+            one_prompt_per_expression: ask for each expression in a conversation of its own.
+            conversations: messages of user and assistant; `image_index` tells each one's image (-1 for none), by
+                default one each, in order.
+            masks: per conversation its true masks, arrays of (slots, height, width) at the picture's own size.
+            max_length: cut conversations to so many tokens, placeholders of the image included.
+
+        Raises:
+            ValueError: lists whose lengths do not fit, masks of another size than their picture, expressions that are
+                empty or hold a special token, text cut inside the image.
+        """
+        if expressions is None and conversations is None:
+            return super().__call__(images=images, text=text, return_tensors=return_tensors, **kwargs)
+        if text is not None or (expressions is not None and conversations is not None):
+            raise ValueError("Give only one of text, expressions and conversations.")
+        images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
+        data = {}
+        if expressions is not None:
+            if not images:
+                raise ValueError(f"No image was given for {len(expressions)} list(s) of expressions; pass images=[...].")
+            if expressions and all(isinstance(expression, str) for expression in expressions):
+                expressions = [expressions]
+            if len(images) != len(expressions):
+                raise ValueError(
+                    f"{len(images)} images but {len(expressions)} lists of expressions; give one list for each image."
+                )
+            no_targets = [None] * len(images) if no_targets is None else no_targets
+            if len(no_targets) != len(images):
+                raise ValueError(f"{len(images)} images but {len(no_targets)} lists of no_targets; give one for each image.")
+            asked, answered, image_index = [], [], []
+            for index, (texts, absent) in enumerate(zip(expressions, no_targets)):
+                if isinstance(texts, str):
+                    raise ValueError(f"expressions[{index}] is the string {texts!r}; give a list of strings for each image.")
+                absent = [False] * len(texts) if absent is None else list(absent)
+                groups = [(list(texts), absent)]
+                if one_prompt_per_expression:
+                    groups = [([one], [flag]) for one, flag in zip(texts, absent, strict=True)]
+                asked += [group for group, _ in groups]
+                answered += [self.build_conversation(*group, prompt) for group in groups]
+                image_index += [index] * len(groups)
+            data["expressions"] = asked
+            encoded = self.encode_conversations(answered)
+            starts = [next(n for n, label in enumerate(labels) if label != -100) for _, labels in encoded]
+            prompts = [ids[:start] for (ids, _), start in zip(encoded, starts)]
+            answers = [ids[start:] for (ids, _), start in zip(encoded, starts)]
+            data["input_ids"], data["attention_mask"] = self._pad(prompts, side="left")
+            data["answer_ids"], data["answer_attention_mask"] = self._pad(answers)
+        else:
+            image_index = list(range(len(conversations))) if image_index is None and images else image_index
+            image_index = [-1] * len(conversations) if image_index is None else list(image_index)
+            self._check_conversations(conversations, image_index, len(images))
+            encoded = self.encode_conversations(conversations)
+            if max_length is not None:
+                encoded = [(ids[:max_length], labels[:max_length]) for ids, labels in encoded]
+                for index, (ids, _) in enumerate(encoded):
+                    if 0 < ids.count(self.image_token_id) < self.image_seq_length:
+                        raise ValueError(
+                            f"max_length={max_length} cuts the image of conversation {index}, which alone takes "
+                            f"{self.image_seq_length} tokens; raise it."
+                        )
+            data["input_ids"], data["attention_mask"] = self._pad([ids for ids, _ in encoded])
+            data["labels"], _ = self._pad([labels for _, labels in encoded], value=-100)
+        data["image_index"] = image_index
+        if images:
+            data.update(self.image_processor(images, **kwargs))
+            if masks is not None:
+                data["mask_labels"] = self._check_masks(masks, image_index, data["original_sizes"])
+        elif masks is not None and any(len(mask) for mask in masks):
+            raise ValueError("Masks were given without images; pass images=[...].")
+        elif masks is not None:
+            data["mask_labels"] = [torch.zeros(0, 1, 1, dtype=torch.uint8) for _ in masks]
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["expressions", "mask_labels"])
+
+    def _pad(self, rows: list[list[int]], side: str = "right", value: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        width = max(map(len, rows))
+        value = self.tokenizer.pad_token_id if value is None else value
+        padded = np.full((len(rows), width), value, dtype=np.int64)
+        mask = np.zeros_like(padded)
+        for index, row in enumerate(rows):
+            place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+            padded[index, place] = row
+            mask[index, place] = 1
+        return padded, mask
+
+    def _check_conversations(self, conversations, image_index, num_images):
+        if len(image_index) != len(conversations):
+            raise ValueError(f"{len(conversations)} conversations but image_index has {len(image_index)} entries; give one each.")
+        for index, (messages, image) in enumerate(zip(conversations, image_index)):
+            if not -1 <= image < num_images:
+                raise ValueError(
+                    f"Conversation {index} points to image {image}, but {num_images} images were given; use 0 to "
+                    f"{num_images - 1}, or -1 for none."
+                )
+            has_placeholder = any(
+                "<image>" in message["content"]
+                if isinstance(message["content"], str)
+                else any(part["type"] == "image" for part in message["content"])
+                for message in messages
+            )
+            if has_placeholder != (image >= 0):
+                raise ValueError(
+                    f"Conversation {index} {'holds' if has_placeholder else 'lacks'} <image>, but its image_index is "
+                    f"{image}; write <image> where, and only where, a conversation has an image."
+                )
+
+    def _check_masks(self, masks, image_index, original_sizes):
+        if len(masks) != len(image_index):
+            raise ValueError(f"{len(image_index)} conversations but {len(masks)} entries in masks; give one each.")
+        checked = []
+        for index, (mask, image) in enumerate(zip(masks, image_index)):
+            mask = torch.as_tensor(np.asarray(mask))
+            size = tuple(int(side) for side in original_sizes[image]) if image >= 0 else None
+            if len(mask) and (mask.ndim != 3 or tuple(mask.shape[1:]) != size):
+                raise ValueError(
+                    f"masks[{index}] has shape {tuple(mask.shape)}, but its picture is {size} (height, width); give "
+                    "(slots, height, width) at the picture's own size, after EXIF orientation."
+                )
+            checked.append(mask.to(torch.uint8) if len(mask) else torch.zeros(0, *(size or (1, 1)), dtype=torch.uint8))
+        return checked
+
+    def read_answer(self, token_ids: list[int]) -> list[tuple[str, bool]]:
+        """
+        The slots of a free answer in order: the phrase before each, and whether it is rejected.
+
+        >>> # "Sure, the dog:[SEG], a unicorn:[REJ]." → [("the dog", False), ("a unicorn", True)]
+        """
+        slots, begin = [], 0
+        for position, token in enumerate(token_ids):
+            if token in (self.seg_token_id, self.rej_token_id):
+                phrase = self.tokenizer.decode(token_ids[begin:position], skip_special_tokens=True)
+                phrase = _BEFORE_PHRASE.sub("", phrase.strip(" ,.;:\n"), count=1).strip(" ,.;:\n")
+                if around := _AROUND_PHRASE.match(phrase):
+                    phrase = around["phrase"]
+                slots.append((phrase, token == self.rej_token_id))
+                begin = position + 1
+        return slots
+
+    def _match_slots(self, asked: list[str], slots: list[tuple[str, bool]]) -> tuple[list[int | None], bool]:
+        """Which slot answers each expression, and whether the answer is malformed (its slots are not the ones asked for)."""
+        wanted = [expression.strip().strip(".").strip().lower() for expression in asked]
+        said = [phrase.strip().lower() for phrase, _ in slots]
+        if len(slots) == len(asked) and all(not phrase or phrase == text for phrase, text in zip(said, wanted)):
+            return list(range(len(asked))), False
+        free = list(range(len(slots)))
+        matched: list[int | None] = []
+        for text in wanted:
+            place = next((n for n in free if said[n] == text), None)
+            if place is not None:
+                free.remove(place)
+            matched.append(place)
+        return matched, True
+
+    def post_process_segmentation(self, outputs, inputs, threshold: float | None = None) -> list[list[dict]]:
+        r"""
+        Results in the picture's own pixels.
+
+        Args:
+            outputs: what `model.segment(**inputs)` gave.
+            inputs: what the processor gave it.
+            threshold: decide anew by comparing scores with it. A slot that was rejected when it was made has no mask, so
+                a threshold below the one given to `segment` only adds empty masks; one above it rejects more.
+
+        Returns:
+            Per image, per expression `{"text", "mask", "is_rejected", "score", "is_malformed"}`: the expression (in free
+            chat the phrase before the slot), a (height, width) boolean array (all False where rejected), the log-odds of
+            `[SEG]` against `[REJ]` (NaN where the answer has no slot for the expression, which counts as rejected), and
+            whether the answer's slots were not the ones asked for.
+        """
+        num_images = len(inputs["original_sizes"])
+        input_size = self.image_processor.sam_size["longest_edge"]
+        results: list[list[dict]] = [[] for _ in range(num_images)]
+        asked_per_conversation = inputs.get("expressions")
+        image_index = outputs.image_index.tolist()
+        copies = len(image_index) // len(asked_per_conversation) if asked_per_conversation else 1
+        for row, image in enumerate(image_index):
+            if image < 0:
+                continue
+            size = tuple(int(side) for side in inputs["original_sizes"][image])
+            answer = outputs.sequences[row, int(outputs.answer_starts[row]) :].tolist()
+            slots = self.read_answer(answer)
+            if asked_per_conversation is None:
+                asked, matched, malformed = [phrase for phrase, _ in slots], list(range(len(slots))), False
+            elif outputs.method == "generate":
+                asked = asked_per_conversation[row // copies]
+                matched, malformed = self._match_slots(asked, slots)
+            else:
+                asked = asked_per_conversation[row // copies]
+                matched, malformed = list(range(len(asked))), False
+            scores, rejected = outputs.scores[row], outputs.is_rejected[row]
+            kept = [n for n in matched if n is not None and outputs.mask_logits is not None]
+            upscaled = {}
+            if kept:
+                logits = upscale_mask_logits(
+                    outputs.mask_logits[row][kept], inputs["reshaped_input_sizes"][image], size, input_size
+                )
+                # The original's threshold in eval_gres is >= 0 (utils: a logit of exactly zero is foreground).
+                upscaled = dict(zip(kept, (logits >= 0).cpu().numpy()))
+            for text, n in zip(asked, matched):
+                score = float("nan") if n is None else float(scores[n])
+                is_rejected = n is None or bool(rejected[n] if threshold is None else score < threshold)
+                had_mask = n is not None and (not bool(rejected[n]) or outputs.method == "teacher_forced")
+                mask = upscaled[n] if had_mask and n in upscaled and not is_rejected else np.zeros(size, dtype=bool)
+                results[image].append(
+                    {
+                        "text": text,
+                        "mask": mask,
+                        "is_rejected": is_rejected,
+                        "score": score,
+                        "is_malformed": malformed,
+                    }
+                )
+        return results
+
+
+__all__ = ["GsvaProcessor"]
