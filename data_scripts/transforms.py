@@ -248,7 +248,7 @@ class ReferringTransform(Transform):
             return None
         chosen = [candidates[i] for i in draws.subset(len(candidates), self.num_expressions)]
         names = [self.name(name, entry, draws) for name, entry in chosen]
-        answer = draws.index(len(self.wording.answers), "answer")
+        answer = draws.index(len(self.wording.answers), "answer template")
         question = draws.index(len(self.wording.questions), "question")
         present = [mask_area(entry["mask"]) > 0 for _, entry in chosen]
         if not any(present) and not self.all_absent:

@@ -1,0 +1,463 @@
+"""Compare the data pipeline with recorded outputs of the original, on any folder laid out like golden_data.
+
+    python tests/data_parity.py GOLDEN_DATA_DIR --tokenizer tokenizer.model
+
+GOLDEN_DATA_DIR holds `mini/` (a small tree of every data set) and `golden/{val,train,enumerate}/*.json` and
+`golden/{images,mixed}.json`. Prints one JSON line per file and check, `{"case", "quantity", "value", "limit", "ok"}`;
+exits with 1 when a value is above its limit.
+
+The random choices of the original are replayed through `data_scripts.transforms.Draws`' interface, or enumerated. Where
+this project puts a quirk of the original right, a sample that differs must equal the original's once that quirk is
+put back (`QUIRKS`), and the number of such samples may not exceed the number that has the cause for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data_scripts
+from convert_checkpoint import build_llama_tokenizer
+from data_scripts import mixture, referring, semantic, transforms
+from data_scripts.schema import decode_mask, empty_mask, encode_labels, encode_mask, mask_area, merge_masks
+from modeling_gsva import GsvaImageProcessor, GsvaProcessor
+from modeling_gsva.processing_gsva import CHAT_TEMPLATES
+
+
+QUIRKS = {
+    "Q19": "[REJ] is also written into an expression that holds SEG",
+    "Q22": "dots are stripped after blanks, and not again",
+    "Q24": "degenerate polygons are rasterised in training",
+    "Q26": "a class is looked up by its name, so the first of two equal names gives the mask",
+    "undecodable": "an annotation that cannot be decoded throws the whole picture away",
+}
+IMAGE_ID = -200  # of the placeholder in the recorded ids
+TEXT_LENGTH = 1024  # the original's model_max_length, which counts the picture's 256 patches
+
+
+# ---- the original's random choices -----------------------------------------------------------------------------------
+class OriginalDraws:
+    """`Draws` with the generators that the original calls, in its order (DATA_SPEC section 4)."""
+
+    def subset(self, n: int, k: int) -> list[int]:
+        return np.random.choice(range(n), size=k, replace=False).tolist() if n >= k else list(range(n))
+
+    def index(self, n: int, of: str) -> int:
+        return int(np.random.randint(n)) if of == "answer template" else random.randint(0, n - 1)
+
+    def chance(self, of: str) -> float:
+        return random.random()
+
+    def weighted(self, weights, of: str) -> int:
+        return int(np.random.choice(len(weights), p=np.array(weights) / np.sum(weights)))
+
+
+class Branches:
+    """`Draws` that takes every way in turn: `for draws in Branches.all(): ...`."""
+
+    def __init__(self, taken: list[list[int]]):
+        self.taken, self.place = taken, 0
+
+    @classmethod
+    def all(cls) -> Iterator[Branches]:
+        taken: list[list[int]] = []
+        while True:
+            yield cls(taken)
+            while taken and taken[-1][0] == taken[-1][1] - 1:
+                taken.pop()
+            if not taken:
+                return
+            taken[-1][0] += 1
+
+    def index(self, n: int, of: str = "") -> int:
+        if self.place == len(self.taken):
+            self.taken.append([0, n])
+        self.place += 1
+        return self.taken[self.place - 1][0]
+
+    def subset(self, n: int, k: int) -> list[int]:
+        rest = list(range(n))
+        return [rest.pop(self.index(len(rest))) for _ in range(k)] if n >= k else rest
+
+    def chance(self, of: str) -> float:
+        return (0.0, 0.999)[self.index(2)]
+
+
+# ---- the original's quirks, put back ---------------------------------------------------------------------------------
+def _unfiltered(segmentation, height: int, width: int) -> dict:
+    if isinstance(segmentation, list) and segmentation and isinstance(segmentation[0], list):
+        return encode_mask(coco_mask.decode(coco_mask.frPyObjects(segmentation, height, width)).sum(axis=2))
+    return schema_segmentation_to_rle(segmentation, height, width)
+
+
+schema_segmentation_to_rle = referring.segmentation_to_rle
+
+
+class OriginalWording(transforms.Wording):
+    def part(self, template: str, name: str, present: bool) -> str:
+        part = template.replace("{}", name)
+        return part if present else part.replace("SEG", "REJ")
+
+
+def original_clean(text: str) -> str:
+    return text.strip().strip(".")
+
+
+def with_quirks(transform: transforms.Transform, quirks: tuple[str, ...]) -> transforms.Transform:
+    """`transform` changed in place to what the original does."""
+    if "Q19" in quirks:
+        transform.wording = OriginalWording(separator=transform.wording.separator)
+    if "Q22" in quirks:
+        transform.candidates = lambda row: [(original_clean(entry["text"]), entry) for entry in row["expressions"]]
+    if {"Q26", "undecodable"} & set(quirks):
+        transform.candidates = lambda row: [(entry["text"], entry) for entry in row["expressions"]]
+    return transform
+
+
+class Tree:
+    """Rows of the mini tree, by picture."""
+
+    def __init__(self, folder: Path, cache_dir: str):
+        self.folder, self.cache_dir = folder, cache_dir
+        self.rows = cache(self._rows)
+
+    def place(self, row: dict) -> str:
+        return Path(row["image"]["path"]).relative_to(self.folder).as_posix()
+
+    def _rows(self, name: str, split: str = "train", quirks: tuple[str, ...] = ()) -> dict[str, dict]:
+        """Picture -> row; of llava_instruct_150k, whose pictures repeat, number -> row."""
+        if quirks:
+            rows = list(self._original(name, split, quirks))
+        else:
+            from datasets import Image as ImageFeature
+
+            rows = data_scripts.load(name, self.folder, split, self.cache_dir)
+            rows = list(rows.cast_column("image", ImageFeature(decode=False)))
+        if name == "llava_instruct_150k":
+            return dict(enumerate(rows))
+        return {self.place(row): row for row in rows}
+
+    def builder(self, name: str):
+        return data_scripts._get(data_scripts.BUILDERS[name])(name, self.folder, self.cache_dir)
+
+    def _original(self, name: str, split: str, quirks: tuple[str, ...]) -> Iterator[dict]:
+        builder = self.builder(name)
+        if "undecodable" in quirks and isinstance(builder, semantic.PartsBuilder):
+            with mock.patch.object(semantic, "mask_area", lambda mask: 1):
+                yield from builder.rows(split)
+        elif "Q26" in quirks and isinstance(builder, semantic.MapillaryBuilder):
+            for picture, label in builder.pairs():
+                row, masks = builder.row(picture, label), encode_labels(np.array(Image.open(label)))
+                names = list(builder.classes.values())
+                for entry in row["expressions"]:
+                    entry["mask"] = masks.get(names.index(entry["text"]), empty_mask(row["height"], row["width"]))
+                yield row
+        elif "Q24" in quirks and isinstance(builder, referring.ReferringBuilder):
+            with mock.patch.object(referring, "segmentation_to_rle", _unfiltered):
+                yield from builder.rows(split)
+        else:
+            yield from self.rows(name, split).values()
+
+    def has_cause(self, name: str, quirk: str, place: str) -> bool:
+        """Whether a picture's data could bring a quirk about."""
+        texts = [entry["text"] for entry in self.rows(name)[place].get("expressions", ())]
+        if quirk == "Q19":
+            return any("SEG" in text for text in texts)
+        if quirk == "Q22":
+            return any(original_clean(text) != transforms.clean_expression(text) for text in texts)
+        return self.rows(name)[place] != self.rows(name, "train", (quirk,))[place]
+
+
+# ---- reporting -------------------------------------------------------------------------------------------------------
+class Report:
+    def __init__(self, write: Callable[[str], None] = print):
+        self.write, self.failed = write, 0
+
+    def __call__(self, case: str, quantity: str, value: float, limit: float = 0) -> None:
+        ok = value <= limit
+        self.failed += not ok
+        self.write(json.dumps({"case": case, "quantity": quantity, "value": value, "limit": limit, "ok": ok}))
+
+
+class Tokens:
+    """The processor's road from conversations to ids and labels, in the original's notation."""
+
+    def __init__(self, tokenizer: str):
+        self.processor = GsvaProcessor(GsvaImageProcessor(), build_llama_tokenizer(tokenizer), patch_size=14)
+
+    def mismatches(self, conversations: list[list[dict]], golden: dict, template: str, cut: bool) -> Counter:
+        """Which of conversations, ids, labels differ from one recorded sample."""
+        processor, found = self.processor, Counter()
+        processor.chat_template = CHAT_TEMPLATES[template]
+        texts = [processor.apply_chat_template(turns, tokenize=False) for turns in conversations]
+        found["conversations"] = texts != golden["conversations"]
+        tokens = golden["tokens"]["legacy"]
+        length = TEXT_LENGTH if cut else None
+        encoded = processor(
+            images=[np.zeros((8, 8, 3), np.uint8)],
+            conversations=conversations,
+            image_index=[0 if any("<image>" in turn["content"] for turn in turns) else -1 for turns in conversations],
+            max_length=length,
+            size={"shortest_edge": 224},
+            sam_size={"longest_edge": 16},
+        )
+        for key, filler in (("input_ids", 0), ("labels", -100)):
+            ours = [self._collapse(ids, row) for ids, row in zip(encoded["input_ids"], encoded[key], strict=True)]
+            ours = [row[: sum(mask) - self.patches(ids)] for row, mask, ids in
+                    zip(ours, encoded["attention_mask"], encoded["input_ids"], strict=True)]  # fmt: skip
+            theirs = [row[: len(one)] for row, one in zip(tokens[key], ours, strict=True)]
+            rest = [row[len(one) :] for row, one in zip(tokens[key], ours, strict=True)]
+            found[key] = ours != theirs or any(value != filler for row in rest for value in row)
+        # without a picture in the text the original counts none of its patches, and keeps 769 tokens all the same
+        return found
+
+    def patches(self, ids) -> int:
+        count = int((np.asarray(ids) == self.processor.image_token_id).sum())
+        return max(count - 1, 0)
+
+    def _collapse(self, ids, row) -> list[int]:
+        """`row` with the positions of the picture's patches drawn together into one."""
+        image = np.asarray(ids) == self.processor.image_token_id
+        keep = ~image | (np.cumsum(image) == 1) & image
+        return [IMAGE_ID if value == self.processor.image_token_id else int(value) for value in np.asarray(row)[keep]]
+
+    def picture_mismatch(self, path: Path, facts: dict) -> bool:
+        """Whether a picture's two tensors differ from the recorded hashes."""
+        image = transforms.read_image({"path": str(path), "bytes": None})
+        array = np.asarray(image).transpose(2, 0, 1)
+        resized = self.processor.image_processor.resize_for_sam(array, 1024).astype(np.uint8).transpose(1, 2, 0)
+        clip = self.processor.image_processor(image)["pixel_values"][0].astype(np.float32)
+        hashes = [hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest() for x in (resized, clip)]
+        return hashes != [facts["sam_resized_u8_sha256"], facts["clip_sha256"]]
+
+
+# ---- the three kinds of recorded files -------------------------------------------------------------------------------
+def check_val(path: Path, tree: Tree, tokens: Tokens, report: Report) -> None:
+    golden = json.loads(path.read_text())
+    name, *_, split = golden["spec"].split("|")
+    rows = tree.rows(name, split)
+    found = Counter(pictures=set(rows) != {sample["image"] for sample in golden["samples"]})
+    for sample in golden["samples"]:
+        row = rows[sample["image"]]
+        if name == "ReasonSeg":
+            entry = row["expressions"][0]  # only the first text is evaluated (Q6), ignored pixels are target (Q5)
+            chosen = [merge_masks([mask for mask in (entry["mask"], entry["ignore_mask"]) if mask])]
+            texts, prompt = [entry["text"]], "reason_sentence" if entry["is_sentence"] else "reason_phrase"
+            absent = [False]
+        else:
+            chosen, prompt = [entry["mask"] for entry in row["expressions"]], "refer"
+            texts, absent = [entry["text"] for entry in row["expressions"]], [not mask_area(mask) for mask in chosen]
+        found["masks"] += chosen != sample["masks"]
+        found["sizes"] += [row["height"], row["width"]] != sample["label_shape"]
+        found["picture tensors"] += tokens.picture_mismatch(tree.folder / sample["image"], sample["image_facts"])
+        turns = tokens.processor.build_conversation(texts, absent, prompt)
+        for template, recorded in sample["conv"].items():
+            for key, differs in tokens.mismatches([turns], recorded, template, cut=False).items():
+                found[f"{key}, {template}"] += differs
+    for quantity, value in found.items():
+        report(f"val/{path.stem}", quantity, int(value))
+
+
+def _transform(kind: str, count: int, explanatory: float = 0.1) -> transforms.Transform:
+    if kind == "vqa":
+        return transforms.ConversationTransform()
+    if kind == "reason_seg":
+        return transforms.ReasoningTransform(num_expressions=count, explanatory=explanatory)
+    return {"sem_seg": transforms.SemanticTransform, "refer_seg": transforms.ReferringTransform}[kind](
+        num_expressions=count
+    )
+
+
+def _with_causes(tree: Tree, name: str, places: list, kind: str) -> Iterator[tuple[str, ...]]:
+    """Sets of quirks that the pictures give cause for, the empty one first."""
+    quirks = [] if kind in ("vqa", "reason_seg") else [
+        quirk for quirk in QUIRKS if any(tree.has_cause(name, quirk, place) for place in places)
+    ]  # fmt: skip
+    for size in range(len(quirks) + 1):
+        yield from combinations(quirks, size)
+
+
+def _words(transform: transforms.Transform, row: dict, draws, quirks: tuple[str, ...]):
+    """What `transform` makes of a row; None where the original would draw again."""
+    worded = transform.words(row, draws)
+    if worded is not None and "undecodable" in quirks and not all(mask.any() for mask in worded[1][0]):
+        return None
+    return worded
+
+
+def check_train(path: Path, tree: Tree, tokens: Tokens, report: Report) -> None:
+    golden = json.loads(path.read_text())
+    kind, name = golden["kind"], golden["dataset"].split("|")[0]
+    places = list(range(len(golden["order"]))) if kind == "vqa" else golden["order"]
+    found, departures, possible = Counter(), Counter(), Counter()
+
+    def replay(sample: dict, quirks: tuple[str, ...]) -> tuple:
+        random.seed(sample["seed"])
+        np.random.seed(sample["seed"])
+        transform = with_quirks(_transform(kind, golden["num_classes_per_sample"], golden["explanatory"]), quirks)
+        rows, i = tree.rows(name, "train", quirks), sample["index"]
+        while True:
+            if kind == "refer_seg":
+                random.randint(0, 0)  # the original draws a data set even when there is one
+            worded = _words(transform, rows[places[i]], OriginalDraws(), quirks)
+            if worded is not None:
+                return rows[places[i]], *worded
+            i = 0
+
+    def mismatches(sample: dict, quirks: tuple[str, ...]) -> Counter:
+        row, conversations, masks = replay(sample, quirks)
+        differ = Counter(pictures=kind != "vqa" and tree.place(row) != sample["image"])
+        ours = [encode_mask(mask) for several in masks for mask in several]
+        differ["masks"] += ours != sample["masks"]
+        if "height" in row:
+            differ["sizes"] += [row["height"], row["width"]] != sample["label_shape"]
+        for template, recorded in sample["conv"].items():
+            for key, value in tokens.mismatches(conversations, recorded, template, cut=True).items():
+                differ[f"{key}, {template}"] += value
+        return differ
+
+    for sample in golden["samples"]:
+        involved = [places[sample["index"]], places[0]]
+        sets = list(_with_causes(tree, name, involved, kind))
+        for quirk in sets[-1]:
+            possible[quirk] += 1
+        results = {}
+        for quirks in sets:
+            results[quirks] = mismatches(sample, quirks)
+            if not results[quirks].total():
+                break
+        best = min(results, key=lambda quirks: results[quirks].total())
+        found.update(results[best])
+        departures.update(best)
+        image = tree.folder / sample["image"]
+        found["picture tensors"] += tokens.picture_mismatch(image, sample["image_facts"])
+    for quantity, value in found.items():
+        report(f"train/{path.stem}", quantity, int(value))
+    for quirk in possible:
+        report(f"train/{path.stem}", f"samples that {quirk} changes", departures[quirk], possible[quirk])
+
+
+def _digest(pairs: set[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(pairs)).encode()).hexdigest()
+
+
+def _enumerate(kind: str, row: dict, count: int, quirks: tuple[str, ...]) -> tuple[int, int, dict[str, tuple]]:
+    """Number of outcomes, of re-draws, and every distinct question and answer with its masks."""
+    transform = with_quirks(_transform(kind, count), quirks)
+    outcomes, redraws, pairs = 0, 0, {}
+    for draws in Branches.all():
+        worded = _words(transform, row, draws, quirks)
+        first = worded is None or not worded[0]
+        redraws += worded is None
+        outcomes += 1
+        for turns, masks in () if first else zip(*worded, strict=True):
+            pairs["\x1f".join(turn["content"] for turn in turns)] = masks
+    return outcomes, redraws, pairs
+
+
+def check_enumerate(path: Path, tree: Tree, tokens: Tokens, report: Report, largest: int = 5) -> None:
+    golden = json.loads(path.read_text())
+    kind, name = golden["kind"], golden["dataset"].split("|")[0]
+    found, departures, possible = Counter(), Counter(), Counter()
+
+    def mismatches(recorded: dict, row: dict, quirks: tuple[str, ...]) -> Counter:
+        differ = Counter()
+        for count in range(1, largest + 1):
+            wanted = recorded.get(f"k{count}")
+            if wanted is None or "skipped" in wanted:
+                continue
+            outcomes, redraws, pairs = _enumerate(kind, row, count, quirks)
+            differ[f"k={count} outcomes"] += wanted["outcomes"] != outcomes
+            differ[f"k={count} re-draws"] += wanted["redraws"] != redraws
+            differ[f"k={count} questions and answers"] += wanted["sha256"] != _digest(set(pairs))
+            for entry in wanted.get("rows") or ():
+                masks = pairs.get(f"{entry['question']}\x1f{entry['answer']}")
+                expected = [recorded["masks"][i] for i in entry["masks"]]
+                differ[f"k={count} masks"] += masks is None or [encode_mask(mask) for mask in masks] != expected
+        return differ
+
+    for recorded in golden["images"]:
+        place = recorded["index"] if kind == "vqa" else recorded["image"]
+        if kind == "vqa":
+            turns = tree.rows(name)[place]
+            conversations, _ = transforms.ConversationTransform().words(turns, None)
+            tokens.processor.chat_template = CHAT_TEMPLATES["llava_v1"]
+            text = tokens.processor.apply_chat_template(conversations[0], tokenize=False)
+            found["conversation"] += text.replace("<im_start><image><im_end>", "<image>") != recorded["conversation"]
+            continue
+        results = {}
+        for quirks in _with_causes(tree, name, [place], kind):
+            results[quirks] = mismatches(recorded, tree.rows(name, "train", quirks)[place], quirks)
+            if not results[quirks].total():
+                break
+        possible.update(quirk for quirk in QUIRKS if kind != "reason_seg" and tree.has_cause(name, quirk, place))
+        best = min(results, key=lambda quirks: results[quirks].total())
+        found.update(results[best])
+        departures.update(best)
+    for quantity, value in found.items():
+        report(f"enumerate/{path.stem}", quantity, int(value))
+    for quirk in possible:
+        report(f"enumerate/{path.stem}", f"pictures that {quirk} changes", departures[quirk], possible[quirk])
+
+
+def check_images(path: Path, tree: Tree, report: Report) -> None:
+    """Every picture upright and in RGB, every label map as its indices."""
+    differ = Counter()
+    for place, facts in json.loads(path.read_text()).items():
+        if "cv2_rgb_sha256" in facts:
+            array = np.asarray(transforms.read_image({"path": str(tree.folder / place), "bytes": None}))
+            differ["pictures"] += hashlib.sha256(array.tobytes()).hexdigest() != facts["cv2_rgb_sha256"]
+        else:
+            masks = encode_labels(np.array(Image.open(tree.folder / place)))
+            differ["label maps"] += sorted(masks) != facts["values"]
+            array = sum(value * decode_mask(mask) for value, mask in masks.items()).astype(np.uint8)
+            differ["label maps"] += hashlib.sha256(array.tobytes()).hexdigest() != facts["sha256"]
+    for quantity, value in differ.items():
+        report("images", quantity, int(value))
+
+
+def run(golden_data: Path, tokenizer: str, write: Callable[[str], None] = print, only: str = "") -> int:
+    """Number of checks that failed. `only` names the files to check by a part of their path."""
+    report = Report(write)
+    with tempfile.TemporaryDirectory() as cache_dir:
+        tree, tokens = Tree((golden_data / "mini").resolve(), cache_dir), Tokens(tokenizer)
+        for kind, check in (("val", check_val), ("train", check_train), ("enumerate", check_enumerate)):
+            for path in sorted((golden_data / "golden" / kind).glob("*.json")):
+                if only in f"{kind}/{path.stem}":
+                    check(path, tree, tokens, report)
+        if only in "images":
+            check_images(golden_data / "golden" / "images.json", tree, report)
+    return report.failed
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("golden_data", type=Path)
+    parser.add_argument("--tokenizer", required=True, help="LLaMA's tokenizer.model")
+    parser.add_argument("--only", default="", help="check only files whose path holds this, e.g. val/grefcoco")
+    arguments = parser.parse_args(argv)
+    import datasets
+
+    datasets.disable_progress_bars()
+    return 1 if run(arguments.golden_data, arguments.tokenizer, only=arguments.only) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
