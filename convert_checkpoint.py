@@ -799,6 +799,7 @@ def convert(args: argparse.Namespace) -> dict:
     from transformers.initialization import no_init_weights
 
     from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration, GsvaProcessor
+    from modeling_gsva.processing_gsva import CHAT_TEMPLATES
 
     hub_files = ["*.json", "*.bin", "*.safetensors", "*.model"]
     llava_dir, clip_dir = _local(args.llava, hub_files), _local(args.clip, hub_files)
@@ -881,6 +882,8 @@ def convert(args: argparse.Namespace) -> dict:
         processor = GsvaProcessor(
             image_processor=_image_processor(clip_dir, vision_config.image_size, sam_config.vision_config.image_size),
             tokenizer=tokenizer,
+            patch_size=vision_config.patch_size,
+            chat_template=CHAT_TEMPLATES[args.conv_type],
         )
         save_with_code(aside, model, processor)
         generation = {name: getattr(text_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -1031,6 +1034,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clip", help="CLIP directory or Hub name: config.json and weights the checkpoint lacks")
     parser.add_argument("--sam", help="SAM .pth (ViT-H, L or B, told apart by its tensors)")
     parser.add_argument("--tokenizer", help="tokenizer.model, where the LLaVA directory has none")
+    parser.add_argument(
+        "--conv_type",
+        default="llava_v1",
+        choices=["llava_v1", "llava_llama_2"],
+        help="conversation template the checkpoint was trained with",
+    )
     parser.add_argument(
         "--dtype",
         default="auto",
