@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # family -> (the original's rate, transform, the original's data sets); see main.py of LeapLabTHU/GSVA at 618dc79
 FAMILIES: dict[str, tuple[float, type[Transform], tuple[str, ...]]] = {
-    "sem_seg": (9, SemanticTransform, ("ade20k", "cocostuff", "pascal_part", "paco_lvis", "mapillary")),
+    "sem_seg": (9, SemanticTransform, ("ade20k", "cocostuff", "mapillary", "paco_lvis", "pascal_part")),
     "refer_seg": (3, ReferringTransform, ("refclef", "refcoco", "refcoco+", "refcocog")),
     "vqa": (3, ConversationTransform, ("llava_instruct_150k",)),
     "reason_seg": (1, ReasoningTransform, ("ReasonSeg",)),

@@ -19,7 +19,7 @@ import json
 import random
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import combinations
@@ -30,7 +30,6 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data_scripts
@@ -39,7 +38,6 @@ from data_scripts import mixture, referring, semantic, transforms
 from data_scripts.schema import decode_mask, empty_mask, encode_labels, encode_mask, mask_area, merge_masks
 from modeling_gsva import GsvaImageProcessor, GsvaProcessor
 from modeling_gsva.processing_gsva import CHAT_TEMPLATES
-
 
 QUIRKS = {
     "Q19": "[REJ] is also written into an expression that holds SEG",
@@ -60,6 +58,8 @@ class OriginalDraws:
         return np.random.choice(range(n), size=k, replace=False).tolist() if n >= k else list(range(n))
 
     def index(self, n: int, of: str) -> int:
+        if of == "data set" and n == 1:  # a family of one has no list to draw from
+            return 0
         return int(np.random.randint(n)) if of == "answer template" else random.randint(0, n - 1)
 
     def chance(self, of: str) -> float:
@@ -128,6 +128,14 @@ def with_quirks(transform: transforms.Transform, quirks: tuple[str, ...]) -> tra
         transform.candidates = lambda row: [(original_clean(entry["text"]), entry) for entry in row["expressions"]]
     if {"Q26", "undecodable"} & set(quirks):
         transform.candidates = lambda row: [(entry["text"], entry) for entry in row["expressions"]]
+    if "undecodable" in quirks:
+        ours = transform.words
+
+        def words(row: dict, draws) -> tuple | None:
+            worded = ours(row, draws)
+            return worded if worded is None or all(mask.any() for mask in worded[1][0]) else None
+
+        transform.words = words
     return transform
 
 
@@ -137,6 +145,7 @@ class Tree:
     def __init__(self, folder: Path, cache_dir: str):
         self.folder, self.cache_dir = folder, cache_dir
         self.rows = cache(self._rows)
+        self.called: dict[str, set[str]] = defaultdict(set)
 
     def place(self, row: dict) -> str:
         return Path(row["image"]["path"]).relative_to(self.folder).as_posix()
@@ -150,9 +159,15 @@ class Tree:
 
             rows = data_scripts.load(name, self.folder, split, self.cache_dir)
             rows = list(rows.cast_column("image", ImageFeature(decode=False)))
+        for row in rows:
+            self.called[row["image_id"]].add(self.place(row))
         if name == "llava_instruct_150k":
             return dict(enumerate(rows))
         return {self.place(row): row for row in rows}
+
+    def pictures_called(self, image_id: str) -> set[str]:
+        """The pictures of rows with this `image_id` in the data sets read so far."""
+        return self.called[image_id]
 
     def builder(self, name: str):
         return data_scripts._get(data_scripts.BUILDERS[name])(name, self.folder, self.cache_dir)
@@ -207,7 +222,7 @@ class Tokens:
         processor, found = self.processor, Counter()
         processor.chat_template = CHAT_TEMPLATES[template]
         texts = [processor.apply_chat_template(turns, tokenize=False) for turns in conversations]
-        found["conversations"] = texts != golden["conversations"]
+        found["conversations"] = golden.get("conversations", texts) != texts
         tokens = golden["tokens"]["legacy"]
         length = TEXT_LENGTH if cut else None
         encoded = processor(
@@ -225,7 +240,7 @@ class Tokens:
             theirs = [row[: len(one)] for row, one in zip(tokens[key], ours, strict=True)]
             rest = [row[len(one) :] for row, one in zip(tokens[key], ours, strict=True)]
             found[key] = ours != theirs or any(value != filler for row in rest for value in row)
-        # without a picture in the text the original counts none of its patches, and keeps 769 tokens all the same
+            found["attention"] |= [len(row) for row in ours] != tokens["attention_mask_sum"]
         return found
 
     def patches(self, ids) -> int:
@@ -294,12 +309,21 @@ def _with_causes(tree: Tree, name: str, places: list, kind: str) -> Iterator[tup
         yield from combinations(quirks, size)
 
 
-def _words(transform: transforms.Transform, row: dict, draws, quirks: tuple[str, ...]):
-    """What `transform` makes of a row; None where the original would draw again."""
-    worded = transform.words(row, draws)
-    if worded is not None and "undecodable" in quirks and not all(mask.any() for mask in worded[1][0]):
-        return None
-    return worded
+def _numbers(sample: dict) -> dict[str, int]:
+    return {"index": sample["index"], "seed": sample["seed"]}
+
+
+def replay(kind: str, transform: transforms.Transform, rows: list[dict], index: int, seed: int) -> tuple:
+    """Row, conversations and masks of item `index` of the original without sampling, with its generators seeded."""
+    random.seed(seed)
+    np.random.seed(seed)
+    while True:
+        if kind == "refer_seg":
+            random.randint(0, 0)  # the original draws a data set even when there is one
+        worded = transform.words(rows[index], OriginalDraws())
+        if worded is not None:
+            return rows[index], *worded
+        index = 0
 
 
 def check_train(path: Path, tree: Tree, tokens: Tokens, report: Report) -> None:
@@ -308,21 +332,10 @@ def check_train(path: Path, tree: Tree, tokens: Tokens, report: Report) -> None:
     places = list(range(len(golden["order"]))) if kind == "vqa" else golden["order"]
     found, departures, possible = Counter(), Counter(), Counter()
 
-    def replay(sample: dict, quirks: tuple[str, ...]) -> tuple:
-        random.seed(sample["seed"])
-        np.random.seed(sample["seed"])
-        transform = with_quirks(_transform(kind, golden["num_classes_per_sample"], golden["explanatory"]), quirks)
-        rows, i = tree.rows(name, "train", quirks), sample["index"]
-        while True:
-            if kind == "refer_seg":
-                random.randint(0, 0)  # the original draws a data set even when there is one
-            worded = _words(transform, rows[places[i]], OriginalDraws(), quirks)
-            if worded is not None:
-                return rows[places[i]], *worded
-            i = 0
-
     def mismatches(sample: dict, quirks: tuple[str, ...]) -> Counter:
-        row, conversations, masks = replay(sample, quirks)
+        transform = with_quirks(_transform(kind, golden["num_classes_per_sample"], golden["explanatory"]), quirks)
+        rows = tree.rows(name, "train", quirks)
+        row, conversations, masks = replay(kind, transform, [rows[place] for place in places], **_numbers(sample))
         differ = Counter(pictures=kind != "vqa" and tree.place(row) != sample["image"])
         ours = [encode_mask(mask) for several in masks for mask in several]
         differ["masks"] += ours != sample["masks"]
@@ -363,7 +376,7 @@ def _enumerate(kind: str, row: dict, count: int, quirks: tuple[str, ...]) -> tup
     transform = with_quirks(_transform(kind, count), quirks)
     outcomes, redraws, pairs = 0, 0, {}
     for draws in Branches.all():
-        worded = _words(transform, row, draws, quirks)
+        worded = transform.words(row, draws)
         first = worded is None or not worded[0]
         redraws += worded is None
         outcomes += 1
@@ -417,6 +430,66 @@ def check_enumerate(path: Path, tree: Tree, tokens: Tokens, report: Report, larg
         report(f"enumerate/{path.stem}", f"pictures that {quirk} changes", departures[quirk], possible[quirk])
 
 
+def check_mixed(path: Path, tree: Tree, tokens: Tokens, report: Report) -> None:
+    """200 draws of the mixture, and one batch of four items for each template."""
+    golden, found = json.loads(path.read_text()), Counter()
+    # the sets and their order as recorded; quirks put back where pictures of the mini trees give cause
+    families = {
+        "sem_seg": {"ade20k": (), "cocostuff": (), "mapillary": ("Q26",), "paco_lvis": (),
+                    "pascal_part": ("undecodable",)},
+        "refer_seg": dict.fromkeys(referring.LAYOUTS, ("Q19", "Q22", "Q24")),
+        "vqa": {"llava_instruct_150k": ()},
+        "reason_seg": {"ReasonSeg": ()},
+    }  # fmt: skip
+
+    def ordered(name: str, quirks: tuple[str, ...]) -> list[dict]:
+        files = (path.parent / "train" / f"{stem}.json" for stem in (name, f"{name}_train"))
+        order = json.loads(next(file for file in files if file.exists()).read_text())["order"]
+        rows = tree.rows(name, "train", quirks)
+        return list(rows.values()) if name == "llava_instruct_150k" else [rows[place] for place in order]
+
+    def source(kind: str, name: str, quirks: tuple[str, ...]) -> mixture.TrainingDataset:
+        return mixture.TrainingDataset(ordered(name, quirks), with_quirks(_transform(kind, 3), quirks))
+
+    mixed = mixture.Mixture(
+        {
+            kind: (rate, [source(kind, name, quirks) for name, quirks in members.items()])
+            for rate, (kind, members) in zip(golden["sample_rate"], families.items(), strict=True)
+        },
+        len(golden["trace"]),
+    )
+    tokens.processor.chat_template = CHAT_TEMPLATES["llava_v1"]
+    random.seed(7)
+    np.random.seed(7)
+    with mock.patch.object(mixture, "Draws", lambda *key: OriginalDraws()):
+        for recorded, example in zip(golden["trace"], mixed, strict=True):
+            shown = tree.pictures_called(example["image_id"])
+            found["draws: pictures"] += recorded["image"] not in shown
+            texts = [tokens.processor.apply_chat_template(turns, tokenize=False) for turns in example["conversations"]]
+            texts = [text.replace("<im_start><image><im_end>", "<image>") for text in texts]
+            found["draws: conversations"] += texts != recorded["conversations"]
+            areas = [int(mask.sum()) for masks in example["masks"] for mask in masks]
+            found["draws: masks"] += areas != recorded["mask_areas"]
+    for title, batch in golden["batches"].items():
+        template, kind_of_tokenizer = title.split("/")
+        if kind_of_tokenizer != "legacy":
+            continue
+        conversations, offsets = [], [0]
+        for kind, name, index in batch["items"]:
+            name = name.split("|")[0]
+            quirks = families[kind][name]
+            transform = with_quirks(_transform(kind, 3), quirks)
+            conversations += replay(kind, transform, ordered(name, quirks), index, 1000 + index)[1]
+            offsets.append(len(conversations))
+        found["batch: offsets"] += offsets != batch["offset"]
+        recorded = {key: batch[key] for key in ("input_ids", "labels")}
+        recorded["attention_mask_sum"] = [sum(row) for row in batch["attention_mask"]]
+        for key, value in tokens.mismatches(conversations, {"tokens": {"legacy": recorded}}, template, cut=True).items():
+            found[f"batch: {key}, {template}"] += value
+    for quantity, value in found.items():
+        report("mixed", quantity, int(value))
+
+
 def check_images(path: Path, tree: Tree, report: Report) -> None:
     """Every picture upright and in RGB, every label map as its indices."""
     differ = Counter()
@@ -442,6 +515,8 @@ def run(golden_data: Path, tokenizer: str, write: Callable[[str], None] = print,
             for path in sorted((golden_data / "golden" / kind).glob("*.json")):
                 if only in f"{kind}/{path.stem}":
                     check(path, tree, tokens, report)
+        if only in "mixed":
+            check_mixed(golden_data / "golden" / "mixed.json", tree, tokens, report)
         if only in "images":
             check_images(golden_data / "golden" / "images.json", tree, report)
     return report.failed
