@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from convert_checkpoint import to_ours  # noqa: E402
-from metrics.gres import gres_metrics  # noqa: E402
-from modeling_gsva.image_processing_gsva import upscale_mask_logits  # noqa: E402
+from convert_checkpoint import to_ours
+from metrics.gres import gres_metrics
+from modeling_gsva.image_processing_gsva import upscale_mask_logits
 
 # The tolerances. Absolute where nothing else is said; "rms" over all elements, "max" over the largest.
 FEATURE_RMS = 1e-5  # CLIP features, hidden states, slot and SAM embeddings; their scale is 1
@@ -238,6 +238,7 @@ def run_image(golden: Golden, model, processor, record: dict) -> dict:
     forced = model.segment(**inputs, method="teacher_forced", sam_embeddings=sam, vision_features=vision)
     slots = plain.slot_positions[:, 1]
     is_seg = full[0, slots] == config.seg_token_id
+    decided = plain.logits[0, slots - 1]
     sizes = tuple(record["resize"]), tuple(record["original_size"]), config.sam_config.vision_config.image_size
     result = {
         "clip_selected": vision[0],
@@ -245,7 +246,10 @@ def run_image(golden: Golden, model, processor, record: dict) -> dict:
         "sam_embed": sam[0],
         "last_hidden_pass1": passes[0],
         "last_hidden_pass2": passes[1],
-        "output_ids": plain.logits[0].argmax(-1),
+        "argmax": decided.argmax(-1),
+        "decision_logits": torch.stack(
+            [decided.max(-1).values, decided[:, config.seg_token_id], decided[:, config.rej_token_id]], 1
+        ),
         "is_rejected": forced.is_rejected[0],
         "no_reeval": {
             "low_res": plain.mask_logits[0][is_seg],
@@ -309,10 +313,9 @@ def check_picture(report: Report, case: str, ours: dict, facts: dict, tensors: d
         report.close(case, name, value, golden, MASK_RMS if is_mask else FEATURE_RMS, MASK_MAX if is_mask else None)
     said = [token == rej_id for token in facts["output_ids_at_seg_rej"]]
     report.same(case, "decisions", ours["is_rejected"].tolist(), said)
-    # In the second mode the golden arg-maxes are the first pass's too: that is where the original decides.
-    output_ids = tensors.get(f"{key}/{mode}/output_ids")
-    if output_ids is not None and mode == "no_reeval":
-        report.same(case, "arg-max of every position", ours["output_ids"].tolist(), output_ids.tolist())
+    golden_logits = [[d[k] for k in ("argmax_logit", "seg_logit", "rej_logit")] for d in facts["decision"]]
+    report.same(case, "arg-max before each slot", ours["argmax"].tolist(), [d["argmax_id"] for d in facts["decision"]])
+    report.close(case, "logits before each slot", ours["decision_logits"], golden_logits, FEATURE_RMS)
     packed = tensors.get(f"{key}/{mode}/mask_ge0_packed")
     if packed is not None:
         logits = ours[mode]["logits"]
@@ -350,7 +353,7 @@ def check_metrics(report: Report, case: str, rows: list[dict], golden: dict) -> 
 
 def find_metrics(golden: Golden, weights: str, spec: str) -> dict:
     metrics = json.loads((golden.root / "eval/metrics.json").read_text())
-    return next(v for k, v in metrics.items() if k.startswith(weights) and spec in k)
+    return next(v for k, v in metrics.items() if k.split()[0] == weights and f" {spec}" in k)
 
 
 def check_eval(report: Report, golden: Golden, model, processor, name: str, parts: set[str]) -> dict[str, dict]:
@@ -386,7 +389,7 @@ def check_variant(report: Report, golden: Golden, name: str, checkpoint: str, we
             check_picture(report, f"{name}/img{i}", ours, variant["images"][f"img{i}"], values, f"img{i}", "reeval",
                           model.config.rej_token_id)  # fmt: skip
         rows += metric_rows(ours, unpack_masks(tensors[f"img{i}/gt_masks_packed"], record["masks_shape"]), "eval_gres")
-    check_metrics(report, name, rows, find_metrics(golden, weights, "grefcoco"))
+    check_metrics(report, name, rows, find_metrics(golden, weights, "grefcoco|"))
 
 
 def check_bf16(report: Report, golden: Golden) -> None:
