@@ -33,6 +33,9 @@ MASK_ONLY_INPUTS = (
     "expressions",
 )
 
+# The saved model answers to each of them (PEFT asks for AutoModelForCausalLM). All give the whole model, masks included.
+AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMaskGeneration")
+
 
 @dataclass
 class GsvaModelOutputWithPast(BaseModelOutputWithPast):
@@ -276,6 +279,12 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
             nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, prompt_size)
         )
         self.post_init()
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As everywhere in transformers; the saved directory names this class for every Auto class it serves."""
+        names = dict.fromkeys(AUTO_CLASSES, f"{__name__.rpartition('.')[2]}.{type(self).__name__}")
+        self.config.auto_map = {**names, **(getattr(self.config, "auto_map", None) or {})}
+        super().save_pretrained(save_directory, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -546,9 +555,8 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
 
         if method == "generate":
             if vision_features is not None:
-                generate_kwargs["mm_encoder_outputs"] = {
-                    "image": self.get_image_features(None, image_index, vision_features)
-                }
+                image_features = self.get_image_features(None, image_index, vision_features)
+                generate_kwargs["mm_encoder_outputs"] = {"image": image_features}
             sequences = self.generate(input_ids, attention_mask=attention_mask, **generate_kwargs)
             sequences = sequences if isinstance(sequences, torch.Tensor) else sequences.sequences
             return self.segment_sequences(sequences, attention_mask, **images)
@@ -561,7 +569,12 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def segment_sequences(
-        self, sequences: torch.LongTensor, attention_mask: torch.Tensor, image_index=None, **images
+        self,
+        sequences: torch.LongTensor,
+        attention_mask: torch.Tensor,
+        image_index: torch.LongTensor,
+        vision_features: torch.Tensor | None = None,
+        sam_embeddings: torch.Tensor | None = None,
     ) -> GsvaSegmentationOutput:
         """
         Masks for what `generate` returned, whatever its strategy: one pass over the finished sequences, whose hidden
@@ -570,106 +583,52 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         Args:
             sequences: (conversations × returned, prompt + new) ids.
             attention_mask: (conversations, prompt) of the prompts.
-            image_index and the images as pixels or features: see `forward`.
+            image_index: (conversations,) the image of each, -1 for none.
+            vision_features, sam_embeddings: from `model.get_vision_features` and `get_sam_embeddings`.
         """
-        copies = len(sequences) // len(attention_mask)  # num_return_sequences
+        copies, start = len(sequences) // len(attention_mask), attention_mask.shape[1]  # num_return_sequences
         attention_mask = attention_mask.repeat_interleave(copies, 0)
-        if image_index is not None:
-            image_index = image_index.repeat_interleave(copies, 0)
-        start = attention_mask.shape[1]
-        answers = sequences[:, start:]
+        image_index = image_index.repeat_interleave(copies, 0)
         pad, eos = self.generation_config.pad_token_id, self.generation_config.eos_token_id
-        ends = torch.zeros_like(answers, dtype=torch.bool)
-        for token in {*(eos if isinstance(eos, list) else [eos]), pad} - {None}:
-            ends |= answers == token
-        alive = torch.cumsum(ends, 1) - ends.long() == 0  # up to and including the first end
+        answers = sequences[:, start:]
+        is_end = torch.zeros_like(answers, dtype=torch.bool)
+        for token in {pad, *(eos if isinstance(eos, list) else [eos])} - {None}:
+            is_end |= answers == token
+        alive = torch.cumsum(is_end, 1) - is_end.long() == 0  # up to and including the first end
         mask = torch.cat([attention_mask, alive.to(attention_mask)], 1)
-        sequences = torch.cat([sequences[:, :start], answers.masked_fill(~alive, pad if pad is not None else 0)], 1)
-        outputs = self.forward_slots(sequences, mask, image_index=image_index, prompt_length=start, **images)
-        return self._segmentation_output("generate", sequences, start, outputs, image_index)
+        slots, states = self._read_slots(sequences, mask, start, image_index, vision_features)
+        rejected = sequences[slots[:, 0], slots[:, 1]] == self.config.rej_token_id
+        return self._output("generate", sequences, start, slots, states, rejected, ~rejected, image_index, sam_embeddings)
 
-    def forward_slots(self, sequences, attention_mask, prompt_length=0, **images) -> GsvaOutput:
-        """One full pass over sequences padded on both sides; slots inside the prompt (earlier turns) are left out."""
-        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        outputs = self.model(
-            sequences,
-            attention_mask,
-            position_ids=position_ids,
-            image_index=images["image_index"],
-            vision_features=images.get("vision_features"),
-            pixel_values=images.get("pixel_values"),
-            use_cache=False,
-        )
-        sam_embeddings = images.get("sam_embeddings")
-        if sam_embeddings is None and images.get("sam_pixel_values") is not None:
-            sam_embeddings = self.get_sam_embeddings(images["sam_pixel_values"])
-        slots = self.find_slots(sequences.masked_fill(attention_mask == 0, -1))
-        slots = slots[slots[:, 1] >= max(prompt_length, 1)]
-        states = outputs.last_hidden_state[slots[:, 0], slots[:, 1] - 1]
-        is_seg = sequences[slots[:, 0], slots[:, 1]] == self.config.seg_token_id
-        counts = torch.bincount(slots[:, 0], minlength=len(sequences)).tolist()
-        result = GsvaOutput(slot_positions=slots, slot_logits=self._slot_logits(states))
-        if sam_embeddings is not None:
-            masks, iou = self._slot_masks(states, is_seg, sam_embeddings, images["image_index"][slots[:, 0]])
-            result.mask_logits, result.iou_scores = masks.split(counts), iou.split(counts)
-        return result
-
-    def _segmentation_output(self, method, sequences, start, outputs: GsvaOutput, image_index, rejected=None):
-        slots = outputs.slot_positions
-        counts = torch.bincount(slots[:, 0], minlength=len(sequences)).tolist()
-        if rejected is None:
-            rejected = sequences[slots[:, 0], slots[:, 1]] == self.config.rej_token_id
-        return GsvaSegmentationOutput(
-            method=method,
-            sequences=sequences,
-            answer_starts=torch.full((len(sequences),), start, device=sequences.device),
-            mask_logits=outputs.mask_logits,
-            iou_scores=outputs.iou_scores,
-            scores=(outputs.slot_logits[:, 0] - outputs.slot_logits[:, 1]).split(counts),
-            is_rejected=rejected.split(counts),
-            image_index=image_index,
-        )
-
-    def _segment_teacher_forced(self, sequences, attention_mask, start, **images):
+    def _segment_teacher_forced(self, sequences, attention_mask, start, image_index, vision_features, sam_embeddings):
         """
         The original's `validate`/`eval_gres` (quirk Q3 of its data pipeline: gold answers are in the input). A slot is
         decided by the arg-max over the whole vocabulary one position earlier; any other token than the gold one counts
-        as the opposite decision. The second pass is needed only where a gold [REJ] precedes another slot.
+        as the opposite decision. Masks come from a second pass in which every slot is `[SEG]`.
         """
-        first = self._forward_states(sequences, attention_mask, **images)
-        slots = self.find_slots(sequences.masked_fill(attention_mask == 0, -1))
-        slots = slots[slots[:, 1] >= start]
-        gold = sequences[slots[:, 0], slots[:, 1]]
-        logits = self.lm_head(first[slots[:, 0], slots[:, 1] - 1])
-        said = logits.argmax(-1)
         seg_id, rej_id = self.config.seg_token_id, self.config.rej_token_id
+        slots, states = self._read_slots(sequences, attention_mask, start, image_index, vision_features)
+        gold, said = sequences[slots[:, 0], slots[:, 1]], self.lm_head(states).argmax(-1)
         rejected = torch.where(gold == rej_id, said == rej_id, said != seg_id)
-        all_seg = sequences.masked_fill((sequences == rej_id) & (attention_mask != 0), seg_id)
-        changed = (all_seg != sequences).any()
-        second = self._forward_states(all_seg, attention_mask, **images) if changed else first
-        states = second[slots[:, 0], slots[:, 1] - 1]
-        counts = torch.bincount(slots[:, 0], minlength=len(sequences)).tolist()
-        result = GsvaOutput(slot_positions=slots, slot_logits=logits[:, [seg_id, rej_id]].float())
-        if images.get("sam_embeddings") is not None:
-            every = torch.ones_like(rejected)
-            image_index = images["image_index"]
-            masks, iou = self._slot_masks(states, every, images["sam_embeddings"], image_index[slots[:, 0]])
-            result.mask_logits, result.iou_scores = masks.split(counts), iou.split(counts)
-        return self._segmentation_output("teacher_forced", sequences, start, result, images["image_index"], rejected)
-
-    def _forward_states(self, sequences, attention_mask, vision_features=None, image_index=None, **unused):
-        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        return self.model(
-            sequences,
-            attention_mask,
-            position_ids=position_ids,
-            image_index=image_index,
-            vision_features=vision_features,
-            use_cache=False,
-        ).last_hidden_state
+        scores = self._slot_scores(states)
+        if (gold == rej_id).any():
+            all_seg = sequences.masked_fill((sequences == rej_id) & (attention_mask != 0), seg_id)
+            _, states = self._read_slots(all_seg, attention_mask, start, image_index, vision_features)
+        every = torch.ones_like(rejected)
+        return self._output(
+            "teacher_forced", sequences, start, slots, states, rejected, every, image_index, sam_embeddings, scores
+        )
 
     def _segment_slots(
-        self, input_ids, attention_mask, answer_ids, answer_attention_mask, threshold, vision_features, sam_embeddings, image_index
+        self,
+        input_ids,
+        attention_mask,
+        answer_ids,
+        answer_attention_mask,
+        threshold,
+        image_index,
+        vision_features,
+        sam_embeddings,
     ):
         """
         Walks the slots with a key-value cache. Step k feeds every conversation what lies between its slots k-1 and k
@@ -677,71 +636,74 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         the left, so that this position is the last one; padding is masked in the cache for good.
         """
         seg_id, rej_id = self.config.seg_token_id, self.config.rej_token_id
-        prompts = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask)]
-        answers = [ids[mask.bool()] for ids, mask in zip(answer_ids, answer_attention_mask)]
-        full = [torch.cat(pair) for pair in zip(prompts, answers)]
-        slots = [
-            (((answer == seg_id) | (answer == rej_id)).nonzero()[:, 0] + len(prompt)).tolist()
-            for prompt, answer in zip(prompts, answers)
-        ]
+        start = input_ids.shape[1]
+        sequences = torch.cat([input_ids, answer_ids], 1)
+        alive = torch.cat([attention_mask, answer_attention_mask], 1)
+        positions = (alive.long().cumsum(1) - 1).clamp(min=0)
+        slots = self.find_slots(sequences.masked_fill(alive == 0, -1))
+        slots = slots[slots[:, 1] >= start]
+        per_row = [slots[slots[:, 0] == row, 1].tolist() for row in range(len(sequences))]
         cache = DynamicCache(config=self.config.text_config)
-        cached_mask = input_ids.new_zeros(len(full), 0)
-        starts = [0] * len(full)
-        states: list[list[torch.Tensor]] = [[] for _ in full]
-        scores: list[list[torch.Tensor]] = [[] for _ in full]
-        for step in range(max(map(len, slots), default=0)):
-            ends = [where[step] if step < len(where) else start for where, start in zip(slots, starts)]
-            width = max(end - start for start, end in zip(starts, ends))
-            ids = input_ids.new_zeros(len(full), width)
-            mask, positions = torch.zeros_like(ids), torch.zeros_like(ids)
-            for row, (start, end) in enumerate(zip(starts, ends)):
-                if end > start:
-                    ids[row, start - end :] = full[row][start:end]
-                    mask[row, start - end :] = 1
-                    positions[row, start - end :] = torch.arange(start, end, device=ids.device)
-            cached_mask = torch.cat([cached_mask, mask], 1)
+        cached = alive.new_zeros(len(sequences), 0)
+        begins = [start - int(prompt.sum()) for prompt in attention_mask]  # prompts are padded on the left
+        states = input_ids.new_zeros(len(slots), self.config.text_config.hidden_size, dtype=self.dtype)
+        order = {place: n for n, place in enumerate(map(tuple, slots.tolist()))}
+        for step in range(max(map(len, per_row), default=0)):
+            ends = [places[step] if step < len(places) else begin for places, begin in zip(per_row, begins)]
+            width = max(end - begin for begin, end in zip(begins, ends))
+            ids, mask, position_ids = (alive.new_zeros(len(sequences), width) for _ in range(3))
+            for row, (begin, end) in enumerate(zip(begins, ends)):
+                if end > begin:
+                    ids[row, begin - end :] = sequences[row, begin:end]
+                    mask[row, begin - end :] = alive[row, begin:end]
+                    position_ids[row, begin - end :] = positions[row, begin:end]
+            cached = torch.cat([cached, mask], 1)
+            first = {"image_index": image_index, "vision_features": vision_features} if step == 0 else {}
             outputs = self.model(
-                ids,
-                cached_mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                vision_features=vision_features if step == 0 else None,
-                image_index=image_index if step == 0 else None,
+                ids, cached, position_ids=position_ids, past_key_values=cache, use_cache=True, **first
             )
             last = outputs.last_hidden_state[:, -1]  # (B, H)
-            log_odds = self._slot_logits(last)
-            log_odds = log_odds[:, 0] - log_odds[:, 1]
-            for row, where in enumerate(slots):
-                if step < len(where):
-                    full[row][where[step]] = rej_id if log_odds[row] < threshold else seg_id
-                    states[row].append(last[row])
-                    scores[row].append(log_odds[row])
-            starts = ends
+            rejected = self._slot_scores(last) < threshold
+            for row, places in enumerate(per_row):
+                if step < len(places):
+                    sequences[row, places[step]] = rej_id if rejected[row] else seg_id
+                    states[order[row, places[step]]] = last[row]
+            begins = ends
+        rejected = sequences[slots[:, 0], slots[:, 1]] == rej_id
+        return self._output("slots", sequences, start, slots, states, rejected, ~rejected, image_index, sam_embeddings)
 
-        counts = [len(where) for where in slots]
-        flat_states = [state for row in states for state in row]
-        flat_scores = [score for row in scores for score in row]
-        states = torch.stack(flat_states) if flat_states else input_ids.new_zeros(0, self.config.text_config.hidden_size)
-        scores = torch.stack(flat_scores) if flat_scores else states.new_zeros(0, dtype=torch.float32)
-        rejected = scores < threshold
-        slot_images = image_index.repeat_interleave(torch.tensor(counts, device=image_index.device))
-        sequences = answer_ids.new_full(
-            (len(full), input_ids.shape[1] + answer_ids.shape[1]), self.generation_config.pad_token_id or 0
-        )
-        for row, (tokens, prompt) in enumerate(zip(full, prompts)):
-            begin = input_ids.shape[1] - len(prompt)
-            sequences[row, begin : begin + len(tokens)] = tokens
+    def _read_slots(self, sequences, attention_mask, start, image_index, vision_features):
+        """One full pass: places (slots, 2) of the slots from position `start` on, and the states that predict them."""
+        hidden = self.model(
+            sequences,
+            attention_mask,
+            position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0),
+            image_index=image_index,
+            vision_features=vision_features,
+            use_cache=False,
+        ).last_hidden_state
+        slots = self.find_slots(sequences.masked_fill(attention_mask == 0, -1))
+        slots = slots[slots[:, 1] >= start]
+        return slots, hidden[slots[:, 0], slots[:, 1] - 1]
+
+    def _slot_scores(self, states):
+        logits = self._slot_logits(states)
+        return logits[:, 0] - logits[:, 1]
+
+    def _output(
+        self, method, sequences, start, slots, states, rejected, has_mask, image_index, sam_embeddings, scores=None
+    ):
+        counts = torch.bincount(slots[:, 0], minlength=len(sequences)).tolist()
         result = GsvaSegmentationOutput(
-            method="slots",
+            method=method,
             sequences=sequences,
-            answer_starts=torch.full((len(full),), input_ids.shape[1], device=input_ids.device),
-            scores=scores.split(counts),
+            answer_starts=torch.full((len(sequences),), start, device=sequences.device),
+            scores=(self._slot_scores(states) if scores is None else scores).split(counts),
             is_rejected=rejected.split(counts),
             image_index=image_index,
         )
         if sam_embeddings is not None:
-            masks, iou = self._slot_masks(states, ~rejected, sam_embeddings, slot_images)
+            masks, iou = self._slot_masks(states, has_mask, sam_embeddings, image_index[slots[:, 0]])
             result.mask_logits, result.iou_scores = masks.split(counts), iou.split(counts)
         return result
 

@@ -389,7 +389,9 @@ class GsvaProcessor(ProcessorMixin):
             matched.append(place)
         return matched, True
 
-    def post_process_segmentation(self, outputs, inputs, threshold: float | None = None) -> list[list[dict]]:
+    def post_process_segmentation(
+        self, outputs, inputs, threshold: float | None = None, keep_rejected_masks: bool = False
+    ) -> list[list[dict]]:
         r"""
         Results in the picture's own pixels.
 
@@ -398,6 +400,8 @@ class GsvaProcessor(ProcessorMixin):
             inputs: what the processor gave it.
             threshold: decide anew by comparing scores with it. A slot that was rejected when it was made has no mask, so
                 a threshold below the one given to `segment` only adds empty masks; one above it rejects more.
+            keep_rejected_masks: also return the masks of rejected slots where there are any (`teacher_forced` makes
+                them: the original's metric scores a rejected target by its mask).
 
         Returns:
             Per image, per expression `{"text", "mask", "is_rejected", "score", "is_malformed"}`: the expression (in free
@@ -437,8 +441,10 @@ class GsvaProcessor(ProcessorMixin):
             for text, n in zip(asked, matched):
                 score = float("nan") if n is None else float(scores[n])
                 is_rejected = n is None or bool(rejected[n] if threshold is None else score < threshold)
-                had_mask = n is not None and (not bool(rejected[n]) or outputs.method == "teacher_forced")
-                mask = upscaled[n] if had_mask and n in upscaled and not is_rejected else np.zeros(size, dtype=bool)
+                # A slot that was rejected when it was made has constant zero logits, which are no mask.
+                has_mask = n in upscaled and (not bool(rejected[n]) or outputs.method == "teacher_forced")
+                shown = has_mask and (keep_rejected_masks or not is_rejected)
+                mask = upscaled[n] if shown else np.zeros(size, dtype=bool)
                 results[image].append(
                     {
                         "text": text,
