@@ -29,6 +29,8 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -37,7 +39,7 @@ from convert_checkpoint import build_llama_tokenizer
 from data_scripts import mixture, referring, semantic, transforms
 from data_scripts.schema import decode_mask, empty_mask, encode_labels, encode_mask, mask_area, merge_masks
 from modeling_gsva import GsvaImageProcessor, GsvaProcessor
-from modeling_gsva.processing_gsva import CHAT_TEMPLATES
+from modeling_gsva.processing_gsva import ADDED_TOKENS, CHAT_TEMPLATES
 
 QUIRKS = {
     "Q19": "[REJ] is also written into an expression that holds SEG",
@@ -211,25 +213,36 @@ class Report:
         self.write(json.dumps({"case": case, "quantity": quantity, "value": value, "limit": limit, "ok": ok}))
 
 
+def _no_tokenizer() -> PreTrainedTokenizerFast:
+    """Stands in where no ids are compared: it knows the added tokens and no word."""
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.add_tokens(list(ADDED_TOKENS))
+    return tokenizer
+
+
 class Tokens:
     """The processor's road from conversations to ids and labels, in the original's notation."""
 
-    def __init__(self, tokenizer: str):
-        self.processor = GsvaProcessor(GsvaImageProcessor(), build_llama_tokenizer(tokenizer), patch_size=14)
+    def __init__(self, tokenizer: str | None):
+        tokenizer = build_llama_tokenizer(tokenizer) if tokenizer else _no_tokenizer()
+        self.processor = GsvaProcessor(GsvaImageProcessor(), tokenizer, patch_size=14)
 
     def mismatches(self, conversations: list[list[dict]], golden: dict, template: str, cut: bool) -> Counter:
         """Which of conversations, ids, labels differ from one recorded sample."""
         processor, found = self.processor, Counter()
         processor.chat_template = CHAT_TEMPLATES[template]
-        texts = [processor.apply_chat_template(turns, tokenize=False) for turns in conversations]
-        found["conversations"] = golden.get("conversations", texts) != texts
+        if "conversations" in golden:
+            texts = [processor.apply_chat_template(turns, tokenize=False) for turns in conversations]
+            found["conversations"] = golden["conversations"] != texts
+        if "tokens" not in golden:
+            return found
         tokens = golden["tokens"]["legacy"]
-        length = TEXT_LENGTH if cut else None
         encoded = processor(
             images=[np.zeros((8, 8, 3), np.uint8)],
             conversations=conversations,
             image_index=[0 if any("<image>" in turn["content"] for turn in turns) else -1 for turns in conversations],
-            max_length=length,
+            max_length=TEXT_LENGTH if cut else None,
             size={"shortest_edge": 224},
             sam_size={"longest_edge": 16},
         )
@@ -506,7 +519,22 @@ def check_images(path: Path, tree: Tree, report: Report) -> None:
         report("images", quantity, int(value))
 
 
-def run(golden_data: Path, tokenizer: str, write: Callable[[str], None] = print, only: str = "") -> int:
+def check_tokenizer(path: Path, tokens: Tokens, report: Report) -> None:
+    """Awkward strings, and strings with a picture in them."""
+    golden, found = json.loads(path.read_text()), Counter()
+    tokenizer = tokens.processor.tokenizer
+    for recorded in golden["legacy"]:
+        found["ids"] += tokenizer(recorded["text"]).input_ids != recorded["ids"]
+        plain = tokenizer(recorded["text"], add_special_tokens=False).input_ids
+        found["ids without the first"] += plain != recorded["ids_no_special"]
+    for recorded in golden["legacy_image_token"]:
+        ids = tokenizer(recorded["text"]).input_ids
+        found["ids with a picture"] += tokens._collapse([0] * len(ids), ids) != recorded["ids"]
+    for quantity, value in found.items():
+        report("tokenizer", quantity, int(value))
+
+
+def run(golden_data: Path, tokenizer: str | None, write: Callable[[str], None] = print, only: str = "") -> int:
     """Number of checks that failed. `only` names the files to check by a part of their path."""
     report = Report(write)
     with tempfile.TemporaryDirectory() as cache_dir:
@@ -515,10 +543,15 @@ def run(golden_data: Path, tokenizer: str, write: Callable[[str], None] = print,
             for path in sorted((golden_data / "golden" / kind).glob("*.json")):
                 if only in f"{kind}/{path.stem}":
                     check(path, tree, tokens, report)
-        if only in "mixed":
-            check_mixed(golden_data / "golden" / "mixed.json", tree, tokens, report)
-        if only in "images":
-            check_images(golden_data / "golden" / "images.json", tree, report)
+        others = {
+            "mixed": lambda path: check_mixed(path, tree, tokens, report),
+            "images": lambda path: check_images(path, tree, report),
+            "tokenizer": lambda path: check_tokenizer(path, tokens, report),
+        }
+        for name, check in others.items():
+            path = golden_data / "golden" / f"{name}.json"
+            if only in name and path.exists():
+                check(path)
     return report.failed
 
 
