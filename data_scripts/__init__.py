@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import datasets
 
+    from .builder import RowBuilder
+
 # name -> module and builder class; a module is imported when one of its data sets is asked for
 BUILDERS = {
     **dict.fromkeys(
@@ -27,6 +29,7 @@ BUILDERS = {
     "pascal_part": ("semantic", "PartsBuilder"),
     "ReasonSeg": ("reason_seg", "ReasonSegBuilder"),
     "llava_instruct_150k": ("vqa", "ConversationBuilder"),
+    "own": ("own", "OwnBuilder"),
 }
 # made in memory, from options instead of files
 GENERATED = {"shapes": ("shapes", "load")}
@@ -65,8 +68,15 @@ def load(
     """
     if name in GENERATED:
         return _get(GENERATED[name])(split=split, **options)
+    return load_builder(name, data_dir, cache_dir, **options).load(split, num_proc)
+
+
+def load_builder(
+    name: str, data_dir: str | os.PathLike | None, cache_dir: str | None = None, **options: Any
+) -> RowBuilder:
+    """The builder behind `load`, for building, publishing or asking for its splits. Raises what `load` does."""
     if name not in BUILDERS:
         raise ValueError(f"There is no data set {name!r}; the names are {', '.join(names())}.")
     if data_dir is None:
         raise ValueError(f"load({name!r}) needs data_dir, the folder that holds the data set's files.")
-    return _get(BUILDERS[name])(name, data_dir, cache_dir, **options).load(split, num_proc)
+    return _get(BUILDERS[name])(name, data_dir, cache_dir, **options)

@@ -172,7 +172,7 @@ class Tree:
         return self.called[image_id]
 
     def builder(self, name: str):
-        return data_scripts._get(data_scripts.BUILDERS[name])(name, self.folder, self.cache_dir)
+        return data_scripts.load_builder(name, self.folder, self.cache_dir)
 
     def _original(self, name: str, split: str, quirks: tuple[str, ...]) -> Iterator[dict]:
         builder = self.builder(name)

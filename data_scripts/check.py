@@ -1,0 +1,127 @@
+"""Say which data sets are complete and what is missing, before anyone waits for a training run.
+
+    python -m data_scripts.check DATA_DIR [NAME ...] [--open]
+
+Builds each data set (a training run then finds it built) and looks for every picture; with --open every picture is also
+decoded and its size compared with its annotations. Without names: every data set of which DATA_DIR holds a part.
+Exits with 1 when one that was named, or of which a part is there, is not complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Image
+from tqdm import tqdm
+
+from . import BUILDERS, load_builder
+from .transforms import PictureError, read_image
+
+# the first folder of each data set: if it is not there, the data set is not wanted rather than incomplete
+ROOTS = {
+    **{name: f"refer_seg/{name}" for name in ("refclef", "refcoco", "refcoco+", "refcocog", "grefcoco", "refzom")},
+    "ade20k": "ade20k",
+    "cocostuff": "cocostuff",
+    "mapillary": "mapillary",
+    "paco_lvis": "vlpart/paco",
+    "pascal_part": "vlpart/pascal_part",
+    "ReasonSeg": "reason_seg/ReasonSeg",
+    "llava_instruct_150k": "llava_dataset",
+}
+
+
+@dataclass
+class Finding:
+    """What is there of a data set, and what is wrong with it."""
+
+    name: str
+    splits: dict[str, int] = field(default_factory=dict)
+    expressions: int = 0
+    no_target: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{split} {count}" for split, count in self.splits.items())
+        lines = [f"{self.name}: {'INCOMPLETE' if self.problems else 'complete'}" + (f" ({counts})" if counts else "")]
+        if self.expressions:
+            lines[0] += f", {self.expressions} expressions, {self.no_target} without a target"
+        return "\n    ".join(lines + self.problems)
+
+
+def check(name: str, data_dir: str | os.PathLike, open_pictures: bool = False, cache_dir: str | None = None) -> Finding:
+    """Build one data set and look for its pictures.
+
+    Args:
+        name: See `data_scripts.names()`.
+        data_dir: See `data_scripts.load`.
+        open_pictures: Whether to decode every picture and to compare its size with its annotations.
+        cache_dir: Where the Arrow files go.
+    """
+    finding = Finding(name)
+    try:
+        builder = load_builder(name, data_dir, cache_dir).build()
+    except (OSError, ValueError) as error:
+        finding.problems.append(str(error))
+        return finding
+    bad: dict[str, str] = {}
+    seen: set[str] = set()
+    for split in builder.info.splits:
+        rows = builder.as_dataset(split=split).cast_column("image", Image(decode=False))
+        finding.splits[split] = len(rows)
+        for row in tqdm(rows, desc=f"{name} {split}", leave=False, disable=None):
+            image, entries = row["image"], row.get("expressions", ())
+            finding.expressions += len(entries)
+            finding.no_target += sum(entry["num_targets"] == 0 for entry in entries)
+            if image is None or image["path"] in seen:
+                continue
+            seen.add(image["path"])
+            if open_pictures:
+                try:
+                    read_image(image, (row["height"], row["width"]) if "height" in row else None)
+                except PictureError as error:
+                    bad[image["path"]] = str(error)
+            elif image["bytes"] is None and not os.path.exists(image["path"]):
+                bad[image["path"]] = f"The picture {image['path']} is missing."
+    if bad:
+        finding.problems.append(f"{len(bad)} of {len(seen)} pictures are missing or wrong, the first:")
+        finding.problems.extend(list(bad.values())[:3])
+    return finding
+
+
+def find(data_dir: str | os.PathLike) -> list[str]:
+    """The data sets of which a folder holds a part."""
+    there = [name for name, root in ROOTS.items() if (Path(data_dir) / root).exists()]
+    own = [path for suffix in ("jsonl", "parquet") for path in Path(data_dir).glob(f"*.{suffix}")]
+    return there + ["own"] * bool(own)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m data_scripts.check", description=__doc__.split("\n")[0])
+    parser.add_argument("data_dir")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BUILDERS)}")
+    parser.add_argument("--open", action="store_true", help="decode every picture")
+    parser.add_argument("--cache_dir")
+    arguments = parser.parse_args(argv)
+    if not os.path.isdir(arguments.data_dir):
+        parser.error(f"{arguments.data_dir} is not a folder")
+    if unknown := set(arguments.names) - set(BUILDERS):
+        parser.error(f"there is no data set {', '.join(sorted(unknown))}; the names are {', '.join(BUILDERS)}")
+    names = arguments.names or find(arguments.data_dir)
+    findings = [check(name, arguments.data_dir, arguments.open, arguments.cache_dir) for name in names]
+    for finding in findings:
+        print(finding)
+    absent = [name for name in BUILDERS if name not in names and name != "own"]
+    if absent and not arguments.names:
+        print(f"not there: {', '.join(absent)}")
+    incomplete = sum(bool(finding.problems) for finding in findings)
+    print(f"{len(findings) - incomplete} complete, {incomplete} incomplete in {arguments.data_dir}")
+    return 1 if incomplete or not findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

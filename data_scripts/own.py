@@ -1,0 +1,164 @@
+"""Your own pictures and expressions, from a folder with one annotation file per split.
+
+    DATA_DIR/train.jsonl, DATA_DIR/val.jsonl, ...     one picture per line (or .parquet with the same columns):
+        {"image": "cats/1.jpg", "expressions": [{"text": "the left cat", "mask": ...}, ...]}
+    DATA_DIR/train.json                               or COCO: images, annotations with a "caption" each
+
+A mask is a polygon `[x0, y0, x1, y1, ...]` in pixels or a list of them, a COCO run-length encoding, the path of a PNG
+whose non-zero pixels are the target, or null for an expression that names nothing in the picture. Paths are relative to
+DATA_DIR.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .builder import RowBuilder, read_json
+from .schema import empty_mask, encode_mask, expression, mask_area, merge_masks, segmentation_to_rle
+from .transforms import read_image
+
+Record = tuple[str, dict[str, Any]]  # where it stands, and what it says
+
+EXAMPLE = '{"image": "a.jpg", "expressions": [{"text": "the left cat", "mask": [10, 10, 90, 10, 90, 80]}]}'
+
+
+def _read_lines(path: Path) -> Iterator[Record]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield f"{path}, line {number}", json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number}: not JSON ({error}); a line is {EXAMPLE}") from None
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow.parquet
+
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256):
+        for record in batch.to_pylist():
+            number += 1
+            yield f"{path}, row {number}", record
+
+
+def _read_coco(path: Path) -> Iterator[Record]:
+    """COCO's images with one expression per distinct caption; annotations that share a caption are one expression."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
+        raise ValueError(f"{path} lacks images or annotations: a .json file must be COCO's; else use .jsonl, {EXAMPLE}")
+    captions: dict[Any, dict[str, list]] = {image["id"]: {} for image in content["images"]}
+    for annotation in content["annotations"]:
+        where = f"{path}, annotation {annotation.get('id')!r}"
+        if annotation.get("image_id") not in captions:
+            raise ValueError(f"{where}: there is no picture with id {annotation.get('image_id')!r}; add it to images.")
+        texts = annotation.get("caption")
+        if not texts:
+            raise ValueError(f"{where}: it lacks a caption, a text or a list of texts; add it or take it out.")
+        for text in [texts] if isinstance(texts, str) else texts:
+            captions[annotation["image_id"]].setdefault(text, []).append(annotation.get("segmentation"))
+    for image in content["images"]:
+        expressions = [
+            {"text": text, "masks": [mask for mask in masks if mask]} for text, masks in captions[image["id"]].items()
+        ]
+        yield f"{path}, picture {image['id']!r}", {"image": image["file_name"], "expressions": expressions}
+
+
+READERS = {".jsonl": _read_lines, ".parquet": _read_parquet, ".json": _read_coco}
+
+
+class OwnBuilder(RowBuilder):
+    """One row per picture of an annotation file; the file's stem is the split."""
+
+    @cached_property
+    def annotation_files(self) -> dict[str, Path]:
+        found = {path.stem: path for path in sorted(self.root.iterdir()) if path.suffix in READERS}
+        if not found:
+            raise FileNotFoundError(
+                f"{self.root} holds no annotation file; write train.jsonl (or .parquet, or .json in COCO's format) "
+                f"there, a line per picture: {EXAMPLE}"
+            )
+        return found
+
+    def files(self) -> list[Path]:
+        _ = self.annotation_files
+        return sorted(path for path in self.root.rglob("*") if path.is_file())
+
+    def split_names(self) -> list[str]:
+        return list(self.annotation_files)
+
+    def rows(self, split: str) -> Iterator[dict[str, Any]]:
+        path = self.annotation_files[split]
+        for where, record in READERS[path.suffix](path):
+            try:
+                yield self.row(record)
+            except (ValueError, TypeError, KeyError, OSError) as error:
+                text = f"it lacks {error}" if isinstance(error, KeyError) else error
+                raise ValueError(f"{where}: {text}") from None
+
+    def row(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The row of one record. Raises ValueError, KeyError or TypeError, with the fix, where the record is wrong."""
+        if not isinstance(record, dict) or not isinstance(record.get("expressions"), list):
+            raise ValueError(f"a record needs an 'image' and a list 'expressions', as in {EXAMPLE}")
+        image = record["image"]
+        if isinstance(image, str):
+            image = {"path": str(self.root / image), "bytes": None}
+        width, height = read_image(image).size
+        expressions = []
+        for number, entry in enumerate(record["expressions"]):
+            try:
+                expressions.append(self.expression(entry, height, width))
+            except (ValueError, TypeError, KeyError) as error:
+                text = f"it lacks {error}" if isinstance(error, KeyError) else error
+                raise ValueError(f"expression {number}: {text}") from None
+        return {
+            "image": image,
+            "image_id": str(record.get("image_id", Path(image["path"] or "picture").stem)),
+            "height": height,
+            "width": width,
+            "expressions": expressions,
+        }
+
+    def expression(self, entry: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+        text = entry["text"]
+        if not isinstance(text, str) or not text.strip(" ."):
+            raise ValueError(f"its text is {text!r}; give it words or take it out.")
+        masks = entry["masks"] if "masks" in entry else [entry["mask"]]
+        masks = [self.mask(mask, height, width) for mask in masks if mask is not None]
+        ignore = entry.get("ignore_mask")
+        return expression(
+            text,
+            merge_masks(masks) if masks else empty_mask(height, width),
+            num_targets=entry.get("num_targets", len(masks)),
+            is_sentence=entry.get("is_sentence", False),
+            ignore_mask=None if ignore is None else self.mask(ignore, height, width),
+            part=entry.get("part"),
+            explanation=entry.get("explanation"),
+        )
+
+    def mask(self, mask: Any, height: int, width: int) -> dict[str, Any]:
+        """The encoding of a mask in any form. Raises ValueError when it is empty or of another size."""
+        if isinstance(mask, str) and mask.lstrip()[:1] in ("[", "{"):  # a parquet column holds one type only
+            mask = json.loads(mask)
+        if isinstance(mask, str):
+            with Image.open(self.root / mask) as file:
+                array = np.array(file)
+            rle = encode_mask(array.any(axis=2) if array.ndim == 3 else array)
+        else:
+            flat = isinstance(mask, list) and bool(mask) and not isinstance(mask[0], (list, dict))
+            rle = segmentation_to_rle([mask] if flat else mask, height, width)
+        if rle["size"] != [height, width]:
+            raise ValueError(f"its mask is {rle['size']} (height, width), its picture {[height, width]}.")
+        if not mask_area(rle) and not (isinstance(mask, dict) and "counts" in mask):
+            raise ValueError(
+                f"its mask has no pixel in a picture of {height} x {width} (height x width); polygons are "
+                f"[x0, y0, x1, y1, ...] in pixels, three points or more. Write null if it is not in the picture."
+            )
+        return rle
