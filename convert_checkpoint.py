@@ -415,7 +415,7 @@ class Source:
         self.lora: dict[str, dict[str, Entry]] = {}
         self.dropped: dict[str, str] = {}
         unknown, twice, adapters = [], {}, set()
-        origin: dict[str, Path] = {}
+        origin: dict[tuple, Path] = {}
         for file in _weight_files(path, required):
             handle = _File(file)
             for key, (shape, dtype) in handle.tensors().items():
@@ -432,18 +432,20 @@ class Source:
                 if ours is None:
                     unknown.append(key)
                     continue
-                if key in origin:
-                    twice.setdefault((origin[key].name, file.name), []).append(key)
-                origin[key] = file
+                place_taken = (ours, adapter and adapter.groups()[1:])
+                if place_taken in origin:
+                    twice.setdefault((origin[place_taken].name, file.name), []).append(key)
+                    continue
+                origin[place_taken] = file
                 if adapter:
                     adapters.add(adapter[3])
                     self.lora.setdefault(ours, {})[adapter[2]] = entry
-                elif ours in self.tensors and key not in twice:
-                    raise ValueError(f"{path}: two tensors stand for {ours}, one of them {key!r}.")
                 else:
                     self.tensors[ours] = entry
         if twice:
             (one, other), keys = next(iter(twice.items()))
+            if one == other:
+                raise ValueError(f"{path}: {one} has two tensors for the same parameter: {_listed(keys)}.")
             raise ValueError(
                 f"{path} holds several checkpoints: {one} and {other} both have {_listed(keys, 3)}. Pass one file."
             )
@@ -617,6 +619,7 @@ def _sam_config(shapes: dict[str, tuple[int, ...]]):
             "num_hidden_layers": layers,
             "layer_norm_eps": 1e-5,
             "num_multimask_outputs": mask_tokens - 1,
+            "iou_head_hidden_dim": shapes[decoder + "iou_prediction_head.proj_in.weight"][0],
         },
     )
 
