@@ -12,6 +12,7 @@ DATA_DIR.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -75,11 +76,16 @@ READERS = {".jsonl": _read_lines, ".parquet": _read_parquet, ".json": _read_coco
 
 
 class OwnBuilder(RowBuilder):
-    """One row per picture of an annotation file; the file's stem is the split."""
+    """One row per picture of an annotation file; the file's stem is the split (letters, digits and _)."""
 
     @cached_property
     def annotation_files(self) -> dict[str, Path]:
-        found = {path.stem: path for path in sorted(self.root.iterdir()) if path.suffix in READERS}
+        found: dict[str, Path] = {}
+        for path in sorted(path for path in self.root.iterdir() if path.suffix in READERS):
+            split = re.sub(r"\W", "_", path.stem)  # `datasets` takes no other characters
+            if split in found:
+                raise ValueError(f"{found[split]} and {path} are both split {split!r}; rename one.")
+            found[split] = path
         if not found:
             raise FileNotFoundError(
                 f"{self.root} holds no annotation file; write train.jsonl (or .parquet, or .json in COCO's format) "

@@ -94,7 +94,7 @@ def decode_mask(rle: dict) -> np.ndarray:
     >>> decode_mask({"size": [3, 3], "counts": "01301000"}).tolist()
     [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
     """
-    return np.ascontiguousarray(coco_mask.decode(rle))
+    return coco_mask.decode(rle)
 
 
 def mask_area(rle: dict) -> int:

@@ -7,7 +7,6 @@ from pathlib import Path
 import data_parity
 import pytest
 
-
 HERE = Path(__file__).resolve().parent
 SHARED = Path(os.environ.get("GSVA_SHARED", HERE.parent.parent / "shared"))
 FIXTURE = HERE / "fixtures" / "golden_data"
