@@ -1,5 +1,7 @@
 """GsvaImageProcessor: one picture → the CLIP tensor and the SAM tensor, and masks back to the picture's own size."""
 
+import os
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -78,30 +80,46 @@ class GsvaImageProcessor(PilBackend):
             return [self.fetch_images(image) for image in image_url_or_urls]
         if image_url_or_urls is None:
             raise ValueError("An image is None: give a PIL image, an array, a path or a URL.")
-        if isinstance(image_url_or_urls, str):
+        if isinstance(image_url_or_urls, (str, os.PathLike, Image.Image)):
+            name = getattr(image_url_or_urls, "filename", image_url_or_urls)
             try:
-                return load_image(image_url_or_urls)
+                if isinstance(image_url_or_urls, Image.Image):
+                    image_url_or_urls.load()  # Pillow opens lazily: a truncated file shows only here
+                    return image_url_or_urls
+                return load_image(os.fspath(image_url_or_urls))
             except Exception as error:
                 raise ValueError(
-                    f"{image_url_or_urls!r} cannot be read as an image ({error}). Give the path or URL of a picture "
-                    "that Pillow can open."
+                    f"{str(name)!r} cannot be read as an image ({error}). Give the path or URL of a picture that Pillow can "
+                    "open."
                 ) from error
-        if not isinstance(image_url_or_urls, (Image.Image, np.ndarray, torch.Tensor)):
+        if not isinstance(image_url_or_urls, (np.ndarray, torch.Tensor)):
             raise ValueError(
                 f"An image of type {type(image_url_or_urls).__name__} is not supported: give a PIL image, an array of "
                 "shape (height, width, 3), a path or a URL."
             )
-        return image_url_or_urls
+        if image_url_or_urls.ndim not in (2, 3, 4):  # 4: a batch
+            self._raise_shape(image_url_or_urls)
+        return image_url_or_urls[None] if image_url_or_urls.ndim == 2 else image_url_or_urls  # grey: (height, width)
 
-    def process_image(self, image, *args, **kwargs) -> np.ndarray:
+    def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs) -> np.ndarray:
+        """→ (3, height, width). Alpha is dropped, as cv2.imread does in the original, not laid on white."""
         if isinstance(image, Image.Image):
-            image = ImageOps.exif_transpose(image)
-        array = super().process_image(image, *args, **kwargs)
-        if array.shape[0] == 1:  # a grey array; a grey PIL picture was converted above
-            array = np.repeat(array, 3, axis=0)
-        if min(array.shape) == 0 or array.shape[0] != 3:
-            raise ValueError(f"An image has shape {array.shape} (channels, height, width); expected 3 channels and pixels.")
-        return array
+            image, input_data_format = np.array(ImageOps.exif_transpose(image).convert("RGB")), "channels_last"
+        array = np.asarray(image)
+        if input_data_format is None:
+            first = array.shape[0] == 3 or array.shape[-1] not in (1, 3, 4)
+            input_data_format = "channels_first" if first else "channels_last"
+        if input_data_format == "channels_last":
+            array = np.moveaxis(array, -1, 0)
+        if array.size == 0 or len(array) not in (1, 3, 4):
+            self._raise_shape(image)
+        return np.repeat(array, 3, axis=0) if len(array) == 1 else array[:3]
+
+    def _raise_shape(self, image):
+        raise ValueError(
+            f"An image has shape {tuple(image.shape)}; give (height, width, 3), (3, height, width) or, grey, (height, "
+            "width), and at least one pixel."
+        )
 
     def _preprocess(self, images, sam_size, sam_image_mean, sam_image_std, return_tensors=None, **kwargs):
         # The vision tower's tensor is PilBackend's own road; only SAM's is added.
@@ -148,9 +166,9 @@ def upscale_mask_logits(
         (slots, original height, original width), in float32.
     """
     height, width = (int(side) for side in reshaped_input_size)
-    logits = F.interpolate(mask_logits[None].float(), (input_size, input_size), mode="bilinear", align_corners=False)
+    logits = F.interpolate(mask_logits[:, None].float(), (input_size, input_size), mode="bilinear", align_corners=False)
     logits = logits[..., :height, :width]
-    return F.interpolate(logits, tuple(int(side) for side in original_size), mode="bilinear", align_corners=False)[0]
+    return F.interpolate(logits, tuple(int(side) for side in original_size), mode="bilinear", align_corners=False)[:, 0]
 
 
 __all__ = ["GsvaImageProcessor", "upscale_mask_logits"]
