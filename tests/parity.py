@@ -158,7 +158,7 @@ class Golden:
 
 
 def encode(golden: Golden, processor, record: dict):
-    """Processor inputs of one evaluated picture with its gold answer, and question and answer as one sequence."""
+    """Processor inputs of one evaluated picture with its gold answer; question and answer as one sequence."""
     expressions, prompt = golden.question(record)
     no_targets = [area == 0 for area in record["mask_areas"]]
     picture = golden.picture(record["image_file"])
@@ -222,11 +222,15 @@ def check_images(report: Report, golden: Golden, processor, names: list[str]) ->
                 report.close(case, key, inputs[value][0][:, ::stride, ::stride], golden_values, 1e-6)
 
 
-@torch.no_grad()
 def run_image(golden: Golden, model, processor, record: dict) -> dict:
+    inputs, _ = encode(golden, processor, record)
+    return run_inputs(model, inputs, record)
+
+
+@torch.no_grad()
+def run_inputs(model, inputs: dict, record: dict) -> dict:
     """Everything the golden folder has about one evaluated picture, from our public calls."""
-    inputs, full = encode(golden, processor, record)
-    config = model.config
+    full, config = torch.cat([inputs["input_ids"], inputs["answer_ids"]], 1), model.config
     image_index = torch.zeros(1, dtype=torch.long)
     vision = model.model.get_vision_features(inputs["pixel_values"])
     projected = model.model.get_image_features(None, image_index, vision).pooler_output[0]
@@ -281,14 +285,14 @@ def _strided(values: torch.Tensor, golden: torch.Tensor) -> torch.Tensor:
 
 def golden_pairs(ours: dict, facts: dict, tensors: dict, key: str, mode: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """`{quantity: (ours, golden)}` for what is there of one picture in one mode."""
-    found = {name: tensors[f"{key}/{mode}/{name}"] for name in (
+    stored = {name: tensors[f"{key}/{mode}/{name}"] for name in (
         "clip_selected", "clip_projected", "sam_embed_strided", "sam_embed_dense_strided", "sam_embed_chan_mean",
         "sam_embed_chan_std", "last_hidden_pass1", "last_hidden_pass2", "pred_embeddings", "iou_pred", "low_res_strided",
         "low_res_full_expr0", "mask_logits_strided",
     ) if f"{key}/{mode}/{name}" in tensors}  # fmt: skip
     sam, here, stride = ours["sam_embed"].float(), ours[mode], facts["mask_stride"]
     pairs = {}
-    for name, golden in found.items():
+    for name, golden in stored.items():
         if name == "sam_embed_chan_mean":
             value = sam.mean((1, 2))
         elif name == "sam_embed_chan_std":
@@ -304,7 +308,7 @@ def golden_pairs(ours: dict, facts: dict, tensors: dict, key: str, mode: str) ->
         elif name == "iou_pred":
             value = here["iou_pred"][:, None]
         else:
-            value = here[name] if name in here else ours[name]
+            value = _strided(here[name] if name in here else ours[name], golden)
         pairs[name] = value.float(), golden.float()
     return pairs
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_sentencepiece import TEXT, train
 
 import convert_checkpoint
 from convert_checkpoint import _sam_config, build_llama_tokenizer, main, to_original, to_ours
@@ -17,20 +18,10 @@ KEYS = Path(__file__).parent / "fixtures" / "original_keys.json"
 RANK, ALPHA = 2, 16.0
 FROZEN = ("model.layers.", "model.norm.", "model.mm_projector.", "model.vision_tower.", "model.visual_model.image_encoder.",
           "model.visual_model.prompt_encoder.")  # fmt: skip
-TEXT = ["the man on the left in a red shirt", "a unicorn, and two dogs that run", "Sure, the segmentation of it is here"] * 8
-
 
 @pytest.fixture(scope="session")
 def sentencepiece_model(tmp_path_factory) -> Path:
-    """A small model trained as LLaMA's was: BPE, byte fallback, no normalisation."""
-    import sentencepiece
-
-    prefix = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT), model_prefix=str(prefix), model_type="bpe", vocab_size=320, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, minloglevel=2,
-        allow_whitespace_only_pieces=True)  # fmt: skip
-    return prefix.with_suffix(".model")
+    return train(tmp_path_factory.mktemp("tokenizer") / "tokenizer")
 
 
 @pytest.fixture(scope="session")
