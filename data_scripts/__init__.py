@@ -55,28 +55,47 @@ def load(
     """Rows of one split of a data set, memory-mapped from Arrow files that the first call builds.
 
     Args:
-        name: One of `names()`.
+        name: One of `names()`, or the folder or Hub id, with a slash, of a set written by `data_scripts.publish`.
         data_dir: The folder that holds the original's tree (`refer_seg/`, `coco/`, `ade20k/`, ...).
         split: A split that the data set's files hold, or several ("train+val"), or a slice ("train[:100]").
         cache_dir: Where the Arrow files go; by default the cache of `datasets`.
         num_proc: Processes that share the first build of a set of label maps.
-        options: What the data set takes beyond that.
+        options: What a generated data set takes (`shapes`: size, seed); others take none.
 
     Raises:
         ValueError: The name or the split does not exist (the message lists those that do), or a record is wrong.
         FileNotFoundError: `data_dir` or one of the data set's files is missing.
     """
     if name in GENERATED:
+        common = {"cache_dir": cache_dir, "num_proc": num_proc}
+        options.update({key: value for key, value in common.items() if value is not None})
         return _get(GENERATED[name])(split=split, **options)
-    return load_builder(name, data_dir, cache_dir, **options).load(split, num_proc)
+    if options:
+        raise ValueError(f"{name!r} takes no option {', '.join(options)}.")
+    if name not in BUILDERS and "/" in name:
+        return _load_published(name, split, cache_dir)
+    return load_builder(name, data_dir, cache_dir).load(split, num_proc)
 
 
-def load_builder(
-    name: str, data_dir: str | os.PathLike | None, cache_dir: str | None = None, **options: Any
-) -> RowBuilder:
+def _load_published(name: str, split: str, cache_dir: str | None) -> datasets.Dataset:
+    import datasets
+
+    rows = datasets.load_dataset(name, split=split, cache_dir=cache_dir)
+    if not {"image", "image_id"} <= set(rows.column_names) or not {"expressions", "conversation"} & set(rows.column_names):
+        raise ValueError(
+            f"{name} has the columns {', '.join(rows.column_names)}, which is not this project's schema; "
+            f"write it with `python -m data_scripts.publish`."
+        )
+    return rows
+
+
+def load_builder(name: str, data_dir: str | os.PathLike | None, cache_dir: str | None = None) -> RowBuilder:
     """The builder behind `load`, for building, publishing or asking for its splits. Raises what `load` does."""
     if name not in BUILDERS:
-        raise ValueError(f"There is no data set {name!r}; the names are {', '.join(names())}.")
+        raise ValueError(
+            f"There is no data set {name!r}; the names are {', '.join(names())}, or the path or Hub id, with a slash, "
+            f"of one that data_scripts.publish wrote."
+        )
     if data_dir is None:
         raise ValueError(f"load({name!r}) needs data_dir, the folder that holds the data set's files.")
-    return _get(BUILDERS[name])(name, data_dir, cache_dir, **options)
+    return _get(BUILDERS[name])(name, data_dir, cache_dir)

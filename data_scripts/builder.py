@@ -91,15 +91,15 @@ class RowBuilder(datasets.GeneratorBasedBuilder):
         super().__init_subclass__(**kwargs)
         cls.CODE = (RowBuilder.__module__, schema.__name__, cls.__module__)
 
-    def __init__(self, name: str, data_dir: str | os.PathLike, cache_dir: str | None = None, **options: Any):
+    def __init__(self, name: str, data_dir: str | os.PathLike, cache_dir: str | None = None):
         self.root = Path(os.path.abspath(data_dir))
         if not self.root.is_dir():
             raise FileNotFoundError(f"data_dir={str(data_dir)!r} is not a folder.")
-        self.title, self.options = name, options
+        self.title = name
         super().__init__(
             cache_dir=cache_dir,
             dataset_name=name,
-            hash=fingerprint(self.files(), self.CODE, name, sorted(options.items())),
+            hash=fingerprint(self.files(), self.CODE, name),
         )
 
     def files(self) -> list[Path]:

@@ -112,7 +112,9 @@ class OwnBuilder(RowBuilder):
     def row(self, record: dict[str, Any]) -> dict[str, Any]:
         """The row of one record. Raises ValueError, KeyError or TypeError, with the fix, where the record is wrong."""
         if not isinstance(record, dict) or not isinstance(record.get("expressions"), list):
-            raise ValueError(f"a record needs an 'image' and a list 'expressions', as in {EXAMPLE}")
+            raise ValueError(  # noqa: TRY004
+                f"a record needs an 'image' and a list 'expressions', as in {EXAMPLE}"
+            )
         image = record["image"]
         if isinstance(image, str):
             image = {"path": str(self.root / image), "bytes": None}

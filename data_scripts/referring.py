@@ -87,7 +87,9 @@ class ReferringBuilder(RowBuilder):
         path = self.refs_path
         records = read_json(path) if path.suffix == ".json" else read_plain_pickle(path)
         if not isinstance(records, list):
-            raise ValueError(f"{path} must hold a list of refs, got {type(records).__name__}; download it again.")
+            raise ValueError(  # noqa: TRY004
+                f"{path} must hold a list of refs, got {type(records).__name__}; download it again."
+            )
         refs: dict[str, dict[Any, list[dict]]] = {}
         for number, record in enumerate(records):
             missing = {"ref_id", "ann_id", "image_id", "split", "sentences"} - set(

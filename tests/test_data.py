@@ -410,6 +410,12 @@ def test_publish_writes_a_folder_that_load_dataset_opens(root, tmp_path):
     assert rows["train"][0]["image"].size == (trees.WIDTH, trees.HEIGHT)
     assert mask_area(rows["train"][0]["expressions"][0]["mask"]) == 100
     assert ReferringTransform()(rows["train"][0])["masks"][0].sum() == 100
+    assert data_scripts.load(str(out), split="testA")[0]["image_id"] == "2"
+
+
+def test_options_that_a_set_does_not_take(root):
+    with pytest.raises(ValueError, match="'grefcoco' takes no option size, seed"):
+        data_scripts.load("grefcoco", root, size=3, seed=0)
 
 
 def test_publish_refuses_what_is_incomplete_or_there(root, tmp_path, capsys):
