@@ -85,11 +85,7 @@ class RowBuilder(datasets.GeneratorBasedBuilder):
 
     VERSION = datasets.Version("1.0.0")
     FEATURES = SEGMENTATION_FEATURES
-    CODE: tuple[str, ...] = ()  # the modules that decide what the rows are
-
-    def __init_subclass__(cls, **kwargs: Any):
-        super().__init_subclass__(**kwargs)
-        cls.CODE = (RowBuilder.__module__, schema.__name__, cls.__module__)
+    USES: tuple[str, ...] = ()  # modules, besides its own, that decide what a subclass's rows are
 
     def __init__(self, name: str, data_dir: str | os.PathLike, cache_dir: str | None = None):
         self.root = Path(os.path.abspath(data_dir))
@@ -99,7 +95,7 @@ class RowBuilder(datasets.GeneratorBasedBuilder):
         super().__init__(
             cache_dir=cache_dir,
             dataset_name=name,
-            hash=fingerprint(self.files(), self.CODE, name),
+            hash=fingerprint(self.files(), (__name__, schema.__name__, type(self).__module__, *self.USES), name),
         )
 
     def files(self) -> list[Path]:

@@ -96,8 +96,8 @@ def check(name: str, data_dir: str | os.PathLike, open_pictures: bool = False, c
 def find(data_dir: str | os.PathLike) -> list[str]:
     """The data sets of which a folder holds a part."""
     there = [name for name, root in ROOTS.items() if (Path(data_dir) / root).exists()]
-    own = [path for suffix in ("jsonl", "parquet") for path in Path(data_dir).glob(f"*.{suffix}")]
-    return there + ["own"] * bool(own)
+    suffixes = (".jsonl", ".parquet") if there else (".jsonl", ".parquet", ".json")
+    return there + ["own"] * any(path.suffix in suffixes for path in Path(data_dir).iterdir())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for finding in findings:
         print(finding)
     absent = [name for name in BUILDERS if name not in names and name != "own"]
-    if absent and not arguments.names:
+    if absent and not arguments.names and names != ["own"]:
         print(f"not there: {', '.join(absent)}")
     incomplete = sum(bool(finding.problems) for finding in findings)
     print(f"{len(findings) - incomplete} complete, {incomplete} incomplete in {arguments.data_dir}")

@@ -62,6 +62,8 @@ def draw_shapes(shapes: list[dict], height: int, width: int) -> np.ndarray:
 class ReasonSegBuilder(RowBuilder):
     """One row per picture; its texts share one mask and, where there are such pixels, one ignore mask."""
 
+    USES = (fill_polygon.__module__,)
+
     @property
     def folder(self) -> Path:
         return self.root / "reason_seg" / "ReasonSeg"

@@ -83,7 +83,7 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """Run-length encode a mask (height, width) whose non-zero pixels are the target.
 
     >>> encode_mask(np.eye(3))
-    {'size': [3, 3], 'counts': '01301000'}
+    {'size': [3, 3], 'counts': '013000'}
     """
     return _plain(coco_mask.encode(np.asfortranarray(mask != 0).view(np.uint8)))
 
@@ -91,7 +91,7 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
 def decode_mask(rle: dict) -> np.ndarray:
     """The uint8 mask (height, width) of 0 and 1 behind a run-length encoding.
 
-    >>> decode_mask({"size": [3, 3], "counts": "01301000"}).tolist()
+    >>> decode_mask({"size": [3, 3], "counts": "013000"}).tolist()
     [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
     """
     return coco_mask.decode(rle)

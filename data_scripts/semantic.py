@@ -30,6 +30,7 @@ class LabelMapBuilder(RowBuilder):
     """
 
     IGNORED = 255
+    USES = (f"{__package__}.class_names",)
 
     def pairs(self) -> list[tuple[Path, Path]]:
         """Picture and label map of every row, in order."""
