@@ -119,7 +119,9 @@ def make_model(processor):
             for name, parameter in model.named_parameters():
                 if parameter.ndim == 1:  # biases start at zero, norms at one
                     parameter.add_(0.1 * torch.randn_like(parameter))
-                elif "mask_decoder" in name or "mask_projector" in name:  # masks of different slots shall differ visibly
+                elif (
+                    "mask_decoder" in name or "mask_projector" in name
+                ):  # masks of different slots shall differ visibly
                     parameter.normal_(std=0.5)
         return model.eval()
 
