@@ -76,9 +76,19 @@ PROMPTS = {
         "lower": False,
     },
 }
-# What free answers put around a phrase: the evaluation prompt's and the five training answers' wording.
-_BEFORE_PHRASE = re.compile(r"^(?:sure,\s*)?(?:(?:the segmentation results are|they are|it is|and)\s+)?", re.IGNORECASE)
+# What free answers put around a phrase: the wording of the evaluation prompt, of the training answers and of the reasoning
+# answers (which name no phrase).
+_BEFORE_PHRASE = re.compile(
+    r"^(?:sure(?:,\s*|$))?(?:(?:the segmentation results? (?:are|is)|they are|it is|and)(?:\s+|$))?", re.IGNORECASE
+)
 _AROUND_PHRASE = re.compile(r"^the (?:mask of|segmentation of|referred)\s+(?P<phrase>.*?)\s+is$", re.IGNORECASE)
+
+
+def _strip_wording(text: str) -> str:
+    """The phrase alone, without what answers put around it."""
+    phrase = _BEFORE_PHRASE.sub("", text.strip(" ,.;:\n"), count=1).strip(" ,.;:\n")
+    around = _AROUND_PHRASE.match(phrase)
+    return around["phrase"] if around else phrase
 
 
 class GsvaProcessor(ProcessorMixin):
@@ -271,9 +281,11 @@ class GsvaProcessor(ProcessorMixin):
                 if isinstance(texts, str):
                     raise ValueError(f"expressions[{index}] is the string {texts!r}; give a list of strings for each image.")
                 absent = [False] * len(texts) if absent is None else list(absent)
+                if len(absent) != len(texts):
+                    raise ValueError(f"{len(texts)} expressions but {len(absent)} no_targets; give one for each.")
                 groups = [(list(texts), absent)]
                 if one_prompt_per_expression:
-                    groups = [([one], [flag]) for one, flag in zip(texts, absent, strict=True)]
+                    groups = [([one], [flag]) for one, flag in zip(texts, absent)]
                 asked += [group for group, _ in groups]
                 answered += [self.build_conversation(*group, prompt) for group in groups]
                 image_index += [index] * len(groups)
@@ -290,13 +302,13 @@ class GsvaProcessor(ProcessorMixin):
             self._check_conversations(conversations, image_index, len(images))
             encoded = self.encode_conversations(conversations)
             if max_length is not None:
-                encoded = [(ids[:max_length], labels[:max_length]) for ids, labels in encoded]
                 for index, (ids, _) in enumerate(encoded):
-                    if 0 < ids.count(self.image_token_id) < self.image_seq_length:
+                    if self.image_token_id in ids[max_length:]:
                         raise ValueError(
                             f"max_length={max_length} cuts the image of conversation {index}, which alone takes "
                             f"{self.image_seq_length} tokens; raise it."
                         )
+                encoded = [(ids[:max_length], labels[:max_length]) for ids, labels in encoded]
             data["input_ids"], data["attention_mask"] = self._pad([ids for ids, _ in encoded])
             data["labels"], _ = self._pad([labels for _, labels in encoded], value=-100)
         data["image_index"] = image_index
@@ -349,6 +361,10 @@ class GsvaProcessor(ProcessorMixin):
         for index, (mask, image) in enumerate(zip(masks, image_index)):
             mask = torch.as_tensor(np.asarray(mask))
             size = tuple(int(side) for side in original_sizes[image]) if image >= 0 else None
+            if len(mask) and size is None:
+                raise ValueError(
+                    f"masks[{index}] has shape {tuple(mask.shape)}, but conversation {index} has no image; give an empty list."
+                )
             if len(mask) and (mask.ndim != 3 or tuple(mask.shape[1:]) != size):
                 raise ValueError(
                     f"masks[{index}] has shape {tuple(mask.shape)}, but its picture is {size} (height, width); give "
@@ -367,17 +383,15 @@ class GsvaProcessor(ProcessorMixin):
         for position, token in enumerate(token_ids):
             if token in (self.seg_token_id, self.rej_token_id):
                 phrase = self.tokenizer.decode(token_ids[begin:position], skip_special_tokens=True)
-                phrase = _BEFORE_PHRASE.sub("", phrase.strip(" ,.;:\n"), count=1).strip(" ,.;:\n")
-                if around := _AROUND_PHRASE.match(phrase):
-                    phrase = around["phrase"]
-                slots.append((phrase, token == self.rej_token_id))
+                slots.append((_strip_wording(phrase), token == self.rej_token_id))
                 begin = position + 1
         return slots
 
     def _match_slots(self, asked: list[str], slots: list[tuple[str, bool]]) -> tuple[list[int | None], bool]:
         """Which slot answers each expression, and whether the answer is malformed (its slots are not the ones asked for)."""
-        wanted = [expression.strip().strip(".").strip().lower() for expression in asked]
-        said = [phrase.strip().lower() for phrase, _ in slots]
+        # Stripped alike: an expression may itself begin like an answer ("it is red").
+        wanted = [_strip_wording(expression).lower() for expression in asked]
+        said = [phrase.lower() for phrase, _ in slots]
         if len(slots) == len(asked) and all(not phrase or phrase == text for phrase, text in zip(said, wanted)):
             return list(range(len(asked))), False
         free = list(range(len(slots)))
@@ -409,7 +423,7 @@ class GsvaProcessor(ProcessorMixin):
             `[SEG]` against `[REJ]` (NaN where the answer has no slot for the expression, which counts as rejected), and
             whether the answer's slots were not the ones asked for.
         """
-        num_images = len(inputs["original_sizes"])
+        num_images = len(inputs.get("original_sizes", ()))
         input_size = self.image_processor.sam_size["longest_edge"]
         results: list[list[dict]] = [[] for _ in range(num_images)]
         asked_per_conversation = inputs.get("expressions")
