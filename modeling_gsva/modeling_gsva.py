@@ -233,6 +233,11 @@ class GsvaModel(GsvaPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), features)
         elif input_ids is not None and past_key_values is None and (input_ids == self.config.image_token_id).any():
             raise ValueError("The text holds image placeholder tokens, but no image was given: pass pixel_values.")
+        elif self.training:
+            # Distributed training waits for every parameter's gradient, also in a batch without an image.
+            weight = self.multi_modal_projector.weight
+            unused = self.multi_modal_projector(weight.new_zeros(1, self.config.vision_config.hidden_size))
+            inputs_embeds = inputs_embeds + 0.0 * unused.sum().to(inputs_embeds)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -323,14 +328,22 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         prompts = self.mask_projector(slot_states).to(decoder_dtype)[:, None, None]  # (S, 1 prompt, 1 token, C)
         no_mask = self.sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
         positions = self.sam.get_image_wide_positional_embeddings().to(decoder_dtype)
+        # By position: peft's wrapper of a fully trained module takes its first argument so.
         masks, iou = self.sam.mask_decoder(
-            image_embeddings=sam_embeddings.to(decoder_dtype)[slot_images],
-            image_positional_embeddings=positions.expand(len(prompts), -1, -1, -1),
-            sparse_prompt_embeddings=prompts,
-            dense_prompt_embeddings=no_mask,
-            multimask_output=False,
+            sam_embeddings.to(decoder_dtype)[slot_images],
+            positions.expand(len(prompts), -1, -1, -1),
+            prompts,  # sparse
+            no_mask,  # dense
+            False,  # multimask_output
         )
         return masks[:, 0, 0], iou[:, 0, 0]
+
+    def _decode_nothing(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The masks of one state (1, hidden) in an empty picture, for what has to take part in the loss with no weight."""
+        vision = self.config.sam_config.vision_config
+        side = vision.image_size // vision.patch_size
+        embedding = state.new_zeros(1, vision.output_channels, side, side)
+        return self.decode_masks(state, embedding, torch.zeros(1, dtype=torch.long, device=state.device))
 
     def find_slots(self, input_ids: torch.LongTensor) -> torch.LongTensor:
         """(all slots, 2): conversation and position of every `[SEG]` and `[REJ]`, in reading order."""
@@ -401,6 +414,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         if labels is not None:
             result.loss = result.ce_loss = self._ce_loss(hidden, labels, num_items_in_batch)
 
+        masks = None
         if sam_pixel_values is not None or sam_embeddings is not None:
             if input_ids is None:
                 raise ValueError("Masks need input_ids: [SEG] and [REJ] cannot be found in inputs_embeds.")
@@ -421,10 +435,11 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
                     result.mask_logits, mask_labels, image_index, original_sizes, reshaped_input_sizes, num_masks_in_batch
                 )
                 result.loss = result.loss + result.mask_bce_loss + result.mask_dice_loss
-                if self.training and not is_seg.any():
-                    # Distributed training waits for every parameter's gradient, also in a batch without a mask.
-                    unused, _ = self.decode_masks(hidden[:1, 0], sam_embeddings[:1], image_index.new_zeros(1))
-                    result.loss = result.loss + 0.0 * unused.sum()
+        if self.training and labels is not None:
+            # As above: a batch may hold no mask, and the IoU estimates never count in the loss.
+            if masks is None or not is_seg.any():
+                masks, iou = self._decode_nothing(hidden[:1, 0])
+            result.loss = result.loss + 0.0 * (masks.sum() + iou.sum())
         return result
 
     def _slot_logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -447,11 +462,9 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         """Cross-entropy over the supervised tokens; logits exist at these positions only."""
         targets = labels[:, 1:]
         supervised = targets != -100
-        if not supervised.any():
-            return hidden.sum() * 0.0
         logits = self.lm_head(hidden[:, :-1][supervised]).float()
         total = F.cross_entropy(logits, targets[supervised].to(logits.device), reduction="sum")
-        return self.config.ce_loss_weight * total / (supervised.sum() if num_items is None else num_items)
+        return self.config.ce_loss_weight * total / (supervised.sum().clamp(min=1) if num_items is None else num_items)
 
     def _mask_losses(self, mask_logits, mask_labels, image_index, original_sizes, reshaped_input_sizes, num_masks=None):
         """BCE and dice, summed over all masks and divided by their number (see the constants above)."""
