@@ -135,8 +135,9 @@ class GsvaProcessor(ProcessorMixin):
 
     def normalize_expression(self, expression: str, prompt: str = "refer") -> str:
         """
-        An expression as the prompt holds it: stripped, without dots at both ends and lower-cased (quirk Q4 of the
-        original's data pipeline, which changes published numbers); the "reason" prompts only strip.
+        An expression as the prompt holds it: stripped, lower-cased, and then without dots at both ends, in this order,
+        so that the blank of "right button ." stays (quirk Q4 of the original's data pipeline, which changes published
+        numbers); the "reason" prompts only strip.
 
         Raises:
             ValueError: an expression that is no string, is empty, or holds a special token.
@@ -145,8 +146,8 @@ class GsvaProcessor(ProcessorMixin):
             raise ValueError(f"Expression {expression!r} is a {type(expression).__name__}; give a string.")
         text = expression.strip()
         if self.prompts[prompt]["lower"]:
-            text = text.lower().strip(".").strip()
-        if not text:
+            text = text.lower().strip(".")
+        if not text.strip():
             raise ValueError(f"Expression {expression!r} is empty; leave it out or give it words.")
         lowered = expression.lower()
         for token in {*ADDED_TOKENS, *self.tokenizer.all_special_tokens}:

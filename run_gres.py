@@ -1,0 +1,47 @@
+#!/usr/bin/env python
+"""
+Trains, evaluates and predicts with GSVA.
+
+    accelerate launch run_gres.py configs/demo.yaml
+    accelerate launch run_gres.py configs/demo.yaml --max_steps 100 --output_dir runs/short
+    python run_gres.py --do_predict --model runs/demo --image a.jpg b.png --expressions "the red circle" "all stars" \
+        --output_dir runs/predictions
+
+`python run_gres.py --help` lists every name; presets are in configs/.
+"""
+
+import sys
+
+import transformers
+
+from trainers import runs
+from trainers.arguments import parse_arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        model_args, data_args, training_args = parse_arguments(argv)
+        transformers.set_seed(training_args.seed)
+        processor, model = runs.load_model(model_args)
+        if training_args.do_eval and data_args.eval_before_training and training_args.do_train:
+            runs.evaluate(processor, model, model_args, data_args, training_args, stage="before")
+        if training_args.do_train:
+            model = runs.train(processor, model, model_args, data_args, training_args)
+        if training_args.do_eval:
+            stage = "after" if training_args.do_train else "as loaded"
+            runs.evaluate(processor, model, model_args, data_args, training_args, stage=stage)
+        if training_args.do_predict:
+            runs.predict(processor, model, data_args, training_args)
+        if training_args.push_to_hub:
+            runs.push(processor, model, training_args)
+        runs.summary(training_args)
+    except (ValueError, FileNotFoundError) as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"run_gres.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Everything `run_gres.py` can be told, as dataclasses read from a yaml preset and the command line."""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+PROTOCOLS = ("teacher_forced", "slots", "generate")
+CONVENTIONS = ("rela", "gsva", "gsva_validate")
+TRAIN_LANGUAGE_MODEL = ("lora", "full", "frozen")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}.")
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and which of its parts learn."""
+
+    model: str = field(default="assets/tiny_gsva", metadata={"help": "Directory or Hub id of a GSVA model."})
+    dtype: str = field(default="float32", metadata={"help": "Type of the loaded weights: float32, bfloat16, auto ..."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa or flash_attention_2."})
+    train_language_model: str = field(
+        default="lora", metadata={"help": f"How the language model learns: {', '.join(TRAIN_LANGUAGE_MODEL)}."}
+    )
+    # The original's: rank 8 for the 7B model, alpha 16, dropout 0.05, on the language model's q and v projections.
+    lora_r: int = field(default=8, metadata={"help": "Rank of LoRA."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of LoRA, divided by the rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of LoRA."})
+
+    def __post_init__(self):
+        _check_choice("train_language_model", self.train_language_model, TRAIN_LANGUAGE_MODEL)
+
+
+@dataclass
+class DataArguments:
+    """Which data, how examples are worded, and how answers are evaluated."""
+
+    dataset: str = field(default="shapes", metadata={"help": "A name that data_scripts.load knows."})
+    data_dir: str | None = field(default=None, metadata={"help": "Root of the data set's files."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
+    dataset_options: str | None = field(default=None, metadata={"help": "More options of the data set, as JSON."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many pictures."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many pictures."})
+    num_expressions: int = field(default=3, metadata={"help": "Expressions per training picture (original: 3)."})
+    wording: str = field(
+        default="gsva",
+        metadata={"help": "Training prompts: 'gsva', the original's templates, or 'processor', those of evaluation."},
+    )
+    all_absent: bool = field(default=False, metadata={"help": "Also train on pictures of which nothing asked is there."})
+    max_length: int | None = field(default=1024, metadata={"help": "Longest conversation in tokens, the image included."})
+    protocols: list[str] = field(default_factory=lambda: ["slots"], metadata={"help": f"Of {', '.join(PROTOCOLS)}."})
+    conventions: list[str] = field(default_factory=lambda: ["rela"], metadata={"help": f"Of {', '.join(CONVENTIONS)}."})
+    threshold: float = field(default=0.0, metadata={"help": "Reject a slot below these log-odds (protocol slots)."})
+    one_prompt_per_expression: bool = field(default=False, metadata={"help": "Ask for each expression by itself."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer of the protocol generate."})
+    eval_before_training: bool = field(default=True, metadata={"help": "Also evaluate before training."})
+    num_pictures: int = field(default=24, metadata={"help": "Pictures on the page of predictions."})
+    image: list[str] = field(default_factory=list, metadata={"help": "--do_predict: picture files."})
+    expressions: list[str] = field(default_factory=list, metadata={"help": "--do_predict: what to look for in each."})
+
+    def __post_init__(self):
+        for protocol in self.protocols:
+            _check_choice("protocols", protocol, PROTOCOLS)
+        for convention in self.conventions:
+            _check_choice("conventions", convention, CONVENTIONS)
+        _check_choice("wording", self.wording, ("gsva", "processor"))
+        try:
+            self.options = json.loads(self.dataset_options) if self.dataset_options else {}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"dataset_options={self.dataset_options!r} is no JSON object ({error}).") from None
+
+
+@dataclass
+class GsvaTrainingArguments(TrainingArguments):
+    """[`TrainingArguments`] with this project's defaults."""
+
+    output_dir: str = field(default="runs/gsva", metadata={"help": "Where everything is written."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: examples are no model inputs."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    resume: bool = field(default=True, metadata={"help": "Go on from the last complete checkpoint in output_dir."})
+
+
+def _as_words(values: dict) -> list[str]:
+    words = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        words.append(f"--{name}")
+        if isinstance(value, list):
+            words += [str(entry) for entry in value]
+        else:
+            words.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return words
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, GsvaTrainingArguments]:
+    """
+    `[preset.yaml] [--name value ...]` → the three dataclasses. The command line overrides the preset.
+
+    Raises:
+        ValueError: a preset that is missing or no mapping, or a name that no dataclass has.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    words: list[str] = []
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        path = Path(argv.pop(0))
+        if not path.is_file():
+            raise ValueError(f"The preset {path} does not exist; the presets are in configs/.")
+        preset = yaml.safe_load(path.read_text())
+        if not isinstance(preset, dict):
+            raise ValueError(f"The preset {path} holds {type(preset).__name__}; write a mapping of name: value.")
+        words = _as_words(preset)
+    parser = HfArgumentParser((ModelArguments, DataArguments, GsvaTrainingArguments))
+    model, data, training, unknown = parser.parse_args_into_dataclasses(words + argv, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"{unknown} is not understood; `python run_gres.py --help` lists every name.")
+    return model, data, training

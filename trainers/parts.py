@@ -1,0 +1,91 @@
+"""Which parts of GSVA learn and how: one place for freezing, LoRA and full training."""
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from .arguments import ModelArguments
+
+# The language model's own projections: a plain ["q_proj", "v_proj"] would also wrap CLIP's and SAM's (the original
+# excludes them by name as well, main.py: find_linear_layers).
+LORA_TARGETS = r".*language_model\.layers\.\d+\.self_attn\.(q_proj|v_proj)"
+# Trained in full beside LoRA, as in the original; text_hidden_fcs is called mask_projector here.
+FULLY_TRAINED = ("model.language_model.embed_tokens", "lm_head", "sam.mask_decoder", "mask_projector")
+# Parts of SAM's decoder that have no say in a single mask (multimask_output=False): they would get no gradient.
+WITHOUT_GRADIENT = ("sam.mask_decoder.iou_prediction_head",) + tuple(
+    f"sam.mask_decoder.output_hypernetworks_mlps.{number}" for number in (1, 2, 3)
+)
+
+
+def _is_in(name: str, parts: tuple[str, ...]) -> bool:
+    return any(name == part or name.startswith(part + ".") for part in parts)
+
+
+def prepare_for_training(model: nn.Module, args: ModelArguments) -> nn.Module:
+    """
+    Freezes what the paper freezes (vision tower, projector, SAM's encoders) and makes the rest learn.
+
+    With `train_language_model="lora"` the result is a [`PeftModel`] around the same model; its adapter holds LoRA and
+    the fully trained parts. "full" trains the whole language model, "frozen" only its embedding and head.
+    """
+    if args.train_language_model == "lora":
+        config = LoraConfig(
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=LORA_TARGETS,
+            modules_to_save=[part.rpartition(".")[2] for part in FULLY_TRAINED],
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, config)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and any(part.partition("mask_decoder.")[2] in name for part in WITHOUT_GRADIENT):
+                parameter.requires_grad_(False)
+        return model
+    trained = FULLY_TRAINED + (("model.language_model",) if args.train_language_model == "full" else ())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_is_in(name, trained) and not _is_in(name, WITHOUT_GRADIENT))
+    return model
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """The plain model, with any LoRA merged into its weights."""
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+def _part_of(name: str) -> str:
+    name = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+    for part in ("lora_", *FULLY_TRAINED, "model.language_model", "model.vision_tower", "model.multi_modal_projector"):
+        if part == "lora_" and part in name:
+            return "LoRA of the language model"
+        if name.startswith(part):
+            return part
+    return "sam (encoders)" if name.startswith("sam.") else name.partition(".")[0]
+
+
+def parts_table(model: nn.Module) -> str:
+    """A table of the model's parts with the numbers of trained and frozen parameters."""
+    counts: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        if ".original_module." not in name:  # peft's copy of a part that is trained beside it
+            counts.setdefault(_part_of(name), [0, 0])[0 if parameter.requires_grad else 1] += parameter.numel()
+    lines = [f"{'part':<40}{'trained':>15}{'frozen':>15}"]
+    lines += [f"{part:<40}{trained:>15,}{frozen:>15,}" for part, (trained, frozen) in counts.items()]
+    totals = [sum(pair[column] for pair in counts.values()) for column in (0, 1)]
+    return "\n".join([*lines, f"{'total':<40}{totals[0]:>15,}{totals[1]:>15,}"])
+
+
+def snapshot(model: nn.Module) -> dict[str, float]:
+    """A fingerprint of each trained parameter, to tell afterwards which ones moved."""
+    with torch.no_grad():
+        return {
+            name: (float(parameter.double().sum()), float(parameter.double().square().sum()))
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+
+
+def unmoved(model: nn.Module, before: dict) -> list[str]:
+    """Names of trained parameters that are still what they were at `before`."""
+    after = snapshot(model)
+    return [name for name, print_ in before.items() if after.get(name, print_) == print_]

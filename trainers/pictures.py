@@ -1,0 +1,145 @@
+"""Pictures for people: masks over images, a page of predictions, curves of a training run."""
+
+import base64
+import html
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from data_scripts.schema import decode_mask
+from data_scripts.transforms import read_image
+
+# Distinguishable on photographs and for most colour-blind people (Okabe and Ito's palette, without black and grey).
+PALETTE = [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)]
+
+
+def overlay(image: Image.Image, masks: Sequence[np.ndarray]) -> Image.Image:
+    """The image with each mask (height, width) tinted in a colour of its own, and its outline drawn."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32).copy()
+    for number, mask in enumerate(masks):
+        mask = np.asarray(mask, dtype=bool)
+        colour = np.asarray(PALETTE[number % len(PALETTE)], dtype=np.float32)
+        pixels[mask] = 0.45 * pixels[mask] + 0.55 * colour
+        inner = mask.copy()
+        inner[1:], inner[:-1] = inner[1:] & mask[:-1], inner[:-1] & mask[1:]
+        inner[:, 1:], inner[:, :-1] = inner[:, 1:] & mask[:, :-1], inner[:, :-1] & mask[:, 1:]
+        pixels[mask & ~inner] = colour * 0.6
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def labelled_overlay(image: Image.Image, results: Sequence[dict[str, Any]]) -> Image.Image:
+    """The overlay of a picture's results with a legend below: expression, colour, score, rejected ones crossed out."""
+    drawn = overlay(image, [result["mask"] for result in results])
+    line = 18
+    width = max(drawn.width, 10 + max((7 * len(_caption(result)) + 24 for result in results), default=0))
+    sheet = Image.new("RGB", (width, drawn.height + line * len(results) + 8), "white")
+    sheet.paste(drawn, (0, 0))
+    pen = ImageDraw.Draw(sheet)
+    for number, result in enumerate(results):
+        top = drawn.height + 4 + number * line
+        if result["is_rejected"]:
+            pen.line([(6, top + 4), (16, top + 14)], fill=(200, 0, 0), width=2)
+            pen.line([(16, top + 4), (6, top + 14)], fill=(200, 0, 0), width=2)
+        else:
+            pen.rectangle([6, top + 4, 16, top + 14], fill=PALETTE[number % len(PALETTE)])
+        pen.text((24, top + 3), _caption(result), fill="black")
+    return sheet
+
+
+def _caption(result: dict[str, Any]) -> str:
+    said = "rejected" if result["is_rejected"] else f"{int(np.asarray(result['mask']).sum())} px"
+    score = "no slot" if np.isnan(result["score"]) else f"score {result['score']:+.2f}"
+    return f"{result['text']}: {said}, {score}".encode("latin-1", "replace").decode("latin-1")
+
+
+def _inline(image: Image.Image, width: int = 190) -> str:
+    shown = image.resize((width, max(round(image.height * width / image.width), 1)), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    shown.save(buffer, format="PNG", optimize=True)
+    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="">'
+
+
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em;max-width:1200px;color:#222}
+table{border-collapse:collapse;margin:1em 0}td,th{padding:4px 10px;border-bottom:1px solid #ddd;text-align:left}
+.row{display:flex;flex-wrap:wrap;gap:14px;margin:1.2em 0;padding-bottom:1em;border-bottom:1px solid #ddd}
+figure{margin:0;width:190px}figcaption{font-size:13px;line-height:1.35}
+.rejected img{opacity:.45}.bad{color:#b00020;font-weight:600}.good{color:#11703a}"""
+
+
+def prediction_page(
+    title: str, table: str, predictions: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]
+) -> str:
+    """
+    A page that opens offline: for each picture the image, and for each expression truth and prediction side by side.
+
+    Args:
+        title: Heading.
+        table: Plain text shown above the pictures.
+        predictions: Pairs of a segmentation row and the processor's results for it.
+    """
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>",
+        f"<h1>{html.escape(title)}</h1><pre>{html.escape(table)}</pre>",
+        "<p>Left of each pair the truth, right of it the prediction.</p>",
+    ]
+    for row, results in predictions:
+        image = read_image(row["image"])
+        parts.append(f"<div class=row><figure>{_inline(image)}<figcaption>{html.escape(row['image_id'])}</figcaption></figure>")
+        for entry, result in zip(row["expressions"], results, strict=True):
+            truth, mask = decode_mask(entry["mask"]).astype(bool), np.asarray(result["mask"], dtype=bool)
+            absent, rejected = not truth.any(), result["is_rejected"]
+            shown = np.zeros_like(mask) if rejected else mask
+            pair = Image.new("RGB", (image.width * 2 + 4, image.height), "white")
+            pair.paste(overlay(image, [truth]), (0, 0))
+            pair.paste(overlay(image, [shown]), (image.width + 4, 0))
+            if absent:
+                verdict, kind = ("rejected, rightly", "good") if rejected else ("there is none, but it was accepted", "bad")
+            elif rejected:
+                verdict, kind = "rejected, but it is there", "bad"
+            else:
+                iou = (truth & mask).sum() / (truth | mask).sum()
+                verdict, kind = f"IoU {iou:.2f}", "good" if iou >= 0.5 else "bad"
+            parts.append(
+                f"<figure class={'rejected' if rejected else 'kept'}>{_inline(pair)}<figcaption>{html.escape(result['text'])}"
+                f"<br><span class={kind}>{verdict}</span></figcaption></figure>"
+            )
+        parts.append("</div>")
+    return "\n".join([*parts, "</html>"])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside the file and renames, so that nobody meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def training_curves(history: Sequence[dict[str, float]], path: Path) -> None:
+    """Curves of the loss parts and of the metrics from a trainer's `log_history`."""
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    losses, metrics = figure.subplots(1, 2)
+    for axes, names in (
+        (losses, ("loss", "ce_loss", "mask_bce_loss", "mask_dice_loss")),
+        (metrics, ("eval_gIoU", "eval_cIoU", "eval_N_acc", "eval_T_acc", "slot_accuracy")),
+    ):
+        for name in names:
+            points = [(entry["step"], entry[name]) for entry in history if name in entry]
+            if points:
+                axes.plot(*zip(*points), label=name, marker="." if name.startswith("eval_") else None)
+        axes.set_xlabel("optimizer step")
+        axes.grid(alpha=0.3)
+        if axes.get_lines():
+            axes.legend(fontsize="small")
+    losses.set_title("loss and its parts")
+    metrics.set_title("metrics")
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    figure.savefig(temporary, dpi=110)
+    os.replace(temporary, path)

@@ -1,0 +1,142 @@
+"""GsvaTrainer: transformers' Trainer with loss parts in the log, GRES metrics as evaluation, and exact resume."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.data import Sampler
+from transformers import Trainer
+
+from .evaluation import EvaluationPlan, evaluate_rows
+
+LOSS_PARTS = ("ce_loss", "mask_bce_loss", "mask_dice_loss")
+
+
+class EpochSampler(Sampler[int]):
+    """
+    A seeded order of the data set, another one in every epoch, with the epoch written into the index: item `epoch * n +
+    i` is item `i` as that epoch words it (`data_scripts/mixture.py`). The stream is a pure function of seed and epoch,
+    so workers, ranks and resumed runs agree.
+    """
+
+    def __init__(self, length: int, seed: int):
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter((self.epoch * self.length + torch.randperm(self.length, generator=generator)).tolist())
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest `checkpoint-N` whose state, written last, is whole: one that a killed run left half-written is not."""
+    folders = sorted(
+        (int(folder.name.rpartition("-")[2]), folder)
+        for folder in Path(output_dir).glob("checkpoint-*")
+        if folder.name.rpartition("-")[2].isdigit()
+    )
+    for step, folder in reversed(folders):
+        try:
+            if json.loads((folder / "trainer_state.json").read_text())["global_step"] == step:
+                return str(folder)
+        except (OSError, ValueError, KeyError):
+            continue
+    return None
+
+
+class GsvaTrainer(Trainer):
+    """
+    Args:
+        evaluation ([`EvaluationPlan`]): rows and protocol of `evaluate()`; its metrics are logged as `eval_gIoU` and so on.
+
+    Micro-batches of an optimizer step are weighted by what they hold: their cross-entropy by the number of supervised
+    tokens of the whole step, their mask losses by its number of masks. Any split into micro-batches and processes gives
+    the same gradient (the original averages each micro-batch by itself).
+    """
+
+    def __init__(self, *args, evaluation: EvaluationPlan | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.evaluation = evaluation
+        self._parts: dict[str, torch.Tensor] = {}
+        self._parts_since = 0
+        self._step_begun, self._data_seconds, self._images = time.perf_counter(), 0.0, 0
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return EpochSampler(len(dataset), self.args.data_seed if self.args.data_seed is not None else self.args.seed)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        begun = time.perf_counter()
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._data_seconds += time.perf_counter() - begun
+        count = torch.tensor(sum(self._num_masks(batch) for batch in batches), device=device)
+        if self.args.world_size > 1:
+            count = self.accelerator.reduce(count)
+        for batch in batches:
+            batch["num_masks_in_batch"] = count.clamp(min=1)
+            self._images += len(batch.get("pixel_values", ()))
+        return batches, num_items
+
+    def _num_masks(self, batch) -> int:
+        config = self.accelerator.unwrap_model(self.model).config
+        masks = batch.get("mask_labels", [])
+        if config.rejected_slot_loss == "zero_logits":
+            return sum(len(mask) for mask in masks)
+        return sum(int(mask.flatten(1).any(1).sum()) for mask in masks if len(mask))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            self._collect(inputs, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _collect(self, inputs, outputs) -> None:
+        values = {name: outputs[name].detach() for name in LOSS_PARTS if outputs.get(name) is not None}
+        if outputs.get("slot_positions") is not None:
+            places, config = outputs["slot_positions"], self.accelerator.unwrap_model(self.model).config
+            wants_seg = inputs["input_ids"][places[:, 0], places[:, 1]] == config.seg_token_id
+            says_seg = outputs["slot_logits"].detach().argmax(1) == 0
+            values["slots_right"] = (wants_seg == says_seg).sum().float()
+            values["slots"] = torch.tensor(float(len(places)), device=says_seg.device)
+        for name, value in values.items():
+            self._parts[name] = self._parts.get(name, 0) + value
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._parts:
+            # Each micro-batch and process holds its share of the step's loss: shares add up.
+            names = sorted({*LOSS_PARTS, "slots", "slots_right"})
+            sums = torch.stack([torch.as_tensor(self._parts.get(n, 0.0), dtype=torch.float32).cpu() for n in names])
+            sums = self.accelerator.reduce(sums.to(self.args.device)).tolist()
+            parts = dict(zip(names, sums))
+            steps = max(self.state.global_step - self._parts_since, 1)
+            logs.update({name: parts[name] / steps for name in LOSS_PARTS})
+            if parts["slots"]:
+                logs["slot_accuracy"] = parts["slots_right"] / parts["slots"]
+            seconds = time.perf_counter() - self._step_begun
+            logs["images_per_second"] = self._images * self.args.world_size / seconds
+            logs["data_wait_share"] = self._data_seconds / seconds
+            self._parts, self._parts_since = {}, self.state.global_step
+            self._step_begun, self._data_seconds, self._images = time.perf_counter(), 0.0, 0
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """The metrics of `evaluation` for the model as it is now."""
+        if self.evaluation is None:
+            raise ValueError("This trainer has no evaluation plan; pass GsvaTrainer(evaluation=EvaluationPlan(...)).")
+        begun = time.perf_counter()
+        result = evaluate_rows(self.accelerator.unwrap_model(self.model), self.processing_class, self.evaluation)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items() if not math.isnan(value)}
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - begun
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        # An evaluation is no training time.
+        self._step_begun, self._data_seconds, self._images = time.perf_counter(), 0.0, 0
+        return metrics
