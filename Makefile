@@ -1,0 +1,33 @@
+# make demo: the whole road on one machine.   make test: the test suite.   Both create the same environment in .venv.
+VENV ?= .venv
+PYTHON ?= python3
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test test-slow base lint clean
+
+demo: $(VENV)/installed
+	$(VENV)/bin/accelerate launch run_gres.py configs/demo.yaml
+
+test: $(VENV)/installed
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: $(VENV)/installed
+	$(RUN) -m pytest
+
+# Makes assets/tiny_gsva anew, at most an hour on two cores; goes on where it was stopped.
+base: $(VENV)/installed
+	$(RUN) -m trainers.make_base
+
+lint: $(VENV)/installed
+	$(RUN) -m ruff check .
+
+$(VENV)/installed: setup.cfg pyproject.toml configs/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (transformers 5.23 \
+	asks for it), this is %s. Name another one: make PYTHON=python3.12 ..." % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint configs/constraints.txt torch
+	$(RUN) -m pip install --quiet --constraint configs/constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
