@@ -1,13 +1,7 @@
 """A tiny random GSVA (real code paths, seeded weights) and pictures drawn by seed, for the tests of modeling_gsva."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # also where the checkout is not installed
 
 CLIP_SIDE, CLIP_PATCH = 32, 8  # 16 placeholders an image
 SAM_SIDE, SAM_PATCH = 64, 8  # another size than CLIP's, so that mixing them up fails; masks of 32 x 32 logits

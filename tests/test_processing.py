@@ -54,9 +54,9 @@ def test_refer_prompt_to_the_letter(processor):
     assert messages == [
         {
             "role": "user",
-            "content": "<image>\n What are the man in red, a unicorn, dogsin this image? Please output segmentation masks.",
+            "content": "<image>\n What are the man in red, a unicorn, dogs in this image? Please output segmentation masks.",
         },
-        {"role": "assistant", "content": "Sure,the man in red:[SEG], a unicorn:[REJ], dogs:[SEG]."},
+        {"role": "assistant", "content": "Sure,the man in red:[SEG], a unicorn:[REJ], dogs :[SEG]."},
     ]
 
 
