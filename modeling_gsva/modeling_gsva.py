@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
@@ -509,6 +510,15 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         """
         return super().generate(inputs, **{name: value for name, value in kwargs.items() if name not in MASK_ONLY_INPUTS})
 
+    def _get_candidate_generator(self, *args, **kwargs):
+        """Prompt lookup must not propose `<image>`, which stands in the prompt but may lie beyond the vocabulary."""
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        if isinstance(generator, PromptLookupCandidateGenerator):
+            generator.vocab_size = max(generator.vocab_size, self.config.image_token_id + 1)
+            no_image = SuppressTokensLogitsProcessor([self.config.image_token_id])
+            generator.logits_processor = LogitsProcessorList([*generator.logits_processor, no_image])
+        return generator
+
     @torch.no_grad()
     def segment(
         self,
@@ -544,7 +554,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
             original_sizes, reshaped_input_sizes, expressions: not used here, for `post_process_segmentation`.
 
         Raises:
-            ValueError: unknown method, or answers missing where the method needs them.
+            ValueError: unknown method, answers missing where the method needs them, prompts padded on the right.
         """
         if method not in ("slots", "generate", "teacher_forced"):
             raise ValueError(f"method={method!r} is not known; choose 'slots', 'generate' or 'teacher_forced'.")
@@ -557,6 +567,11 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
             raise ValueError(f"{sorted(generate_kwargs)} only apply to method='generate', not to {method!r}.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if not attention_mask[:, -1].all():
+            raise ValueError(
+                "Prompts are padded on the right, but answers follow them: pad them on the left, as processor(images=..., "
+                "expressions=...) does."
+            )
         if sam_embeddings is None and sam_pixel_values is not None:
             sam_embeddings = self.get_sam_embeddings(sam_pixel_values)
         if vision_features is None and pixel_values is not None:
@@ -662,7 +677,8 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         states = input_ids.new_zeros(len(slots), self.config.text_config.hidden_size, dtype=self.dtype)
         order = {place: n for n, place in enumerate(map(tuple, slots.tolist()))}
         for step in range(max(map(len, per_row), default=0)):
-            ends = [places[step] if step < len(places) else begin for places, begin in zip(per_row, begins)]
+            # Where no slot is left nothing is fed, but for the prompt: all images are taken up in the first step.
+            ends = [places[step] if step < len(places) else max(begin, start) for places, begin in zip(per_row, begins)]
             width = max(end - begin for begin, end in zip(begins, ends))
             ids, mask, position_ids = (alive.new_zeros(len(sequences), width) for _ in range(3))
             for row, (begin, end) in enumerate(zip(begins, ends)):
@@ -716,7 +732,9 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
             image_index=image_index,
         )
         if sam_embeddings is not None:
-            masks, iou = self._slot_masks(states, has_mask, sam_embeddings, image_index[slots[:, 0]])
+            # A free answer may say [SEG] where there is no image to segment.
+            slot_images = image_index[slots[:, 0]]
+            masks, iou = self._slot_masks(states, has_mask & (slot_images >= 0), sam_embeddings, slot_images)
             result.mask_logits, result.iou_scores = masks.split(counts), iou.split(counts)
         return result
 

@@ -435,7 +435,7 @@ class GsvaProcessor(ProcessorMixin):
                 continue
             size = tuple(int(side) for side in inputs["original_sizes"][image])
             answer = outputs.sequences[row, int(outputs.answer_starts[row]) :].tolist()
-            slots = self.read_answer(answer)
+            slots = self.read_answer(answer)[: len(outputs.scores[row])]  # what stands behind the end is no answer
             if asked_per_conversation is None:
                 asked, matched, malformed = [phrase for phrase, _ in slots], list(range(len(slots))), False
             elif outputs.method == "generate":
