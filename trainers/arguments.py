@@ -11,11 +11,20 @@ from transformers import HfArgumentParser, TrainingArguments
 PROTOCOLS = ("teacher_forced", "slots", "generate")
 CONVENTIONS = ("rela", "gsva", "gsva_validate")
 TRAIN_LANGUAGE_MODEL = ("lora", "full", "frozen")
+QUANTIZATIONS = ("4bit", "8bit")
+ARCHITECTURES = ("7b", "13b")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}.")
+
+
+def _json_object(name: str, text: str | None) -> dict | None:
+    try:
+        return dict(json.loads(text)) if text else None
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={text!r} is no JSON object; write '{{\"name\": ...}}'.") from None
 
 
 @dataclass
@@ -32,16 +41,45 @@ class ModelArguments:
     lora_r: int = field(default=8, metadata={"help": "Rank of LoRA."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of LoRA, divided by the rank."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of LoRA."})
+    quantization: str | None = field(
+        default=None,
+        metadata={"help": f"QLoRA: the language model's frozen layers in {' or '.join(QUANTIZATIONS)} (bitsandbytes)."},
+    )
+    architecture: str | None = field(
+        default=None, metadata={"help": f"--plan: {' or '.join(ARCHITECTURES)}, where `model` is not on this machine."}
+    )
 
     def __post_init__(self):
         _check_choice("train_language_model", self.train_language_model, TRAIN_LANGUAGE_MODEL)
+        if self.quantization is not None:
+            _check_choice("quantization", self.quantization, QUANTIZATIONS)
+            if self.train_language_model == "full":
+                raise ValueError(
+                    f"quantization={self.quantization!r} freezes the language model's layers, but "
+                    "train_language_model='full' trains them; choose 'lora' (QLoRA) or 'frozen'."
+                )
+        if self.architecture is not None:
+            _check_choice("architecture", self.architecture, ARCHITECTURES)
 
 
 @dataclass
 class DataArguments:
     """Which data, how examples are worded, and how answers are evaluated."""
 
-    dataset: str = field(default="shapes", metadata={"help": "A name that data_scripts.load knows."})
+    dataset: str = field(
+        default="shapes", metadata={"help": "A name that data_scripts.load knows, or 'mixture' of several to train on."}
+    )
+    mixture: str | None = field(
+        default=None,
+        metadata={"help": "dataset=mixture: family -> names of its data sets, as JSON; by default the original's."},
+    )
+    mixture_rates: str | None = field(
+        default=None, metadata={"help": "dataset=mixture: family -> rate, as JSON; by default the original's 9, 3, 3, 1."}
+    )
+    steps_per_epoch: int = field(
+        default=500, metadata={"help": "dataset=mixture: optimizer steps that make an epoch (original: 500)."}
+    )
+    eval_dataset: str | None = field(default=None, metadata={"help": "Evaluate on this one; by default on `dataset`."})
     data_dir: str | None = field(default=None, metadata={"help": "Root of the data set's files."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
@@ -72,9 +110,24 @@ class DataArguments:
             _check_choice("conventions", convention, CONVENTIONS)
         _check_choice("wording", self.wording, ("gsva", "processor"))
         try:
-            self.options = json.loads(self.dataset_options) if self.dataset_options else {}
-        except json.JSONDecodeError as error:
-            raise ValueError(f"dataset_options={self.dataset_options!r} is no JSON object ({error}).") from None
+            self.options = dict(json.loads(self.dataset_options or "{}"))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"dataset_options={self.dataset_options!r} is no JSON object; write '{{\"size\": 100}}'."
+            ) from None
+        self.mixture_families = _json_object("mixture", self.mixture)
+        self.mixture_family_rates = _json_object("mixture_rates", self.mixture_rates)
+        if self.dataset != "mixture" and (self.mixture or self.mixture_rates):
+            raise ValueError(f"mixture and mixture_rates are for dataset='mixture', not for {self.dataset!r}.")
+        if self.steps_per_epoch < 1:
+            raise ValueError(f"steps_per_epoch={self.steps_per_epoch} must be at least 1.")
+
+    @property
+    def evaluated(self) -> str:
+        """The data set that is evaluated on."""
+        if (name := self.eval_dataset or self.dataset) == "mixture":
+            raise ValueError("A mixture is trained on, not evaluated on: name an eval_dataset, say grefcoco.")
+        return name
 
 
 @dataclass
@@ -85,12 +138,25 @@ class GsvaTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: examples are no model inputs."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     resume: bool = field(default=True, metadata={"help": "Go on from the last complete checkpoint in output_dir."})
+    plan: bool = field(
+        default=False, metadata={"help": "Only count the memory that training takes, before anything is loaded."}
+    )
+    plan_strategy: str | None = field(
+        default=None, metadata={"help": "--plan: an accelerate config, say configs/accelerate/zero2.yaml; default: all."}
+    )
+    plan_processes: int | None = field(default=None, metadata={"help": "--plan: processes, other than the config's."})
+    plan_memory: float | None = field(default=None, metadata={"help": "--plan: GiB of your card, to say whether it fits."})
+
+    def __post_init__(self):
+        if self.plan:
+            self.use_cpu = True  # counting needs no card, whatever precision is planned for one
+        super().__post_init__()
 
 
 def _as_words(values: dict) -> list[str]:
     words = []
     for name, value in values.items():
-        if value is None:
+        if value is None or value == []:
             continue
         words.append(f"--{name}")
         if isinstance(value, list):
@@ -113,11 +179,14 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
         path = Path(argv.pop(0))
         if not path.is_file():
             raise ValueError(f"The preset {path} does not exist; the presets are in configs/.")
-        preset = yaml.safe_load(path.read_text())
+        try:
+            preset = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"The preset {path} is no YAML ({error}).") from None
         if not isinstance(preset, dict):
             raise ValueError(f"The preset {path} holds {type(preset).__name__}; write a mapping of name: value.")
         words = _as_words(preset)
-    parser = HfArgumentParser((ModelArguments, DataArguments, GsvaTrainingArguments))
+    parser = HfArgumentParser((ModelArguments, DataArguments, GsvaTrainingArguments), allow_abbrev=False)
     model, data, training, unknown = parser.parse_args_into_dataclasses(words + argv, return_remaining_strings=True)
     if unknown:
         raise ValueError(f"{unknown} is not understood; `python run_gres.py --help` lists every name.")
