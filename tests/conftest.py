@@ -136,3 +136,12 @@ def make_picture():
         return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory, make_model, processor):
+    """The tiny model and its processor as a saved directory."""
+    folder = tmp_path_factory.mktemp("tiny_gsva")
+    make_model().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

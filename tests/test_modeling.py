@@ -7,7 +7,7 @@ import torch
 from modeling_gsva import GsvaConfig
 
 # Sums in another order; outputs are of size 1. Compared in float64, where only LLaMA's norms and softmax round to float32.
-TOLERANCE = dict(rtol=1e-5, atol=1e-6)
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def talk(question, answer):
@@ -464,11 +464,11 @@ def test_a_slot_without_an_image_is_named(model, processor, examples):
     "options, message",
     [
         (
-            dict(seg_token_id=5, rej_token_id=5),
+            {"seg_token_id": 5, "rej_token_id": 5},
             "seg_token_id and rej_token_id are both 5: a slot could not be rejected",
         ),
-        (dict(seg_token_id=99), "seg_token_id=99 lies outside the vocabulary of 50 tokens.*resize the embedding"),
-        (dict(rej_token_id=-1), "rej_token_id=-1 lies outside the vocabulary of 50 tokens"),
+        ({"seg_token_id": 99}, "seg_token_id=99 lies outside the vocabulary of 50 tokens.*resize the embedding"),
+        ({"rej_token_id": -1}, "rej_token_id=-1 lies outside the vocabulary of 50 tokens"),
     ],
 )
 def test_config_names_bad_token_ids(options, message):

@@ -408,116 +408,127 @@ NO_IMAGE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": 
 TWO_IMAGES = [{"role": "user", "content": "<image>\n<image>\nHi"}, {"role": "assistant", "content": "Hello"}]
 PICTURE = np.zeros((30, 40, 3), np.uint8)
 BAD_EXPRESSIONS = {
-    "no image": (dict(expressions=[["a"]]), "No image was given for 1 list.*pass images="),
-    "empty images": (dict(images=[], expressions=[["a"]]), "No image was given.*pass images="),
-    "image is None": (dict(images=[None], expressions=[["a"]]), "An image is None: give a PIL image"),
+    "no image": ({"expressions": [["a"]]}, "No image was given for 1 list.*pass images="),
+    "empty images": ({"images": [], "expressions": [["a"]]}, "No image was given.*pass images="),
+    "image is None": ({"images": [None], "expressions": [["a"]]}, "An image is None: give a PIL image"),
     "missing path": (
-        dict(images=["nowhere.jpg"], expressions=[["a"]]),
+        {"images": ["nowhere.jpg"], "expressions": [["a"]]},
         r"'nowhere\.jpg' cannot be read.*Give the path",
     ),
-    "wrong type": (dict(images=[3], expressions=[["a"]]), "An image of type int is not supported: give"),
-    "empty expression": (dict(images=[PICTURE], expressions=[["a", " "]]), "Expression ' ' is empty; leave it out"),
-    "only dots": (dict(images=[PICTURE], expressions=[["..."]]), r"Expression '\.\.\.' is empty; leave it out"),
-    "no expressions": (dict(images=[PICTURE], expressions=[[]]), "A list of expressions is empty; give at least one"),
-    "holds [SEG]": (dict(images=[PICTURE], expressions=[["a [SEG] b"]]), r"'a \[SEG\] b' holds \[SEG\].*take it out"),
-    "holds [seg]": (dict(images=[PICTURE], expressions=[["a [seg] b"]]), r"holds \[SEG\].*take it out"),
-    "holds [REJ]": (dict(images=[PICTURE], expressions=[["[REJ]"]]), r"holds \[REJ\].*take it out"),
-    "holds <image>": (dict(images=[PICTURE], expressions=[["an <image>"]]), "holds <image>.*take it out"),
-    "holds </s>": (dict(images=[PICTURE], expressions=[["a</s>"]]), "holds </s>.*take it out"),
-    "not a string": (dict(images=[PICTURE], expressions=[[3]]), "Expression 3 is a int; give a string"),
+    "wrong type": ({"images": [3], "expressions": [["a"]]}, "An image of type int is not supported: give"),
+    "empty expression": ({"images": [PICTURE], "expressions": [["a", " "]]}, "Expression ' ' is empty; leave it out"),
+    "only dots": ({"images": [PICTURE], "expressions": [["..."]]}, r"Expression '\.\.\.' is empty; leave it out"),
+    "no expressions": (
+        {"images": [PICTURE], "expressions": [[]]},
+        "A list of expressions is empty; give at least one",
+    ),
+    "holds [SEG]": (
+        {"images": [PICTURE], "expressions": [["a [SEG] b"]]},
+        r"'a \[SEG\] b' holds \[SEG\].*take it out",
+    ),
+    "holds [seg]": ({"images": [PICTURE], "expressions": [["a [seg] b"]]}, r"holds \[SEG\].*take it out"),
+    "holds [REJ]": ({"images": [PICTURE], "expressions": [["[REJ]"]]}, r"holds \[REJ\].*take it out"),
+    "holds <image>": ({"images": [PICTURE], "expressions": [["an <image>"]]}, "holds <image>.*take it out"),
+    "holds </s>": ({"images": [PICTURE], "expressions": [["a</s>"]]}, "holds </s>.*take it out"),
+    "not a string": ({"images": [PICTURE], "expressions": [[3]]}, "Expression 3 is a int; give a string"),
     "a string for a list": (
-        dict(images=[PICTURE] * 2, expressions=["a", ["b"]]),
+        {"images": [PICTURE] * 2, "expressions": ["a", ["b"]]},
         r"expressions\[0\] is the string 'a'; give a list",
     ),
     "more images": (
-        dict(images=[PICTURE] * 2, expressions=[["a"]]),
+        {"images": [PICTURE] * 2, "expressions": [["a"]]},
         "2 images but 1 lists of expressions; give one list",
     ),
     "more lists": (
-        dict(images=[PICTURE], expressions=[["a"], ["b"]]),
+        {"images": [PICTURE], "expressions": [["a"], ["b"]]},
         "1 images but 2 lists of expressions; give one list",
     ),
     "no_targets lists": (
-        dict(images=[PICTURE], expressions=[["a"]], no_targets=[]),
+        {"images": [PICTURE], "expressions": [["a"]], "no_targets": []},
         "1 images but 0 lists of no_targets; give",
     ),
     "no_targets entries": (
-        dict(images=[PICTURE], expressions=[["a"]], no_targets=[[True, False]]),
+        {"images": [PICTURE], "expressions": [["a"]], "no_targets": [[True, False]]},
         "1 expressions but 2 no_targets; give one for each",
     ),
     "no_targets entries, single prompts": (
-        dict(images=[PICTURE], expressions=[["a"]], no_targets=[[True, False]], one_prompt_per_expression=True),
+        {
+            "images": [PICTURE],
+            "expressions": [["a"]],
+            "no_targets": [[True, False]],
+            "one_prompt_per_expression": True,
+        },
         "1 expressions but 2 no_targets; give one for each",
     ),
     "unknown wording": (
-        dict(images=[PICTURE], expressions=[["a"]], prompt="rhyme"),
+        {"images": [PICTURE], "expressions": [["a"]], "prompt": "rhyme"},
         "prompt='rhyme' is not known; choose one of",
     ),
     "two roads": (
-        dict(images=[PICTURE], expressions=[["a"]], text="b"),
+        {"images": [PICTURE], "expressions": [["a"]], "text": "b"},
         "Give only one of text, expressions and conversations",
     ),
 }
 BAD_CONVERSATIONS = {
     "two <image>": (
-        dict(images=[PICTURE], conversations=[TWO_IMAGES]),
+        {"images": [PICTURE], "conversations": [TWO_IMAGES]},
         "holds 2 <image> placeholders.*conversation of its own",
     ),
     "<image> without image": (
-        dict(conversations=[TWO_ROUNDS]),
+        {"conversations": [TWO_ROUNDS]},
         "Conversation 0 holds <image>, but its image_index is -1; write",
     ),
     "image without <image>": (
-        dict(images=[PICTURE], conversations=[NO_IMAGE]),
+        {"images": [PICTURE], "conversations": [NO_IMAGE]},
         "Conversation 0 lacks <image>.*is 0; write",
     ),
     "image_index too large": (
-        dict(images=[PICTURE], conversations=[TWO_ROUNDS], image_index=[1]),
+        {"images": [PICTURE], "conversations": [TWO_ROUNDS], "image_index": [1]},
         "Conversation 0 points to image 1, but 1 images were given; use 0 to 0",
     ),
     "image_index too small": (
-        dict(images=[PICTURE], conversations=[TWO_ROUNDS], image_index=[-2]),
+        {"images": [PICTURE], "conversations": [TWO_ROUNDS], "image_index": [-2]},
         "Conversation 0 points to image -2, but 1 images were given; use 0 to 0, or -1",
     ),
     "image_index too long": (
-        dict(images=[PICTURE], conversations=[TWO_ROUNDS], image_index=[0, 0]),
+        {"images": [PICTURE], "conversations": [TWO_ROUNDS], "image_index": [0, 0]},
         "1 conversations but image_index has 2 entries; give one each",
     ),
     "mask of another size": (
-        dict(images=[PICTURE], conversations=[TWO_ROUNDS], masks=[np.zeros((2, 40, 30))]),
+        {"images": [PICTURE], "conversations": [TWO_ROUNDS], "masks": [np.zeros((2, 40, 30))]},
         r"masks\[0\] has shape \(2, 40, 30\), but its picture is \(30, 40\) \(height, width\); give",
     ),
     "mask without slots": (
-        dict(images=[PICTURE], conversations=[TWO_ROUNDS], masks=[np.zeros((30, 40))]),
+        {"images": [PICTURE], "conversations": [TWO_ROUNDS], "masks": [np.zeros((30, 40))]},
         r"masks\[0\] has shape \(30, 40\).*give \(slots, height, width\)",
     ),
     "masks for another number": (
-        dict(images=[PICTURE], conversations=[TWO_ROUNDS], masks=[]),
+        {"images": [PICTURE], "conversations": [TWO_ROUNDS], "masks": []},
         "1 conversations but 0 entries in masks; give one each",
     ),
     "masks without images": (
-        dict(conversations=[NO_IMAGE], masks=[np.zeros((1, 3, 3))]),
+        {"conversations": [NO_IMAGE], "masks": [np.zeros((1, 3, 3))]},
         "Masks were given without images; pass images=",
     ),
     "masks where the conversation has no image": (
-        dict(
-            images=[PICTURE],
-            conversations=[TWO_ROUNDS, NO_IMAGE],
-            image_index=[0, -1],
-            masks=[[], np.zeros((1, 30, 40))],
-        ),
+        {
+            "images": [PICTURE],
+            "conversations": [TWO_ROUNDS, NO_IMAGE],
+            "image_index": [0, -1],
+            "masks": [[], np.zeros((1, 30, 40))],
+        },
         r"masks\[1\] has shape \(1, 30, 40\), but conversation 1 has no image; give an empty list",
     ),
     "cut inside the image": (
-        dict(images=[PICTURE], conversations=[TWO_ROUNDS], max_length=15),
+        {"images": [PICTURE], "conversations": [TWO_ROUNDS], "max_length": 15},
         "max_length=15 cuts the image of conversation 0, which alone takes 16 tokens; raise it",
     ),
     "cut before the image": (
-        dict(images=[PICTURE], conversations=[TWO_ROUNDS], max_length=3),
+        {"images": [PICTURE], "conversations": [TWO_ROUNDS], "max_length": 3},
         "max_length=3 cuts the image of conversation 0",
     ),
     "two roads": (
-        dict(conversations=[NO_IMAGE], expressions=[["a"]]),
+        {"conversations": [NO_IMAGE], "expressions": [["a"]]},
         "Give only one of text, expressions and conversations",
     ),
 }

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-TOLERANCE = dict(rtol=1e-5, atol=1e-6)  # float64; see test_modeling
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}  # float64; see test_modeling
 
 
 @pytest.fixture(scope="module")
