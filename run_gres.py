@@ -21,6 +21,8 @@ from trainers.arguments import parse_arguments
 def main(argv: list[str] | None = None) -> int:
     try:
         model_args, data_args, training_args = parse_arguments(argv)
+        if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
+            raise ValueError("There is nothing to do; give --do_train, --do_eval or --do_predict.")
         transformers.set_seed(training_args.seed)
         processor, model = runs.load_model(model_args)
         if training_args.do_eval and data_args.eval_before_training and training_args.do_train:
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             runs.push(processor, model, training_args)
         runs.summary(training_args)
     except (ValueError, FileNotFoundError) as error:
-        if "--debug" in sys.argv:
+        if "debug" in (sys.argv if argv is None else argv):  # --log_level debug
             raise
         print(f"run_gres.py: {error}", file=sys.stderr)
         return 1

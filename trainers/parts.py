@@ -75,8 +75,8 @@ def parts_table(model: nn.Module) -> str:
     return "\n".join([*lines, f"{'total':<40}{totals[0]:>15,}{totals[1]:>15,}"])
 
 
-def snapshot(model: nn.Module) -> dict[str, float]:
-    """A fingerprint of each trained parameter, to tell afterwards which ones moved."""
+def snapshot(model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Sum and sum of squares of each trained parameter, to tell afterwards which ones moved."""
     with torch.no_grad():
         return {
             name: (float(parameter.double().sum()), float(parameter.double().square().sum()))

@@ -4,7 +4,8 @@ import base64
 import html
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,18 @@ def prediction_page(
     return "\n".join([*parts, "</html>"])
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes beside the file and renames, so that nobody meets half a file."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to; it takes the place of `path` at the end, so that nobody meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    yield temporary
     os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def training_curves(history: Sequence[dict[str, float]], path: Path) -> None:
@@ -140,6 +147,5 @@ def training_curves(history: Sequence[dict[str, float]], path: Path) -> None:
             axes.legend(fontsize="small")
     losses.set_title("loss and its parts")
     metrics.set_title("metrics")
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    figure.savefig(temporary, dpi=110)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)

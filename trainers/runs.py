@@ -2,24 +2,25 @@
 
 import json
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import data_scripts
-from data_scripts.mixture import TrainingDataset
-from data_scripts.transforms import ReferringTransform, Wording, read_image
+from data_scripts.schema import encode_mask
+from data_scripts.transforms import Wording, read_image
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
 
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
 from .collator import GsvaCollator
-from .evaluation import EvaluationPlan, evaluate_rows, record
+from .data import load_rows, training_data
+from .evaluation import EvaluationPlan, answer, evaluate_rows, record
 from .parts import merged, parts_table, prepare_for_training, snapshot, unmoved
-from .pictures import labelled_overlay, prediction_page, training_curves, write_text
+from .pictures import labelled_overlay, prediction_page, replacing, training_curves, write_text
 from .trainer import GsvaTrainer, last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -65,15 +66,10 @@ def load_model(args: ModelArguments) -> tuple[GsvaProcessor, GsvaForConditionalG
     return processor, model.to(PartialState().device)
 
 
-def _rows(args: DataArguments, split: str, limit: int | None):
-    rows = data_scripts.load(args.dataset, args.data_dir, split, **args.options)
-    return rows.select(range(min(limit, len(rows)))) if limit is not None else rows
-
-
-def _plan(args: DataArguments, training: GsvaTrainingArguments, protocol: str) -> EvaluationPlan:
+def _plan(args: DataArguments, training: GsvaTrainingArguments, protocol: str, rows=None) -> EvaluationPlan:
     return EvaluationPlan(
-        rows=_rows(args, args.eval_split, args.max_eval_samples),
-        dataset=args.dataset,
+        rows=load_rows(args, args.eval_split, args.max_eval_samples, args.evaluated) if rows is None else rows,
+        dataset=args.evaluated,
         split=args.eval_split,
         protocol=protocol,
         batch_size=training.per_device_eval_batch_size,
@@ -90,6 +86,17 @@ def read_results(output_dir: str | Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
+def _key(entry: dict[str, Any]) -> tuple[str, ...]:
+    """What a later evaluation of the same kind replaces in `results.json`."""
+    return tuple(entry[name] for name in ("stage", "protocol", "convention", "dataset", "split"))
+
+
+def _in_order(found: list[tuple]) -> list[tuple]:
+    """What all processes found, sorted by the index that comes first in each tuple."""
+    gathered = gather_object(found) if PartialState().num_processes > 1 else found
+    return sorted(gathered, key=lambda entry: entry[0])
+
+
 def evaluate(processor, model, model_args, data_args, training_args, stage: str) -> None:
     """
     Runs every protocol and writes `results.json`, the rows and a page of pictures. A stage "before" that an earlier
@@ -98,28 +105,33 @@ def evaluate(processor, model, model_args, data_args, training_args, stage: str)
     output_dir, state = Path(training_args.output_dir), PartialState()
     done = read_results(output_dir)
     resumed = training_args.resume and last_complete_checkpoint(output_dir)
-    wanted = {(protocol, convention) for protocol in data_args.protocols for convention in data_args.conventions}
-    if stage == "before" and resumed and wanted <= {(r["protocol"], r["convention"]) for r in done if r["stage"] == stage}:
+    known = {_key(entry) for entry in done}
+    wanted = {
+        (stage, protocol, convention, data_args.evaluated, data_args.eval_split)
+        for protocol in data_args.protocols
+        for convention in data_args.conventions
+    }
+    if stage == "before" and resumed and wanted <= known:
         return
     for protocol in data_args.protocols:
         plan = _plan(data_args, training_args, protocol)
-        pictures: list = []
+        found: list[tuple] = []
 
-        def keep(index, row, results, pictures=pictures):
+        def keep(index, row, results, found=found):
             if index < data_args.num_pictures:
-                pictures.append((row, results))
+                found.append((index, row, results))
 
         result = evaluate_rows(model, processor, plan, keep)
+        pictures = [(row, results) for _, row, results in _in_order(found)]
         if not state.is_main_process:
             continue
         records = [record(result, plan, name, stage, model_args.model) for name in data_args.conventions]
-        same = {(r["stage"], r["protocol"], r["convention"], r["dataset"], r["split"]) for r in records}
-        done = [r for r in done if (r["stage"], r["protocol"], r["convention"], r["dataset"], r["split"]) not in same]
-        done += records
+        new = {_key(entry) for entry in records}
+        done = [entry for entry in done if _key(entry) not in new] + records
         write_text(output_dir / RESULTS, json.dumps(done, indent=1))
         name = f"{stage}_{protocol}".replace(" ", "_")
         write_text(output_dir / f"rows_{name}.jsonl", "".join(json.dumps(row) + "\n" for row in result.rows))
-        title = f"{plan.dataset} {plan.split}, {protocol}, {stage} training" if stage != "as loaded" else f"{plan.dataset} {plan.split}, {protocol}"
+        title = f"{plan.dataset} {plan.split}, {protocol}, {stage if stage == 'as loaded' else stage + ' training'}"
         write_text(output_dir / f"pictures_{name}.html", prediction_page(title, results_table(records), pictures))
         print(results_table(records), flush=True)
 
@@ -128,8 +140,7 @@ def train(processor, model, model_args, data_args, training_args):
     """Fine-tunes, resuming from the last complete checkpoint; returns the plain model and saves it in `output_dir`."""
     output_dir, state = Path(training_args.output_dir), PartialState()
     wording = ProcessorWording(processor) if data_args.wording == "processor" else Wording()
-    transform = ReferringTransform(wording, data_args.num_expressions, data_args.all_absent)
-    rows = _rows(data_args, data_args.train_split, data_args.max_train_samples)
+    dataset = training_data(data_args, training_args, wording)
     model = prepare_for_training(model, model_args)
     if state.is_main_process:
         print(parts_table(model), flush=True)
@@ -137,7 +148,7 @@ def train(processor, model, model_args, data_args, training_args):
     trainer = GsvaTrainer(
         model=model,
         args=training_args,
-        train_dataset=TrainingDataset(rows, transform, training_args.seed),
+        train_dataset=dataset,
         data_collator=GsvaCollator(processor, data_args.max_length),
         processing_class=processor,
         evaluation=_plan(data_args, training_args, data_args.protocols[0]) if training_args.do_eval else None,
@@ -171,51 +182,37 @@ def save(processor, model, output_dir: Path) -> None:
 
 
 def predict(processor, model, data_args: DataArguments, training_args: GsvaTrainingArguments) -> None:
-    """Looks for every expression in every picture; writes overlays and `predictions.json`."""
+    """
+    Looks for every expression in every picture file; writes overlays and `predictions.json`. Without picture files it
+    predicts on the evaluation split and writes a page of pictures instead of overlays.
+    """
     if not data_args.image:
         return predict_rows(processor, model, data_args, training_args)
     if not data_args.expressions:
         raise ValueError("--do_predict got pictures but no --expressions; say what to look for.")
-    from pycocotools import mask as coco_mask  # noqa: F401 - a clear error now rather than after the first picture
-
-    from data_scripts.schema import encode_mask
-
-    output_dir = Path(training_args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    predictions = []
-    for number, path in enumerate(data_args.image):
+    plan = _plan(data_args, training_args, data_args.protocols[0], rows=[])
+    if plan.protocol == "teacher_forced":
+        raise ValueError("protocols=teacher_forced needs gold answers, which picture files have not; choose slots or generate.")
+    for path in data_args.image:  # before the first is predicted
         if not Path(path).is_file():
-            raise FileNotFoundError(f"--image {path} does not exist.")
+            raise FileNotFoundError(f"--image {path} does not exist; give the path of a picture file.")
+    if not PartialState().is_main_process:
+        return
+    output_dir, predictions = Path(training_args.output_dir), []
+    for number, path in enumerate(data_args.image):
         image = read_image({"path": path, "bytes": None})
-        inputs = processor(
-            images=[image],
-            expressions=[data_args.expressions],
-            one_prompt_per_expression=data_args.one_prompt_per_expression,
-            return_tensors="pt",
-        ).to(model.device)
-        method = data_args.protocols[0]
-        options = {"threshold": data_args.threshold} if method == "slots" else {"max_new_tokens": data_args.max_new_tokens}
-        outputs = model.eval().segment(**inputs, method=method, **options)
-        (results,) = processor.post_process_segmentation(outputs, inputs)
+        (results,) = answer(model.eval(), processor, [image], [data_args.expressions], plan)
         overlay_file = f"{number:03d}_{Path(path).stem}.png"
-        labelled_overlay(image, results).save(output_dir / overlay_file)
+        with replacing(output_dir / overlay_file) as temporary:
+            labelled_overlay(image, results).save(temporary)
         predictions.append(
             {
                 "image": path,
                 "height": image.height,
                 "width": image.width,
                 "overlay": overlay_file,
-                "protocol": method,
-                "expressions": [
-                    {
-                        "text": result["text"],
-                        "is_rejected": result["is_rejected"],
-                        "score": result["score"] if result["score"] == result["score"] else None,
-                        "area": int(result["mask"].sum()),
-                        "mask": encode_mask(result["mask"]),
-                    }
-                    for result in results
-                ],
+                "protocol": plan.protocol,
+                "expressions": [_entry(result) for result in results],
             }
         )
         for result in results:
@@ -224,28 +221,41 @@ def predict(processor, model, data_args: DataArguments, training_args: GsvaTrain
     write_text(output_dir / "predictions.json", json.dumps(predictions, indent=1))
 
 
+def _entry(result: dict[str, Any]) -> dict[str, Any]:
+    """A result as `predictions.json` holds it: the mask as COCO RLE, the score null where the answer has no slot."""
+    return {
+        "text": result["text"],
+        "is_rejected": result["is_rejected"],
+        "score": None if math.isnan(result["score"]) else result["score"],
+        "area": int(result["mask"].sum()),
+        "mask": encode_mask(result["mask"]),
+    }
+
+
 def predict_rows(processor, model, data_args: DataArguments, training_args: GsvaTrainingArguments) -> None:
     """Predicts on the pictures of the evaluation split: `predictions.json` and a page of pictures."""
-    from data_scripts.schema import encode_mask
-
-    output_dir, pictures, predictions = Path(training_args.output_dir), [], []
+    output_dir = Path(training_args.output_dir)
+    plan = _plan(data_args, training_args, data_args.protocols[0])
+    found: list[tuple] = []
 
     def keep(index, row, results):
-        if index < data_args.num_pictures:
-            pictures.append((row, results))
-        entries = [
-            {"text": r["text"], "is_rejected": r["is_rejected"], "mask": encode_mask(r["mask"])} for r in results
-        ]
-        predictions.append({"image_id": row["image_id"], "expressions": entries})
+        entries = [_entry(result) for result in results]
+        prediction = {"image_id": row["image_id"], "protocol": plan.protocol, "expressions": entries}
+        found.append((index, prediction, (row, results) if index < data_args.num_pictures else None))
 
-    plan = _plan(data_args, training_args, data_args.protocols[0])
     evaluate_rows(model, processor, plan, keep)
-    write_text(output_dir / "predictions.json", json.dumps(predictions, indent=1))
-    write_text(output_dir / "predictions.html", prediction_page(f"{plan.dataset} {plan.split}", "", pictures))
+    found = _in_order(found)
+    if not PartialState().is_main_process:
+        return
+    write_text(output_dir / "predictions.json", json.dumps([prediction for _, prediction, _ in found], indent=1))
+    page = prediction_page(f"{plan.dataset} {plan.split}", "", [pair for *_, pair in found if pair is not None])
+    write_text(output_dir / "predictions.html", page)
 
 
 def push(processor, model, args: GsvaTrainingArguments) -> None:
     """Uploads model and processor to `hub_model_id` (by default the name of output_dir)."""
+    if not PartialState().is_main_process:
+        return
     name = args.hub_model_id or Path(args.output_dir).name
     model.push_to_hub(name, private=args.hub_private_repo, token=args.hub_token)
     processor.push_to_hub(name, private=args.hub_private_repo, token=args.hub_token)

@@ -65,25 +65,39 @@ class GsvaTrainer(Trainer):
     def __init__(self, *args, evaluation: EvaluationPlan | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.evaluation = evaluation
+        self._begin_log()
+
+    def _begin_log(self) -> None:
         self._parts: dict[str, torch.Tensor] = {}
-        self._parts_since = 0
-        self._step_begun, self._data_seconds, self._images = time.perf_counter(), 0.0, 0
+        self._steps, self._images, self._data_seconds, self._begun = 0, 0, 0.0, time.perf_counter()
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return EpochSampler(len(dataset), self.args.data_seed if self.args.data_seed is not None else self.args.seed)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        self._sampler = EpochSampler(len(dataset), seed)
+        return self._sampler
+
+    def _run_epoch(self, **kwargs) -> None:
+        if self.state.global_step >= self.state.max_steps:  # transformers would add a step to a run that is complete
+            self.control.should_training_stop = True
+            return
+        # accelerate does not reach the sampler when several processes resume within an epoch.
+        self._sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(**kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         begun = time.perf_counter()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._data_seconds += time.perf_counter() - begun
+        self._steps += 1
         count = torch.tensor(sum(self._num_masks(batch) for batch in batches), device=device)
         if self.args.world_size > 1:
             count = self.accelerator.reduce(count)
         for batch in batches:
             batch["num_masks_in_batch"] = count.clamp(min=1)
             self._images += len(batch.get("pixel_values", ()))
-        return batches, num_items
+        # Where max_length cuts off every answer there is nothing to learn, and nothing to divide by.
+        return batches, num_items.clamp(min=1) if torch.is_tensor(num_items) else num_items
 
     def _num_masks(self, batch) -> int:
         config = self.accelerator.unwrap_model(self.model).config
@@ -116,15 +130,13 @@ class GsvaTrainer(Trainer):
             sums = torch.stack([torch.as_tensor(self._parts.get(n, 0.0), dtype=torch.float32).cpu() for n in names])
             sums = self.accelerator.reduce(sums.to(self.args.device)).tolist()
             parts = dict(zip(names, sums))
-            steps = max(self.state.global_step - self._parts_since, 1)
-            logs.update({name: parts[name] / steps for name in LOSS_PARTS})
+            logs.update({name: parts[name] / self._steps for name in LOSS_PARTS})
             if parts["slots"]:
                 logs["slot_accuracy"] = parts["slots_right"] / parts["slots"]
-            seconds = time.perf_counter() - self._step_begun
+            seconds = time.perf_counter() - self._begun
             logs["images_per_second"] = self._images * self.args.world_size / seconds
             logs["data_wait_share"] = self._data_seconds / seconds
-            self._parts, self._parts_since = {}, self.state.global_step
-            self._step_begun, self._data_seconds, self._images = time.perf_counter(), 0.0, 0
+            self._begin_log()
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -137,6 +149,5 @@ class GsvaTrainer(Trainer):
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - begun
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        # An evaluation is no training time.
-        self._step_begun, self._data_seconds, self._images = time.perf_counter(), 0.0, 0
+        self._begun += time.perf_counter() - begun  # an evaluation is no training time
         return metrics
