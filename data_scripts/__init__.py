@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -69,7 +70,11 @@ def load(
     if name in GENERATED:
         common = {"cache_dir": cache_dir, "num_proc": num_proc}
         options.update({key: value for key, value in common.items() if value is not None})
-        return _get(GENERATED[name])(split=split, **options)
+        generate = _get(GENERATED[name])
+        known = signature(generate).parameters
+        if unknown := [option for option in options if option not in known]:
+            raise ValueError(f"{name!r} takes no option {', '.join(unknown)}; its options are {', '.join(known)}.")
+        return generate(split=split, **options)
     if options:
         raise ValueError(f"{name!r} takes no option {', '.join(options)}.")
     if name not in BUILDERS and "/" in name:

@@ -288,8 +288,8 @@ def load(
     if task not in TASKS:
         raise ValueError(f"shapes has no task {task!r}; its tasks are {', '.join(TASKS)}.")
     size = SPLIT_SIZES[split] if size is None else size
-    if size < 1 or seed < 0:
-        raise ValueError(f"shapes needs size >= 1 and seed >= 0, got size={size} and seed={seed}.")
+    if not isinstance(size, int) or not isinstance(seed, int) or size < 1 or seed < 0:
+        raise ValueError(f"shapes needs whole numbers size >= 1 and seed >= 0, got size={size!r} and seed={seed!r}.")
     return datasets.Dataset.from_generator(
         _rows,
         features=VQA_FEATURES if task == "vqa" else SEGMENTATION_FEATURES,
