@@ -154,16 +154,15 @@ def build_llama_tokenizer(
     new = {t: i for t, i in sorted((added_tokens or {}).items(), key=lambda item: item[1]) if t not in vocab}
     for token in ORDINARY_TOKENS + SPECIAL_TOKENS + (IMAGE_TOKEN,):
         new.setdefault(token, len(vocab) + len(new))
-    for token in new:
-        special = token in SPECIAL_TOKENS or token == IMAGE_TOKEN
-        backend.add_tokens([AddedToken(token, normalized=False, special=special)])
+    special = (*SPECIAL_TOKENS, IMAGE_TOKEN)
+    backend.add_tokens([AddedToken(token, normalized=False, special=token in special) for token in new])
     tokenizer = TokenizersBackend(
         tokenizer_object=backend,
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
         pad_token="<unk>",
-        additional_special_tokens=[*SPECIAL_TOKENS, IMAGE_TOKEN],
+        additional_special_tokens=list(special),
         padding_side="right",
         clean_up_tokenization_spaces=False,
         model_max_length=model_max_length,
