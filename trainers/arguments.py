@@ -86,6 +86,9 @@ class DataArguments:
     dataset_options: str | None = field(default=None, metadata={"help": "More options of the data set, as JSON."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many pictures."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many pictures."})
+    max_eval_samples_in_training: int = field(
+        default=200, metadata={"help": "Evaluations in the middle of training take the first so many pictures."}
+    )
     num_expressions: int = field(default=3, metadata={"help": "Expressions per training picture (original: 3)."})
     wording: str = field(
         default="gsva",

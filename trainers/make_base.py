@@ -329,7 +329,7 @@ def train_language(model, processor, pictures: Pictures, args, log):
         model.eval()
         random = np.random.default_rng(7)
         right, ious = [], []
-        words = {answer: processor.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"][0] for answer in ("yes", "no")}
+        yes, no = (processor.tokenizer(word, add_special_tokens=False)["input_ids"][-1] for word in (" yes", " no"))
         for start in range(0, 192, 64):
             images, asked, questions, truth, answers = [], [], [], [], []
             for index in range(start, start + 64):
@@ -339,21 +339,22 @@ def train_language(model, processor, pictures: Pictures, args, log):
                 asked.append([text for text, targets in items if targets])
                 truth.append([np.any([t.mask for t in targets], 0) for _, targets in items if targets])
                 text, targets = items[random.integers(len(items))]
-                questions.append([{"role": "user", "content": f"<image>\nis there {text}?"}])
+                question = {"role": "user", "content": f"<image>\nis there {text}?"}
+                questions.append([question, {"role": "assistant", "content": "yes"}])
                 answers.append(bool(targets))
             inputs = processor(images=images, expressions=asked, return_tensors="pt")
             results = processor.post_process_segmentation(model.segment(**inputs), inputs)
             for entries, masks in zip(results, truth):
                 ious += [(e["mask"] & m).sum() / (e["mask"] | m).sum() for e, m in zip(entries, masks)]
-            encoded = processor.encode_conversations(questions, add_generation_prompt=True)
-            ids, mask = processor._pad([ids for ids, _ in encoded], side="left")
+            encoded = processor.encode_conversations(questions)
+            ids, mask = processor._pad([ids[:-2] for ids, _ in encoded], side="left")  # up to before "yes</s>"
             with torch.no_grad():
                 logits = model(
                     input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask),
                     position_ids=torch.from_numpy(mask.cumsum(-1) - 1).clamp(min=0),
                     pixel_values=inputs["pixel_values"], logits_to_keep=1,
                 ).logits[:, -1]  # fmt: skip
-            said = logits[:, words["yes"]] > logits[:, words["no"]]
+            said = logits[:, yes] > logits[:, no]
             right += (said == torch.tensor(answers)).tolist()
         model.train()
         return {"existence": round(float(np.mean(right)), 4), "mask_iou": round(float(np.mean(ious)), 4)}
@@ -368,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=24000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tower_steps", type=int, default=2000)
-    parser.add_argument("--language_steps", type=int, default=3600)
+    parser.add_argument("--language_steps", type=int, default=2300)
     args = parser.parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     begun = time.time()

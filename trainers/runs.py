@@ -66,9 +66,12 @@ def load_model(args: ModelArguments) -> tuple[GsvaProcessor, GsvaForConditionalG
     return processor, model.to(PartialState().device)
 
 
-def _plan(args: DataArguments, training: GsvaTrainingArguments, protocol: str, rows=None) -> EvaluationPlan:
+def _plan(
+    args: DataArguments, training: GsvaTrainingArguments, protocol: str, rows=None, limit: int | None = None
+) -> EvaluationPlan:
+    limit = min((n for n in (limit, args.max_eval_samples) if n is not None), default=None)
     return EvaluationPlan(
-        rows=load_rows(args, args.eval_split, args.max_eval_samples, args.evaluated) if rows is None else rows,
+        rows=load_rows(args, args.eval_split, limit, args.evaluated) if rows is None else rows,
         dataset=args.evaluated,
         split=args.eval_split,
         protocol=protocol,
@@ -151,7 +154,11 @@ def train(processor, model, model_args, data_args, training_args):
         train_dataset=dataset,
         data_collator=GsvaCollator(processor, data_args.max_length),
         processing_class=processor,
-        evaluation=_plan(data_args, training_args, data_args.protocols[0]) if training_args.do_eval else None,
+        evaluation=_plan(
+            data_args, training_args, data_args.protocols[0], limit=data_args.max_eval_samples_in_training
+        )
+        if training_args.do_eval
+        else None,
         eval_dataset=[] if training_args.eval_strategy != "no" else None,
     )
     checkpoint = training_args.resume_from_checkpoint
