@@ -357,6 +357,24 @@ def check_metrics(report: Report, case: str, rows: list[dict], golden: dict) -> 
     report.add(case, "largest difference of a foreground area in pixels", off, AREA_PIXELS)
 
 
+def check_rooms(report: Report, golden: Golden, model, processor, names: list[str]) -> None:
+    """The same metrics from the project's own road: data_scripts → trainers.evaluation → metrics."""
+    import data_scripts
+    from trainers.evaluation import EvaluationPlan, evaluate_rows
+
+    for name in names:
+        spec = golden.evaluated(name)[0]["val_dataset"]
+        stored = find_metrics(golden, f"full_r{golden.rank}.bin", spec)
+        dataset, split = spec.split("|")[0], spec.split("|")[-1]
+        rows = data_scripts.load(dataset, str(golden.root / "data"), split=split, cache_dir=str(golden.work / "datasets"))
+        plan = EvaluationPlan(rows, dataset, split, protocol="teacher_forced", batch_size=2)
+        plan.convention = plan.conventions(["gsva"])[0]
+        ours = evaluate_rows(model, processor, plan).metrics
+        for key, value in stored["values"].items():
+            key = {"giou": "gIoU", "ciou": "cIoU"}.get(key, key)
+            report.add(f"evaluate_rows/{spec}", f"metric {key}", abs(ours[key] - value), METRIC)
+
+
 def find_metrics(golden: Golden, weights: str, spec: str) -> dict:
     metrics = json.loads((golden.root / "eval/metrics.json").read_text())
     return next(v for k, v in metrics.items() if k.split()[0] == weights and f" {spec}" in k)
@@ -614,6 +632,8 @@ def run(root: Path, tokenizer: Path, work: Path, parts: set[str], report: Report
             results = check_eval(report, golden, model, processor, name, parts)
             if name == "grefcoco_val":
                 check_kept_lora(report, golden, results["img0"])
+    if "metrics" in parts:
+        check_rooms(report, golden, model, processor, names)
     if "variants" in parts:
         check_variant(report, golden, "variant_lora_r0", "gsva_full_r0.bin", "full_r0.bin")
         trained = f"gsva_trainable_r{golden.rank}.bin"
