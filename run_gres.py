@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         if training_args.push_to_hub:
             runs.push(processor, model, training_args)
         runs.summary(training_args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
         if "debug" in (sys.argv if argv is None else argv):  # --log_level debug
             raise
         print(f"run_gres.py: {error}", file=sys.stderr)

@@ -10,6 +10,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 PROTOCOLS = ("teacher_forced", "slots", "generate")
 CONVENTIONS = ("rela", "gsva", "gsva_validate")
+IGNORE_REGIONS = ("foreground", "ignored")
+TASKS = ("referring", "reasoning")
 TRAIN_LANGUAGE_MODEL = ("lora", "full", "frozen")
 QUANTIZATIONS = ("4bit", "8bit")
 ARCHITECTURES = ("7b", "13b")
@@ -53,10 +55,10 @@ class ModelArguments:
         _check_choice("train_language_model", self.train_language_model, TRAIN_LANGUAGE_MODEL)
         if self.quantization is not None:
             _check_choice("quantization", self.quantization, QUANTIZATIONS)
-            if self.train_language_model == "full":
+            if self.train_language_model != "lora":
                 raise ValueError(
-                    f"quantization={self.quantization!r} freezes the language model's layers, but "
-                    "train_language_model='full' trains them; choose 'lora' (QLoRA) or 'frozen'."
+                    f"quantization={self.quantization!r} is for training with adapters (QLoRA), not for "
+                    f"train_language_model={self.train_language_model!r}; choose 'lora'."
                 )
         if self.architecture is not None:
             _check_choice("architecture", self.architecture, ARCHITECTURES)
@@ -101,6 +103,16 @@ class DataArguments:
     threshold: float = field(default=0.0, metadata={"help": "Reject a slot below these log-odds (protocol slots)."})
     one_prompt_per_expression: bool = field(default=False, metadata={"help": "Ask for each expression by itself."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer of the protocol generate."})
+    ignore_region: str = field(
+        default="foreground",
+        metadata={"help": f"Pixels that do not count (ReasonSeg): {' or '.join(IGNORE_REGIONS)}. Original: foreground."},
+    )
+    eval_task: str | None = field(
+        default=None,
+        metadata={"help": "'referring', or 'reasoning' (ReasonSeg's prompts, first text only); default: by the data set."},
+    )
+    resume_eval: bool = field(default=False, metadata={"help": "Continue a killed evaluation from its finished rows."})
+    save_masks: bool = field(default=False, metadata={"help": "Rows also hold the predicted mask as COCO RLE."})
     eval_before_training: bool = field(default=True, metadata={"help": "Also evaluate before training."})
     num_pictures: int = field(default=24, metadata={"help": "Pictures on the page of predictions."})
     image: list[str] = field(default_factory=list, metadata={"help": "--do_predict: picture files."})
@@ -111,6 +123,9 @@ class DataArguments:
             _check_choice("protocols", protocol, PROTOCOLS)
         for convention in self.conventions:
             _check_choice("conventions", convention, CONVENTIONS)
+        _check_choice("ignore_region", self.ignore_region, IGNORE_REGIONS)
+        if self.eval_task is not None:
+            _check_choice("eval_task", self.eval_task, TASKS)
         _check_choice("wording", self.wording, ("gsva", "processor"))
         try:
             self.options = dict(json.loads(self.dataset_options or "{}"))
@@ -141,6 +156,10 @@ class GsvaTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: examples are no model inputs."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     resume: bool = field(default=True, metadata={"help": "Go on from the last complete checkpoint in output_dir."})
+    divergence: str = field(
+        default="stop",
+        metadata={"help": "NaN, loss spikes and collapse to [REJ]: 'stop' at NaN and say the others, 'warn', 'off'."},
+    )
     plan: bool = field(
         default=False, metadata={"help": "Only count the memory that training takes, before anything is loaded."}
     )
@@ -153,6 +172,7 @@ class GsvaTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.plan:
             self.use_cpu = True  # counting needs no card, whatever precision is planned for one
+        _check_choice("divergence", self.divergence, ("stop", "warn", "off"))
         super().__post_init__()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers import Trainer
 
+from .divergence import DivergenceWatch
 from .evaluation import EvaluationPlan, evaluate_rows
 
 LOSS_PARTS = ("ce_loss", "mask_bce_loss", "mask_dice_loss")
@@ -65,6 +66,12 @@ class GsvaTrainer(Trainer):
     def __init__(self, *args, evaluation: EvaluationPlan | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.evaluation = evaluation
+        self.watch = DivergenceWatch(
+            self.args.output_dir,
+            decode=getattr(self.processing_class, "batch_decode", None),
+            mode=getattr(self.args, "divergence", "off"),
+            rank=self.args.process_index,
+        )
         self._begin_log()
 
     def _begin_log(self) -> None:
@@ -110,6 +117,7 @@ class GsvaTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             self._collect(inputs, outputs)
+            self._look_for_divergence(inputs, outputs)
         return (loss, outputs) if return_outputs else loss
 
     def _collect(self, inputs, outputs) -> None:
@@ -122,6 +130,14 @@ class GsvaTrainer(Trainer):
             values["slots"] = torch.tensor(float(len(places)), device=says_seg.device)
         for name, value in values.items():
             self._parts[name] = self._parts.get(name, 0) + value
+
+    def _look_for_divergence(self, inputs, outputs) -> None:
+        if self.watch.mode == "off":
+            return
+        shares = self.args.gradient_accumulation_steps * self.args.world_size  # of the step's loss
+        parts = {n: float(outputs[n].detach()) * shares for n in ("loss", *LOSS_PARTS) if outputs.get(n) is not None}
+        config = self.accelerator.unwrap_model(self.model).config
+        self.watch.see(self.state.global_step + 1, parts, inputs, outputs, config.seg_token_id)
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._parts:
