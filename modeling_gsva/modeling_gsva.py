@@ -455,8 +455,8 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         iou = masks.new_zeros(len(states))
         if is_seg.any():
             seg_masks, seg_iou = self.decode_masks(states[is_seg], sam_embeddings, slot_images[is_seg])
-            masks = masks.masked_scatter(is_seg[:, None, None], seg_masks)
-            iou = iou.masked_scatter(is_seg, seg_iou)
+            masks = masks.masked_scatter(is_seg[:, None, None], seg_masks.to(masks))  # autocast may differ
+            iou = iou.masked_scatter(is_seg, seg_iou.to(iou))
         return masks, iou
 
     def _ce_loss(self, hidden, labels, num_items=None):
