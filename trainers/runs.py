@@ -4,17 +4,28 @@ import json
 import logging
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data_scripts.schema import encode_mask
 from data_scripts.transforms import Wording, read_image
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
 
+from .adapters import (
+    ADAPTER,
+    base_of,
+    is_adapter,
+    keep_in_full_precision,
+    merge,
+    quantization_config,
+    save_adapter,
+)
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
 from .collator import GsvaCollator
 from .data import load_rows, training_data
@@ -43,12 +54,24 @@ class ProcessorWording(Wording):
 
 def load_model(args: ModelArguments) -> tuple[GsvaProcessor, GsvaForConditionalGeneration]:
     """
-    Processor and model. A local directory is read by the project's own classes, anything else as remote code.
+    Processor and model. A local directory is read by the project's own classes, anything else as remote code. An
+    adapter's directory gives its base with the adapter merged into it.
 
     Raises:
         ValueError: what is asked for is no GSVA model, or cannot be read.
     """
+    if is_adapter(args.model):
+        if args.quantization:
+            raise ValueError(
+                f"model={args.model!r} is an adapter, which cannot be merged into a quantized base: train from the merged "
+                "model in the folder above it."
+            )
+        processor, model = load_model(replace(args, model=base_of(args.model)))
+        return processor, merge(model, args.model)
     options: dict[str, Any] = {"dtype": args.dtype}
+    if args.quantization:
+        options["quantization_config"] = quantization_config(args.quantization, args.dtype)
+        options["device_map"] = {"": PartialState().device}
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
     try:
@@ -63,7 +86,7 @@ def load_model(args: ModelArguments) -> tuple[GsvaProcessor, GsvaForConditionalG
             f"model={args.model!r} cannot be loaded ({error}). Give a directory that save_pretrained or "
             "convert_checkpoint.py wrote, or a Hub id."
         ) from error
-    return processor, model.to(PartialState().device)
+    return processor, model if args.quantization else model.to(PartialState().device)
 
 
 def _plan(
@@ -145,6 +168,9 @@ def train(processor, model, model_args, data_args, training_args):
     wording = ProcessorWording(processor) if data_args.wording == "processor" else Wording()
     dataset = training_data(data_args, training_args, wording)
     model = prepare_for_training(model, model_args)
+    loaded_dtype = model.dtype
+    if training_args.bf16 or training_args.fp16:
+        keep_in_full_precision(model)
     if state.is_main_process:
         print(parts_table(model), flush=True)
     before = snapshot(model)
@@ -167,14 +193,32 @@ def train(processor, model, model_args, data_args, training_args):
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step and (still := unmoved(trainer.model, before)) and checkpoint is None:
         logger.warning("%d trained parameters did not move: %s", len(still), ", ".join(still[:8]))
-    model = merged(trainer.accelerator.unwrap_model(trainer.model))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if state.is_main_process and isinstance(model, PeftModel):
+        save_adapter(model, output_dir)
+    if model_args.quantization:
+        # Rounded weights are no good base: the adapter is merged into the original ones. What was trained stays in use.
+        if state.is_main_process:
+            save(processor, merge_into_base(model_args, output_dir / ADAPTER), output_dir)
+    else:
+        model = merged(model).to(loaded_dtype)
+        if state.is_main_process:
+            save(processor, model, output_dir)
     if state.is_main_process:
-        save(processor, model, output_dir)
         write_text(output_dir / "log_history.json", json.dumps(trainer.state.log_history, indent=1))
         training_curves(trainer.state.log_history, output_dir / "curves.png")
         print(f"trained {trainer.state.global_step} steps in {result.metrics['train_runtime']:.0f} s", flush=True)
     state.wait_for_everyone()
     return model
+
+
+def merge_into_base(args: ModelArguments, adapter: Path) -> GsvaForConditionalGeneration:
+    """The unquantized base with the adapter merged into it, in the memory of the processor."""
+    if Path(args.model).is_dir():
+        base = GsvaForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype)
+    else:
+        base = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype)
+    return merge(base, adapter)
 
 
 def save(processor, model, output_dir: Path) -> None:
@@ -264,6 +308,8 @@ def push(processor, model, args: GsvaTrainingArguments) -> None:
     if not PartialState().is_main_process:
         return
     name = args.hub_model_id or Path(args.output_dir).name
+    if isinstance(model, PeftModel):  # QLoRA: what is published is the merged model
+        model = GsvaForConditionalGeneration.from_pretrained(args.output_dir, dtype="auto")
     model.push_to_hub(name, private=args.hub_private_repo, token=args.hub_token)
     processor.push_to_hub(name, private=args.hub_private_repo, token=args.hub_token)
 

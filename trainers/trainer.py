@@ -160,7 +160,8 @@ class GsvaTrainer(Trainer):
         if self.evaluation is None:
             raise ValueError("This trainer has no evaluation plan; pass GsvaTrainer(evaluation=EvaluationPlan(...)).")
         begun = time.perf_counter()
-        result = evaluate_rows(self.accelerator.unwrap_model(self.model), self.processing_class, self.evaluation)
+        with self.accelerator.autocast():  # half-precision frozen weights beside float32 trained ones
+            result = evaluate_rows(self.accelerator.unwrap_model(self.model), self.processing_class, self.evaluation)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items() if not math.isnan(value)}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - begun
         self.log(dict(metrics))

@@ -1,0 +1,71 @@
+"""LoRA and QLoRA: the quantized base, and adapters that are saved small, loaded over the base, and merged."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+# bitsandbytes goes by whole prefixes: what is left to quantize are the language model's layers. CLIP and SAM lose masks
+# in 4 bit, and the rest is trained in full.
+HIGH_PRECISION = (
+    "model.vision_tower",
+    "model.multi_modal_projector",
+    "model.language_model.embed_tokens",
+    "lm_head",
+    "sam",
+    "mask_projector",
+)
+ADAPTER = "adapter"
+
+
+def quantization_config(kind: str, dtype: str) -> BitsAndBytesConfig:
+    """
+    Args:
+        kind: "4bit" (nf4 with doubly quantized scales, as QLoRA: arXiv 2305.14314, section 3) or "8bit" (LLM.int8).
+        dtype: Of the arithmetic, as in the model arguments; "auto" is bfloat16.
+    """
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(HIGH_PRECISION))
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
+        llm_int8_skip_modules=list(HIGH_PRECISION),
+    )
+
+
+def is_adapter(directory: str | Path) -> bool:
+    return (Path(directory) / "adapter_config.json").is_file()
+
+
+def base_of(directory: str | Path) -> str:
+    """The model that an adapter was trained on, as it was named then."""
+    return PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+
+
+def save_adapter(model: PeftModel, output_dir: Path) -> Path:
+    """`OUTPUT_DIR/adapter`: LoRA and the parts trained in full, without the base; written aside and moved."""
+    folder, aside = output_dir / ADAPTER, output_dir / f".{ADAPTER}"
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside, save_embedding_layers=False)  # they are in it already, as modules_to_save
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    return folder
+
+
+def merge(base: nn.Module, directory: str | Path) -> nn.Module:
+    """The base with the adapter of `directory` merged into its weights."""
+    return PeftModel.from_pretrained(base, str(directory)).merge_and_unload()
+
+
+def keep_in_full_precision(model: nn.Module) -> nn.Module:
+    """What is trained in float32, for steps smaller than half precision can hold; needs autocast (bf16, fp16)."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+    return model
+
