@@ -15,6 +15,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_gsva import GsvaConfig
 from .image_processing_gsva import upscale_mask_logits
+from .sam_attention_gsva import use_chunked_attention
 
 # Constants of the original's losses (model/llava/model/modeling_lisa_gsva.py): the areas of the dice loss are divided by
 # 1000 and smoothed by 1e-6, the mean over masks by 1e-8.
@@ -279,6 +280,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         self.model = GsvaModel(config)
         self.lm_head = nn.Linear(hidden_size, config.text_config.vocab_size, bias=False)
         self.sam = AutoModel.from_config(config.sam_config)
+        use_chunked_attention(self.sam)
         prompt_size = config.sam_config.prompt_encoder_config.hidden_size
         # text_hidden_fcs of the original
         self.mask_projector = nn.Sequential(
