@@ -8,7 +8,7 @@ import pytest
 
 from data_scripts.schema import decode_mask, encode_mask, expression
 from metrics.gres import check_together, gres_metrics, read_rows
-from trainers.evaluation import EvaluationPlan, check_slot_tokens, evaluate_rows, record
+from trainers.evaluation import EvaluationPlan, check_slot_tokens, conventions_for, evaluate_rows, record
 
 PROTOCOLS = ("teacher_forced", "slots", "generate")
 MAIN_FIELDS = (
@@ -196,8 +196,8 @@ def test_a_split_without_no_targets(model, processor, reasoning):
     entry = record(result, plan, "gsva_validate", "as loaded", "tiny")
     assert math.isnan(result.metrics["N_acc"]) and entry["metrics"]["N_acc"] is None
     assert "not defined here" in entry["notes"]["N_acc"] and entry["metrics"]["gIoU"] is not None
-    assert plan.conventions(["rela", "gsva", "gsva_validate"]) == ["rela", "gsva_validate"]
-    assert plan_of(reasoning).conventions(["rela", "gsva"]) == ["rela", "gsva"]
+    assert conventions_for("ReasonSeg", ["rela", "gsva", "gsva_validate"]) == ["rela", "gsva_validate"]
+    assert conventions_for("grefcoco", ["rela", "gsva"]) == ["rela", "gsva"]
 
 
 # ---------------------------------------------------------------------------------------------- records

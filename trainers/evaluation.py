@@ -20,6 +20,7 @@ from data_scripts.schema import decode_mask, encode_mask
 from data_scripts.transforms import clean_expression, escape, read_image
 from metrics.gres import gres_metrics, report, to_json, undefined_notes
 
+from .arguments import IGNORE_REGIONS, TASKS
 from .kept_rows import KeptRows
 
 PROTOCOL_NOTES = {
@@ -27,11 +28,6 @@ PROTOCOL_NOTES = {
     "slots": "the answer's wording was given, every slot was the model's own choice",
     "generate": "answers were generated from the question alone",
 }
-# What happens to pixels that a data set says not to count (ReasonSeg). The original's `.bool()` makes them foreground
-# (quirk Q5, which changes published numbers); LISA, and the data set's authors, leave them out.
-IGNORE_REGIONS = ("foreground", "ignored")
-# How expressions are asked for: several phrases in one prompt, or ReasonSeg's first text with a prompt of its own.
-TASKS = ("referring", "reasoning")
 # Sets that the original scores with its `validate`, which knows no rejection, and not with `eval_gres`.
 SCORED_BY_VALIDATE = ("refclef", "refcoco", "refcoco+", "refcocog", "ReasonSeg")
 
@@ -50,7 +46,8 @@ class EvaluationPlan:
         threshold: Reject a slot below these log-odds (`slots`).
         convention: Of the metrics that `evaluate_rows` returns.
         max_new_tokens: Longest answer (`generate`).
-        ignore_region: What pixels that do not count are, "foreground" (as the original) or "ignored".
+        ignore_region: What pixels are that the data set (ReasonSeg) says not to count: "foreground", as the original's
+            `.bool()` makes them (quirk Q5, which changes published numbers), or "ignored", left out, as LISA does.
         task: "referring", or "reasoning": only the first text of each picture is asked for, as a phrase or a sentence
             (quirk Q6). By default as the data set's name says.
         keep_masks: Rows hold the prediction's run-length encoding as `prediction`.
@@ -89,10 +86,15 @@ class EvaluationPlan:
     def prompts(self) -> str:
         return "one per expression" if self.one_prompt_per_expression else "all expressions in one"
 
-    def conventions(self, names: Sequence[str]) -> list[str]:
-        """The conventions to report: "gsva" is the function that the original uses on this data set."""
-        validated = Path(self.dataset).name in SCORED_BY_VALIDATE
-        return list(dict.fromkeys("gsva_validate" if name == "gsva" and validated else name for name in names))
+
+def conventions_for(dataset: str, names: Sequence[str]) -> list[str]:
+    """The conventions to report of a data set: "gsva" is the function that the original uses on it.
+
+    >>> conventions_for("refcoco+", ["rela", "gsva"])
+    ['rela', 'gsva_validate']
+    """
+    validated = Path(dataset).name in SCORED_BY_VALIDATE
+    return list(dict.fromkeys("gsva_validate" if name == "gsva" and validated else name for name in names))
 
 
 @dataclass
@@ -318,6 +320,20 @@ def _metric_rows(row: dict[str, Any], results: list[dict[str, Any]], plan: Evalu
         if plan.keep_masks or plan.rows_file is not None:
             rows[-1]["prediction"] = encode_mask(prediction)
     return rows
+
+
+def as_results(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that hold their `prediction` as the processor's results, for drawing."""
+    return [
+        {
+            "text": row["expression"],
+            "mask": decode_mask(row["prediction"]).astype(bool),
+            "is_rejected": row["is_rejected"],
+            "score": np.nan if row["score"] is None else row["score"],
+            "is_malformed": row["is_malformed"],
+        }
+        for row in rows
+    ]
 
 
 def _without_pictures(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:

@@ -33,6 +33,36 @@ def overlay(image: Image.Image, masks: Sequence[np.ndarray]) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
+def _outline(mask: np.ndarray, width: int) -> np.ndarray:
+    """The `width` pixels inside a mask's border; the edge of the picture is a border, too."""
+    inner = np.pad(mask, width)
+    for _ in range(width):
+        inner[1:-1, 1:-1] &= inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
+    return mask & ~inner[width:-width, width:-width]
+
+
+def contours(image: Image.Image, truth: np.ndarray, prediction: np.ndarray, side: int = 320) -> Image.Image:
+    """
+    The image, scaled to `side` pixels, with the prediction tinted and outlined in orange and the truth outlined in blue.
+
+    Args:
+        truth, prediction: (height, width) booleans of the image's own size; an empty one leaves no trace.
+    """
+    scale = side / max(image.size)
+    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+    pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), dtype=np.float32).copy()
+    true, said = (
+        np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)) > 127
+        for mask in (np.asarray(truth, dtype=bool), np.asarray(prediction, dtype=bool))
+    )
+    orange, blue = (np.asarray(PALETTE[n], dtype=np.float32) for n in (0, 4))
+    pixels[said] = 0.6 * pixels[said] + 0.4 * orange
+    pixels[_outline(said, 2)] = orange
+    pixels[_outline(true, 4)] = 255  # a light rim, visible on dark pictures
+    pixels[_outline(true, 3)] = blue
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
 def labelled_overlay(image: Image.Image, results: Sequence[dict[str, Any]]) -> Image.Image:
     """The overlay of a picture's results with a legend below: expression, colour, score, rejected ones crossed out."""
     drawn = overlay(image, [result["mask"] for result in results])

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +30,23 @@ from .adapters import (
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
 from .collator import GsvaCollator
 from .data import load_rows, training_data
-from .evaluation import EvaluationPlan, answer, evaluate_rows, record
+from .evaluation import (
+    PROTOCOL_NOTES,
+    EvaluationPlan,
+    answer,
+    as_results,
+    askable,
+    conventions_for,
+    evaluate_rows,
+    record,
+)
+from .kept_rows import KeptRows
 from .parts import merged, parts_table, prepare_for_training, snapshot, unmoved
 from .pictures import labelled_overlay, prediction_page, replacing, training_curves, write_text
+from .report import RESULTS, exhibits, read_run, report_page
 from .trainer import GsvaTrainer, last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
-RESULTS = "results.json"
 
 
 class ProcessorWording(Wording):
@@ -103,6 +114,8 @@ def _plan(
         threshold=args.threshold,
         convention=args.conventions[0],
         max_new_tokens=args.max_new_tokens,
+        ignore_region=args.ignore_region,
+        task=args.eval_task,
     )
 
 
@@ -114,7 +127,15 @@ def read_results(output_dir: str | Path) -> list[dict[str, Any]]:
 
 def _key(entry: dict[str, Any]) -> tuple[str, ...]:
     """What a later evaluation of the same kind replaces in `results.json`."""
-    return tuple(entry[name] for name in ("stage", "protocol", "convention", "dataset", "split"))
+    names = ("stage", "protocol", "convention", "dataset", "split", "prompts", "ignore_region")
+    return tuple(entry.get(name) for name in names)
+
+
+def rows_name(plan: EvaluationPlan, stage: str) -> str:
+    """The file of an evaluation's rows: one for each stage, protocol, way of asking and split."""
+    words = [stage, plan.protocol, Path(plan.dataset).name, plan.split]
+    words += ["one per prompt"] * plan.one_prompt_per_expression + ["ignored"] * (plan.ignore_region == "ignored")
+    return re.sub(r"[^\w+-]+", "_", f"rows_{'_'.join(words)}") + ".jsonl"
 
 
 def _in_order(found: list[tuple]) -> list[tuple]:
@@ -129,37 +150,41 @@ def evaluate(processor, model, model_args, data_args, training_args, stage: str)
     start of the same run has evaluated is not evaluated again.
     """
     output_dir, state = Path(training_args.output_dir), PartialState()
-    done = read_results(output_dir)
+    # A record whose rows a killed evaluation has removed is none any more.
+    done = [entry for entry in read_results(output_dir) if (output_dir / entry.get("rows", "")).exists()]
     resumed = training_args.resume and last_complete_checkpoint(output_dir)
-    known = {_key(entry) for entry in done}
-    wanted = {
-        (stage, protocol, convention, data_args.evaluated, data_args.eval_split)
-        for protocol in data_args.protocols
-        for convention in data_args.conventions
-    }
-    if stage == "before" and resumed and wanted <= known:
-        return
+    conventions = conventions_for(data_args.evaluated, data_args.conventions)
     for protocol in data_args.protocols:
         plan = _plan(data_args, training_args, protocol)
-        found: list[tuple] = []
-
-        def keep(index, row, results, found=found):
-            if index < data_args.num_pictures:
-                found.append((index, row, results))
-
-        result = evaluate_rows(model, processor, plan, keep)
-        pictures = [(row, results) for _, row, results in _in_order(found)]
+        plan.labels = {"stage": stage, "model": model_args.model}
+        plan.resume, plan.save_masks = data_args.resume_eval, data_args.save_masks
+        name = rows_name(plan, stage)
+        plan.rows_file = output_dir / name
+        wanted = {_key({**vars(plan), **plan.labels, "prompts": plan.prompts, "convention": c}) for c in conventions}
+        known = wanted <= {_key(entry) for entry in done}
+        if stage == "before" and resumed and known:
+            continue
+        result = evaluate_rows(model, processor, plan)
         if not state.is_main_process:
             continue
-        records = [record(result, plan, name, stage, model_args.model) for name in data_args.conventions]
-        new = {_key(entry) for entry in records}
-        done = [entry for entry in done if _key(entry) not in new] + records
+        if known and not result.has_masks:  # complete before, and with its pictures written
+            print(results_table([entry for entry in done if _key(entry) in wanted]), flush=True)
+            continue
+        records = [{**record(result, plan, c, stage, model_args.model), "rows": name} for c in conventions]
+        if result.has_masks:
+            write_text(plan.rows_file.with_suffix(".pictures.json"), json.dumps(exhibits(plan, result)))
+            count = min(data_args.num_pictures, len(plan.rows))
+            asked = [askable(plan.rows[n], plan) for n in range(count)]
+            pictures = [(row, as_results(rows)) for row, rows in zip(asked, result.pictures)]
+            title = f"{plan.dataset} {plan.split}, {protocol}, {stage if stage == 'as loaded' else stage + ' training'}"
+            page = prediction_page(title, results_table(records), pictures)
+            write_text(output_dir / name.replace("rows_", "pictures_", 1).replace(".jsonl", ".html"), page)
+        done = [entry for entry in done if _key(entry) not in wanted] + records
         write_text(output_dir / RESULTS, json.dumps(done, indent=1))
-        name = f"{stage}_{protocol}".replace(" ", "_")
-        write_text(output_dir / f"rows_{name}.jsonl", "".join(json.dumps(row) + "\n" for row in result.rows))
-        title = f"{plan.dataset} {plan.split}, {protocol}, {stage if stage == 'as loaded' else stage + ' training'}"
-        write_text(output_dir / f"pictures_{name}.html", prediction_page(title, results_table(records), pictures))
+        KeptRows(plan.rows_file).close()
         print(results_table(records), flush=True)
+    if state.is_main_process and done:
+        write_text(output_dir / "report.html", report_page([read_run(output_dir)]))
 
 
 def train(processor, model, model_args, data_args, training_args):
@@ -324,6 +349,8 @@ def results_table(records: list[dict[str, Any]]) -> str:
         values = (entry["metrics"].get(name) for name in _COLUMNS)
         numbers = "".join(f"{'-' if value is None else format(value, '.4f'):>11}" for value in values)
         lines.append(f"{entry['stage']:<10}{entry['protocol']:<15}{entry['convention']:<15}{entry['samples']:>9} {numbers}")
+    if any(entry["protocol"] == "teacher_forced" for entry in records):
+        lines.append(f"teacher_forced: {PROTOCOL_NOTES['teacher_forced']}")
     return "\n".join(lines)
 
 
