@@ -797,7 +797,6 @@ The weights derive from LLaMA, CLIP and SAM: their licences apply, LLaMA's among
 
 def convert(args: argparse.Namespace) -> dict:
     """Checkpoint of the original → directory of ours. Returns the summary that is printed."""
-    from transformers import GenerationConfig
     from transformers.initialization import no_init_weights
 
     from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration, GsvaProcessor
@@ -887,9 +886,8 @@ def convert(args: argparse.Namespace) -> dict:
             patch_size=vision_config.patch_size,
             chat_template=CHAT_TEMPLATES[args.conv_type],
         )
-        save_with_code(aside, model, processor)
-        generation = {name: getattr(text_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        GenerationConfig(**generation).save_pretrained(aside)
+        model.to(dtype).save_pretrained(aside, state_dict={})  # everything but the weights
+        processor.save_pretrained(aside)
         written = _write_shards(aside, entries, dtype, args.max_shard_size)
         if args.keep_lora and lora:
             _write_adapter(aside / "adapter", lora, args.lora_alpha, dtype, args.push_to_hub or output.name)
@@ -953,23 +951,6 @@ def checkpoint_dtype(checkpoint: Source) -> torch.dtype:
         if entry.dtype.is_floating_point:
             count[entry.dtype] = count.get(entry.dtype, 0) + torch.Size(entry.shape).numel()
     return max(count, key=count.get) if count else torch.float32
-
-
-def save_with_code(directory: Path, model, processor) -> None:
-    """Configuration, processor, tokenizer and the remote code that AutoModel and AutoProcessor ask for."""
-    from transformers.dynamic_module_utils import custom_object_save
-
-    type(model.config).register_for_auto_class()
-    type(processor.image_processor).register_for_auto_class()
-    type(processor).register_for_auto_class()
-    type(model).register_for_auto_class("AutoModelForImageTextToText")
-    custom_object_save(model, directory, config=model.config)
-    model_class = model.config.auto_map["AutoModelForImageTextToText"]
-    # PEFT looks for AutoModelForCausalLM, the mask-generation pipeline for AutoModelForMaskGeneration.
-    for name in ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskGeneration"):
-        model.config.auto_map[name] = model_class
-    model.config.save_pretrained(directory)
-    processor.save_pretrained(directory)
 
 
 def reverse(args: argparse.Namespace) -> dict:

@@ -1,5 +1,6 @@
 """Conversion on tiny random checkpoints in every form the original's users have, through the real command line."""
 
+import doctest
 import json
 import os
 import pickle
@@ -319,6 +320,32 @@ def test_a_pickle_that_runs_code_is_refused(original, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_base_that_has_tokens_of_its_own_shifts_the_slots(original, tmp_path):
+    """LLaVA's later bases bring [PAD] and <im_patch>: ids come from the tokenizer, one row each."""
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(original / "llava", base)
+    (base / "added_tokens.json").write_text(json.dumps({"<im_patch>": 321, "[PAD]": 320}))
+    state = peft_names(original)
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = state[f"base_model.model.{key}"]
+        state[f"base_model.model.{key}"] = torch.cat([rows[:320], torch.zeros(2, 32), rows[320:]])
+    torch.save(state, tmp_path / "gsva.bin")
+    main(["--checkpoint", str(tmp_path / "gsva.bin"), "--output", str(tmp_path / "out"), "--llava", str(base), "--clip",
+          str(original / "clip")])  # fmt: skip
+    run(original, write_form("peft 0.4 names", original, original), tmp_path / "plain")
+    model, processor = load(tmp_path / "out")
+    assert (model.config.seg_token_id, model.config.rej_token_id, model.config.image_token_id) == (322, 323, 326)
+    assert model.lm_head.weight.shape == (326, 32)
+    inputs = sample_inputs(processor)
+    plain, plain_processor = load(tmp_path / "plain")
+    wanted = plain.segment(**sample_inputs(plain_processor))
+    torch.testing.assert_close(model.segment(**inputs).scores[0], wanted.scores[0], atol=1e-5, rtol=1e-5)
+    with pytest.raises(SystemExit, match="326 rows.*gives 324"):
+        run(original, tmp_path / "gsva.bin", tmp_path / "refused")
+
+
 def test_float16_overflow_and_existing_output_are_refused(original, tmp_path):
     state = peft_names(original)
     state["base_model.model.model.norm.weight"] = torch.full((32,), 1e5)
@@ -406,6 +433,11 @@ def test_every_key_of_the_original_has_one_place():
     names = [to_ours(key) for key in keys]
     assert None not in names and len(set(names)) == len(keys)
     assert [to_original(name) for name in names] == list(keys)
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(convert_checkpoint).attempted >= 2
+    assert doctest.testmod(convert_checkpoint).failed == 0
 
 
 def test_table_against_known_names_of_transformers():
