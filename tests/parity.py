@@ -42,6 +42,8 @@ ADAMW_RELATIVE = 5e-4
 BF16_FACTOR = 2.0  # times the original's own distance between bf16 and fp32
 MERGE_MAX = 5e-4  # merged LoRA against LoRA kept beside: the same outputs up to rounding, so a mask logit's own limit
 
+# The original's two evaluation functions, as metrics/gres calls them.
+CONVENTIONS = {"eval_gres": "gsva", "validate": "gsva_validate"}
 PARTS = ("tokens", "images", "forward", "metrics", "variants", "bf16", "train", "adamw", "reverse")
 
 
@@ -346,8 +348,7 @@ def metric_rows(ours: dict, truth: np.ndarray, function: str) -> list[dict]:
 
 
 def check_metrics(report: Report, case: str, rows: list[dict], golden: dict) -> None:
-    convention = {"eval_gres": "gsva", "validate": "gsva_validate"}[golden["function"]]
-    ours = gres_metrics(rows, convention)
+    ours = gres_metrics(rows, CONVENTIONS[golden["function"]])
     for key, value in golden["values"].items():
         name = {"giou": "gIoU", "ciou": "cIoU"}.get(key, key)
         report.add(case, f"metric {name}", abs(ours[name] - value), METRIC)
@@ -368,8 +369,7 @@ def check_rooms(report: Report, golden: Golden, model, processor, names: list[st
         dataset, split = spec.split("|")[0], spec.split("|")[-1]
         rows = data_scripts.load(dataset, str(golden.root / "data"), split=split, cache_dir=str(golden.work / "datasets"))
         plan = EvaluationPlan(rows, dataset, split, protocol="teacher_forced", batch_size=2)
-        plan.convention = plan.conventions(["gsva"])[0]
-        ours = evaluate_rows(model, processor, plan).metrics
+        ours = gres_metrics(evaluate_rows(model, processor, plan).rows, CONVENTIONS[stored["function"]])
         for key, value in stored["values"].items():
             key = {"giou": "gIoU", "ciou": "cIoU"}.get(key, key)
             report.add(f"evaluate_rows/{spec}", f"metric {key}", abs(ours[key] - value), METRIC)
