@@ -990,17 +990,12 @@ def reverse(args: argparse.Namespace) -> dict:
         os.replace(aside, output)
     finally:
         aside.unlink(missing_ok=True)
-    return {
-        "tensors": len(state),
-        "bytes": output.stat().st_size,
-        "load with": (
-            "--lora_r of its adapter"
-            if adapter.is_dir()
-            else "any --lora_r (new adapters start at zero)"
-            if prefix
-            else "--lora_r 0"
-        ),
-    }
+    if adapter.is_dir():  # alpha is not in the file, and another one would scale the adapter
+        lora = _read_json(adapter / "adapter_config.json")
+        load_with = f"--lora_r {lora['r']} --lora_alpha {lora['lora_alpha']:g}"
+    else:
+        load_with = "any --lora_r (new adapters start at zero)" if prefix else "--lora_r 0"
+    return {"tensors": len(state), "bytes": output.stat().st_size, "load with": load_with}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -399,7 +399,7 @@ def test_the_directory_loads_and_answers(original, tmp_path):
     assert card.startswith("---\n") and "trust_remote_code=True" in card and str(tmp_path) not in card
 
 
-def test_reverse_gives_the_original_back(original, tmp_path):
+def test_reverse_gives_the_original_back(original, tmp_path, capsys):
     torch.save(peft_names(original), tmp_path / "gsva.bin")
     run(original, original / "full.pt", tmp_path / "plain", "--max_shard_size", "100KB")
     run(original, tmp_path / "gsva.bin", tmp_path / "kept", "--keep_lora")
@@ -414,6 +414,8 @@ def test_reverse_gives_the_original_back(original, tmp_path):
     main(["--checkpoint", str(tmp_path / "plain"), "--reverse", "--peft_names", "--output", str(tmp_path / "peft.bin")])
     assert set(torch.load(tmp_path / "peft.bin", weights_only=True)) == {f"base_model.model.{key}" for key in full}
     assert not list(tmp_path.glob(".*.part"))
+    said = capsys.readouterr().out
+    assert f"--lora_r {RANK} --lora_alpha 16" in said and "load with: --lora_r 0" in said
 
 
 def test_push_to_hub_uploads_the_finished_directory(original, tmp_path, monkeypatch):
