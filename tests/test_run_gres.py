@@ -1,0 +1,245 @@
+"""The command line from end to end, on a tiny random model: what it writes, what it resumes, and how it refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import run_gres
+from data_scripts import shapes
+from data_scripts.schema import decode_mask
+from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
+
+ROOT = Path(__file__).resolve().parent.parent
+MINI = ROOT / "tests/fixtures/golden_data/mini"
+RECORD = {"protocol", "convention", "stage", "dataset", "split", "samples", "metrics", "model", "seconds"}
+METRICS = {"gIoU", "cIoU", "N_acc", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9"}
+
+
+def in_process(*words) -> int:
+    """The same program without another import of everything."""
+    return run_gres.main([*map(str, words), "--use_cpu", "--report_to", "none", "--disable_tqdm", "true"])
+
+
+@pytest.fixture(scope="module")
+def shape_options(tmp_path_factory):
+    return {"size": 8, "cache_dir": str(tmp_path_factory.mktemp("cache"))}
+
+
+@pytest.fixture(scope="module")
+def run(model_dir, shape_options, tmp_path_factory):
+    """One run of the real command: before, three steps of training with an evaluation on the way, after."""
+    folder = tmp_path_factory.mktemp("run")
+    preset = {
+        "model": str(model_dir), "dataset": "shapes", "dataset_options": shape_options, "do_train": True, "do_eval": True,
+        "output_dir": str(folder / "out"), "train_language_model": "full", "wording": "processor", "num_expressions": 2,
+        "max_steps": 3, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 3, "learning_rate": 1.0e-3,
+        "protocols": ["slots", "generate"], "conventions": ["rela", "gsva"], "max_new_tokens": 4, "num_pictures": 3,
+        "max_eval_samples": 5, "logging_steps": 1, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 3,
+        "report_to": "none", "use_cpu": True, "seed": 0,
+    }  # fmt: skip
+    (folder / "preset.yaml").write_text(yaml.safe_dump(preset))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]  # fmt: skip
+    done = subprocess.run(
+        [*launch, "run_gres.py", str(folder / "preset.yaml"), "--seed", "5"],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+def records(folder: Path) -> list[dict]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_results_before_and_after(run, model_dir):
+    folder, printed = run
+    found = records(folder / "out")
+    assert [(r["stage"], r["protocol"], r["convention"]) for r in found] == [
+        (stage, protocol, convention)
+        for stage in ("before", "after")
+        for protocol in ("slots", "generate")
+        for convention in ("rela", "gsva")
+    ]
+    for entry in found:
+        assert set(entry) >= RECORD and set(entry["metrics"]) >= METRICS
+        assert (entry["dataset"], entry["split"], entry["samples"]) == ("shapes", "validation", 5)
+        assert entry["model"] == str(model_dir) and entry["seconds"] >= 0
+        numbers = [value for value in entry["metrics"].values() if value is not None]
+        assert all(0 <= value <= 1 for value in numbers)
+    asked = sum(len(shapes.make_row(0, "validation", n)["expressions"]) for n in range(5))
+    for file in (folder / "out").glob("rows_*.jsonl"):
+        assert len(file.read_text().splitlines()) == asked, file.name
+    assert "model.vision_tower" in printed and "trained 3 steps" in printed  # the parts, and what was done
+    assert printed.count("T_acc") >= 5 and str(folder / "out" / "curves.png") in printed  # tables, and where the pictures are
+
+
+def test_pages_of_pictures_and_curves(run):
+    out = run[0] / "out"
+    pages = sorted(out.glob("pictures_*.html"))
+    assert len(pages) == 4
+    for page in pages:
+        text = page.read_text()
+        entries = [entry for n in range(3) for entry in shapes.make_row(0, "validation", n)["expressions"]]
+        assert text.count("data:image/png;base64,") == 3 + len(entries)  # each picture, and truth | prediction
+        assert all(entry["text"] in text for entry in entries) and "validation-0-3" not in text
+        assert "http" not in text  # opens offline
+        said = text.count("there is none, but it was accepted") + text.count("rejected, rightly")
+        assert said == sum(entry["num_targets"] == 0 for entry in entries)
+    with Image.open(out / "curves.png") as curves:
+        assert curves.size > (400, 200) and len(set(curves.convert("L").tobytes())) > 2
+    history = json.loads((out / "log_history.json").read_text())
+    assert [entry["step"] for entry in history if "ce_loss" in entry] == [1, 2, 3]
+    assert [entry["step"] for entry in history if "eval_gIoU" in entry] == [3]
+
+
+FRESH = """
+import importlib.util, json, sys
+assert importlib.util.find_spec("modeling_gsva") is None
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+torch.set_num_threads(1)
+folder, picture, *expressions = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+inputs = processor(images=[Image.open(picture)], expressions=[expressions], return_tensors="pt")
+(results,) = processor.post_process_segmentation(model.segment(**inputs), inputs)
+print(json.dumps([[r["text"], r["is_rejected"], r["score"], r["mask"].nonzero()[0].tolist(), r["mask"].nonzero()[1].tolist()]
+                  for r in results]))
+"""
+
+
+def test_the_saved_directory_predicts_files_and_loads_in_a_fresh_process(run, tmp_path, make_picture, capsys):
+    out = run[0] / "out"
+    make_picture(0, 60, 44).save(tmp_path / "a b.png")
+    make_picture(1, 30, 50).convert("L").save(tmp_path / "grey.jpg")
+    pictures, expressions = [tmp_path / "a b.png", tmp_path / "grey.jpg"], ["the red circle", "All stars."]
+    assert in_process("--do_predict", "--model", out, "--image", *pictures, "--expressions", *expressions,
+                      "--output_dir", tmp_path / "told") == 0  # fmt: skip
+    assert capsys.readouterr().out.count("(score ") == 4
+    told = json.loads((tmp_path / "told/predictions.json").read_text())
+    processor, model = GsvaProcessor.from_pretrained(out), GsvaForConditionalGeneration.from_pretrained(out)
+    for entry, path in zip(told, pictures, strict=True):
+        image = Image.open(path)
+        assert entry["image"] == str(path) and (entry["width"], entry["height"]) == image.size
+        inputs = processor(images=[image], expressions=[expressions], return_tensors="pt")
+        (results,) = processor.post_process_segmentation(model.segment(**inputs), inputs)
+        for said, result in zip(entry["expressions"], results, strict=True):
+            assert said["text"] == result["text"] and said["is_rejected"] == result["is_rejected"]
+            assert said["score"] == pytest.approx(result["score"], abs=1e-5)
+            mask = decode_mask(said["mask"]).astype(bool)
+            assert (mask == result["mask"]).all() and said["area"] == mask.sum()
+        with Image.open(tmp_path / "told" / entry["overlay"]) as overlay:
+            assert overlay.width >= image.width and overlay.height > image.height  # a legend below
+    assert sorted(path.name for path in (tmp_path / "told").iterdir()) == ["000_a b.png", "001_grey.png", "predictions.json"]
+
+    (tmp_path / "empty").mkdir()
+    fresh = subprocess.run(
+        [sys.executable, "-I", "-c", FRESH, str(out), str(pictures[0]), *expressions], cwd=tmp_path / "empty",
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert fresh.returncode == 0, fresh.stderr[-3000:]
+    for (text, rejected, score, ys, xs), said in zip(json.loads(fresh.stdout.splitlines()[-1]), told[0]["expressions"], strict=True):
+        assert (text, rejected) == (said["text"], said["is_rejected"]) and score == pytest.approx(said["score"], abs=1e-5)
+        assert (np.argwhere(decode_mask(said["mask"])) == np.stack([ys, xs], 1)).all()
+
+
+def test_started_again_it_resumes_and_does_not_begin_anew(run, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(run[0] / "out", folder)
+    weights, before = (folder / "model.safetensors").read_bytes(), records(folder)
+    # As if killed in the third step: the last checkpoint half-written, nothing saved.
+    (folder / "checkpoint-3/trainer_state.json").write_text('{"global_step"')
+    (folder / "model.safetensors").unlink()
+    words = [run[0] / "preset.yaml", "--seed", "5", "--output_dir", folder]
+    assert in_process(*words) == 0
+    assert (folder / "model.safetensors").read_bytes() == weights
+    again = records(folder)
+    assert [r for r in again if r["stage"] == "before"] == [r for r in before if r["stage"] == "before"]  # not even timed anew
+    assert [r["metrics"] for r in again] == [r["metrics"] for r in before]
+    # And of a finished run nothing is trained again.
+    saved = (folder / "checkpoint-3/trainer_state.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert in_process(*words) == 0
+    assert (folder / "checkpoint-3/trainer_state.json").stat().st_mtime_ns == saved
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert not list(folder.glob(".*"))
+
+
+def test_grefcoco_trains_with_lora_evaluates_and_predicts(model_dir, tmp_path):
+    out = tmp_path / "out"
+    cache = json.dumps({"cache_dir": str(tmp_path / "cache")})
+    assert in_process(
+        "--model", model_dir, "--dataset", "grefcoco", "--data_dir", MINI, "--dataset_options", cache, "--eval_split", "val",
+        "--max_eval_samples", 3, "--do_train", "--do_eval", "--do_predict", "--max_steps", 2, "--per_device_train_batch_size",
+        2, "--learning_rate", 1e-2, "--save_strategy", "no", "--logging_steps", 1, "--output_dir", out, "--per_device_eval_batch_size", 2,
+    ) == 0  # fmt: skip
+    assert {(r["stage"], r["dataset"], r["split"], r["samples"]) for r in records(out)} == {
+        ("before", "grefcoco", "val", 3),
+        ("after", "grefcoco", "val", 3),
+    }
+    start, end = (GsvaForConditionalGeneration.from_pretrained(folder).state_dict() for folder in (model_dir, out))
+    assert start.keys() == end.keys()  # LoRA is merged into plain weights
+    changed = {name for name in start if not (start[name] == end[name]).all()}
+    assert {f"model.language_model.layers.{n}.self_attn.{p}_proj.weight" for n in range(2) for p in "qv"} <= changed
+    assert not any(name.startswith(("model.vision_tower", "sam.vision_encoder", "sam.prompt_encoder")) for name in changed)
+    assert not any("mlp" in name or "k_proj" in name or "o_proj" in name for name in changed if "language_model" in name)
+    predictions = json.loads((out / "predictions.json").read_text())
+    assert len(predictions) == 3 and all(entry["expressions"] for entry in predictions)
+    for entry in (entry for prediction in predictions for entry in prediction["expressions"]):
+        assert decode_mask(entry["mask"]).sum() == entry["area"] and (entry["area"] == 0 or not entry["is_rejected"])
+    assert (out / "predictions.html").read_text().count("<figure") >= 6
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], ["nothing to do", "--do_eval"]),
+        (["--do_eval", "--dataset", "grefcoco"], ["grefcoco", "needs data_dir"]),
+        (["--do_eval", "--dataset", "grefcoco", "--data_dir", "nowhere"], ["data_dir='nowhere'", "not a folder"]),
+        (["--do_eval", "--dataset", "grefcoco", "--data_dir", "tests"], ["grefs(unc).json"]),
+        (["--do_train", "--dataset", "grefcoco", "--data_dir", MINI, "--train_split", "test"], ["'test'", "testA"]),
+        (["--do_eval", "--eval_split", "val"], ["'val'", "train, validation, test"]),
+        (["--do_eval", "--dataset", "shape"], ["'shape'", "grefcoco", "shapes"]),
+        (["--do_eval", "--dataset_options", '{"sizes": 3}'], ["sizes", "size, seed, task"]),
+        (["--do_eval", "--dataset_options", '{"size": 2, "task": "vqa"}'], ["no expressions"]),
+        (["--do_eval", "--epochs", "3"], ["--epochs"]),
+        (["--do_predict", "--image", "none.png", "--expressions", "a dog"], ["--image none.png does not exist"]),
+        (["--do_predict", "--image", "setup.cfg", "--expressions", "a dog"], ["setup.cfg", "cannot be read"]),
+        (["--do_predict", "--image", "PICTURE", "--expressions", "a [SEG] dog"], ["'a [SEG] dog'", "take it out"]),
+        (["--do_predict", "--image", "PICTURE", "--expressions", " . "], ["' . '", "is empty"]),
+        (["--do_predict", "--image", "PICTURE"], ["--expressions"]),
+        (["--do_predict", "--image", "PICTURE", "--expressions", "a", "--protocols", "teacher_forced"], ["gold", "slots"]),
+        (["--do_eval", "--model", "trainers"], ["model='trainers'", "save_pretrained"]),
+        (["--do_eval", "--model", "runs/no/such/model"], ["runs/no/such/model", "directory"]),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named_with_a_fix(words, said, model_dir, tmp_path, make_picture, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    make_picture().save(tmp_path / "a.png")
+    words = [str(tmp_path / "a.png") if word == "PICTURE" else word for word in words]
+    model = [] if "--model" in words else ["--model", model_dir]
+    assert in_process(*words, *model, "--output_dir", tmp_path / "out") == 1
+    printed = capsys.readouterr().err
+    message = printed[printed.index("run_gres.py: ") :]
+    assert all(word in message for word in said), message
+    assert "Traceback" not in printed and not list((tmp_path / "out").glob("*.json"))
+
+
+def test_an_error_ends_the_command_with_1_and_no_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "run_gres.py", "--do_eval", "--protocols", "slot", "--output_dir", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "protocols='slot' is not known; choose one of teacher_forced, slots, generate" in done.stderr
