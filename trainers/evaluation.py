@@ -142,6 +142,8 @@ def evaluate_rows(model, processor, plan: EvaluationPlan, on_prediction: Predict
     state = PartialState()
     if not len(plan.rows):
         raise ValueError(f"{plan.dataset} {plan.split} has no rows to evaluate.")
+    if "expressions" not in plan.rows[0]:
+        raise ValueError(f"{plan.dataset} {plan.split} has no expressions to evaluate; choose a segmentation set.")
     check_slot_tokens(model, processor)
     begun = time.perf_counter()
     was_training = model.training
