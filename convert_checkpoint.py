@@ -316,7 +316,7 @@ class _File:
             found = {}
             for key in self.handle.keys():  # noqa: SIM118 (not a dict)
                 part = self.handle.get_slice(key)
-                found[key] = (tuple(part.get_shape()), _SAFETENSORS_DTYPES[part.get_dtype()])
+                found[key] = (tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(part.get_dtype()))
         self.handle = None
         return found
 
@@ -387,7 +387,7 @@ class Entry:
     """A tensor that has not been read yet."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # None: one torch does not have
     read: Callable[[], torch.Tensor]
 
 
@@ -499,6 +499,9 @@ def _add_delta(llama: Source, delta: Source) -> Source:
 
 
 # ---------------------------------------------------------------------------------------------------------- what to fill
+_SELECTED = {"patch": "default", "cls_patch": "full"}  # mm_vision_select_feature of LLaVA: without or with class token
+
+
 def _llama_config(directory: Path, vocab_size: int):
     from transformers import LlamaConfig
 
@@ -665,13 +668,18 @@ def _check_filled(expected: dict[str, tuple[int, ...]], tensors: dict[str, Entry
         if tensors[name].shape != shape
     ]
     wrong += [
+        f"{to_original(name)} is {entry.dtype}, no floating type (a quantized checkpoint cannot be converted)"
+        for name, entry in tensors.items()
+        if entry.dtype is None or not entry.dtype.is_floating_point
+    ]
+    wrong += [
         f"{to_original(name)} {tensors[name].shape} is no parameter of this configuration"
         for name in tensors
         if name not in expected
     ]
     if wrong:
         raise ValueError(
-            "Shapes do not fit the config.json files:\n  "
+            "Tensors do not fit the config.json files:\n  "
             + "\n  ".join(wrong[:12])
             + (f"\n  and {len(wrong) - 12} more" if wrong[12:] else "")
         )
@@ -802,6 +810,9 @@ def convert(args: argparse.Namespace) -> dict:
     from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration, GsvaProcessor
     from modeling_gsva.processing_gsva import CHAT_TEMPLATES
 
+    output = Path(args.output)
+    if output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"{output} exists and is not empty; choose another --output or remove it.")
     hub_files = ["*.json", "*.bin", "*.safetensors", "*.model"]
     llava_dir, clip_dir = _local(args.llava, hub_files), _local(args.clip, hub_files)
     llama_dir, delta_dir = _local(args.llama, hub_files), _local(args.llava_delta, hub_files)
@@ -852,6 +863,7 @@ def convert(args: argparse.Namespace) -> dict:
         seg_token_id=tokenizer.convert_tokens_to_ids("[SEG]"),
         rej_token_id=tokenizer.convert_tokens_to_ids("[REJ]"),
         vision_feature_layer=llava_config.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy=_SELECTED[llava_config.get("mm_vision_select_feature", "patch")],
         architectures=["GsvaForConditionalGeneration"],
         dtype=dtype,
     )
@@ -860,12 +872,13 @@ def convert(args: argparse.Namespace) -> dict:
     tied = set(model.all_tied_weights_keys)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
     _check_filled(expected, tensors, [f"{source.option} {source.path}" for source in sources])
-    lora = {name: pair for name, pair in checkpoint.lora.items()}
+    for source in sources[1:]:
+        if source.lora:
+            raise ValueError(f"{source.option} {source.path} holds LoRA weights; only those of --checkpoint are used.")
+    lora = checkpoint.lora
     for name, pair in lora.items():
-        fits = (pair["B"].shape[0], pair["A"].shape[1]) == expected.get(name) and pair["B"].shape[1] == pair[
-            "A"
-        ].shape[0]
-        if not fits:
+        (rank, columns), (rows, b_rank) = pair["A"].shape, pair["B"].shape
+        if rank != b_rank or (rows, columns) != expected.get(name):
             raise ValueError(
                 f"LoRA of {to_original(name)}: A {pair['A'].shape} and B {pair['B'].shape} do not fit a weight of "
                 f"{expected.get(name)}."
@@ -874,9 +887,6 @@ def convert(args: argparse.Namespace) -> dict:
     if not args.keep_lora:
         entries |= {name: _merged(entries[name], pair, args.lora_alpha) for name, pair in lora.items()}
 
-    output = Path(args.output)
-    if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"{output} exists and is not empty; choose another --output or remove it.")
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
@@ -948,7 +958,7 @@ def checkpoint_dtype(checkpoint: Source) -> torch.dtype:
     """The floating type that most of the checkpoint's numbers have."""
     count: dict[torch.dtype, int] = {}
     for entry in checkpoint.tensors.values():
-        if entry.dtype.is_floating_point:
+        if entry.dtype is not None and entry.dtype.is_floating_point:
             count[entry.dtype] = count.get(entry.dtype, 0) + torch.Size(entry.shape).numel()
     return max(count, key=count.get) if count else torch.float32
 

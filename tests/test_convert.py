@@ -268,6 +268,10 @@ CASES = {
                      "several LoRA adapters"),
     "vocabulary of the base": (lambda s: s.update({"base_model.model.lm_head.weight": torch.ones(320, 32)}),
                                r"lm_head\.weight of --checkpoint has 320 rows.*gives 324"),
+    "quantized": (lambda s: s.update({"base_model.model.model.norm.weight": torch.ones(32, dtype=torch.int8)}),
+                  r"model\.norm\.weight is torch\.int8, no floating type"),
+    "adapter of another weight": (lambda s: s.update({
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.ones(2, 31)}), r"A \(2, 31\) and B \(32, 2\)"),
     "not only tensors": (lambda s: s.update({"optimizer_state": [1, 2]}), "holds more than tensors: optimizer_state"),
 }  # fmt: skip
 
