@@ -73,7 +73,7 @@ def kind_of(row: dict[str, Any]) -> str:
 def choose_exhibits(pictures: Sequence[Sequence[dict[str, Any]]], each: int = EXHIBITS_PER_KIND) -> list[tuple[str, int, int]]:
     """
     The rows worth looking at, as (group, picture, expression): per kind of expression the `each` surest wrong decisions
-    and the worst and best masks.
+    and the worst and best masks. An answer without a slot has no score, and counts as the least sure.
 
     Args:
         pictures: The rows of each picture.
@@ -81,14 +81,12 @@ def choose_exhibits(pictures: Sequence[Sequence[dict[str, Any]]], each: int = EX
     places: dict[tuple[str, str], list[tuple[float, int, int]]] = {}
     for number, rows in enumerate(pictures):
         for position, row in enumerate(rows):
-            # No score (an answer without the slot): the least sure of all.
-            score = 0.0 if row["score"] is None else abs(row["score"])
             iou = row["intersection"] / row["union"] if row["union"] else 0.0
             ranks = {}
             if row["is_no_target"] and not row["is_rejected"]:
-                ranks["worst missed rejections"] = -score
+                ranks["worst missed rejections"] = np.inf if row["score"] is None else -row["score"]
             elif row["is_rejected"] and not row["is_no_target"]:
-                ranks["worst false rejections"] = -score
+                ranks["worst false rejections"] = np.inf if row["score"] is None else row["score"]
             elif not row["is_no_target"]:
                 ranks = {"worst masks": iou, "best masks": -iou}
             for group, rank in ranks.items():
@@ -181,8 +179,8 @@ def _check_rows(record: dict[str, Any], rows: list[dict[str, Any]], path: Path) 
 
 
 _STYLE = """:root{color-scheme:light}body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:1400px;padding:0 1em;color:#222}
-h2{margin-top:2em;border-bottom:2px solid #ddd}table{border-collapse:collapse;margin:.8em 0;font-size:14px}
-.wide{overflow-x:auto}td,th{padding:4px 9px;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
+h2{margin-top:2em;border-bottom:2px solid #ddd}table{border-collapse:collapse;margin:.8em 0;font-size:13px}
+.wide{overflow-x:auto}td,th{padding:4px 7px;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}td small{color:#666;display:block;white-space:nowrap}
 tr.published td{background:#f4f1e6}.none{color:#777;font-style:italic}.forced{color:#9a4a00;font-weight:600}
 figure{margin:0;width:230px}figcaption{font-size:13px;line-height:1.35;overflow-wrap:anywhere}figure img{width:100%}
@@ -237,7 +235,7 @@ def _metric_table(pairs: list[tuple[str, dict[str, Any]]], rows: list[dict[str, 
     head = ["run", "model", "stage", "protocol", "prompts", "convention", "pictures", *METRIC_KEYS]
     lines = []
     for run, record in pairs:
-        facts = [run, record.get("model", ""), record.get("stage", ""), record["protocol"], _asked(record), record["convention"]]
+        facts = [run, Path(record.get("model", "")).name, record.get("stage", ""), record["protocol"], _asked(record), record["convention"]]
         cells = _words(facts) + f"<td class=n>{_text(record.get('samples', ''))}</td>"
         lines.append(f"<tr>{cells}{''.join(_number(record, key) for key in METRIC_KEYS)}</tr>")
     for record in rows:
@@ -361,12 +359,13 @@ def report_page(runs: Sequence[Run]) -> str:
             parts.append(f"<p{kind}>{_text(protocol)}: {_text(note)}.</p>")
         for convention in dict.fromkeys([record["convention"] for _, record in pairs] + ["gsva"] * bool(known)):
             parts.append(f"<p>{_text(convention)}: {_text(_CONVENTIONS.get(convention, ''))}.</p>")
-        for run, record in pairs:
-            for key, note in record.get("notes", {}).items():
-                if key != "protocol":
-                    label = f"{_name(run, record)}, {record['convention']}"
-                    parts.append(f"<p class=none>{_text(label)}: {_text(key)} is {_text(note)}.</p>" if key in METRIC_KEYS
-                                 else f"<p class=none>{_text(label)}: {_text(note)}.</p>")  # fmt: skip
+        told = (
+            f"{_name(run, record)}: {f'{key} is ' if key in METRIC_KEYS else ''}{note}"
+            for run, record in pairs
+            for key, note in record.get("notes", {}).items()
+            if key != "protocol"  # said above
+        )
+        parts += [f"<p class=none>{_text(note)}.</p>" for note in dict.fromkeys(told)]
         parts += [_curves(pairs), _breakdowns(pairs)]
     return "\n".join([*parts, _gallery(runs), "</html>"])
 
