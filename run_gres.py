@@ -21,6 +21,11 @@ from trainers.arguments import parse_arguments
 def main(argv: list[str] | None = None) -> int:
     try:
         model_args, data_args, training_args = parse_arguments(argv)
+        if training_args.plan:
+            from trainers.plan import plan
+
+            print(plan(model_args, data_args, training_args))
+            return 0
         if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
             raise ValueError("There is nothing to do; give --do_train, --do_eval or --do_predict.")
         transformers.set_seed(training_args.seed)
@@ -32,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         if training_args.do_eval:
             stage = "after" if training_args.do_train else "as loaded"
             runs.evaluate(processor, model, model_args, data_args, training_args, stage=stage)
+        if training_args.do_train:
+            runs.describe(model_args, data_args, training_args)
         if training_args.do_predict:
             runs.predict(processor, model, data_args, training_args)
         if training_args.push_to_hub:

@@ -215,12 +215,12 @@ def test_autograd_keeps_nothing_of_frozen_towers_and_less_with_checkpointing(mak
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bf16_trains_float32_weights_and_evaluates(base, processor, make_picture, dtype, tmp_path):
     from trainers import runs
-    from trainers.adapters import keep_in_full_precision
+    from trainers.adapters import cast_trained
     from trainers.evaluation import EvaluationPlan
     from trainers.trainer import GsvaTrainer
 
     _, model = runs.load_model(ModelArguments(model=str(base), dtype=dtype))
-    model = keep_in_full_precision(prepare_for_training(model, ModelArguments()))
+    model = cast_trained(prepare_for_training(model, ModelArguments()), torch.float32)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert model.base_model.model.model.vision_tower.dtype == getattr(torch, dtype)
     args = GsvaTrainingArguments(

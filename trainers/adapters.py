@@ -62,10 +62,10 @@ def merge(base: nn.Module, directory: str | Path) -> nn.Module:
     return PeftModel.from_pretrained(base, str(directory)).merge_and_unload()
 
 
-def keep_in_full_precision(model: nn.Module) -> nn.Module:
-    """What is trained in float32, for steps smaller than half precision can hold; needs autocast (bf16, fp16)."""
+def cast_trained(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """What is trained in `dtype`, the frozen rest as it is. Two types in one model need autocast (bf16, fp16)."""
     for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
     return model
 

@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from huggingface_hub import HfApi
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -21,13 +23,14 @@ from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
 from .adapters import (
     ADAPTER,
     base_of,
+    cast_trained,
     is_adapter,
-    keep_in_full_precision,
     merge,
     quantization_config,
     save_adapter,
 )
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
+from .card import CARD, write_card
 from .collator import GsvaCollator
 from .data import load_rows, training_data
 from .evaluation import (
@@ -195,7 +198,7 @@ def train(processor, model, model_args, data_args, training_args):
     model = prepare_for_training(model, model_args)
     loaded_dtype = model.dtype
     if training_args.bf16 or training_args.fp16:
-        keep_in_full_precision(model)
+        cast_trained(model, torch.float32)  # steps smaller than half precision can hold; autocast does the rest
     if state.is_main_process:
         print(parts_table(model), flush=True)
     before = snapshot(model)
@@ -225,6 +228,7 @@ def train(processor, model, model_args, data_args, training_args):
         # Rounded weights are no good base: the adapter is merged into the original ones. What was trained stays in use.
         if state.is_main_process:
             save(processor, merge_into_base(model_args, output_dir / ADAPTER), output_dir)
+        cast_trained(model, loaded_dtype)
     else:
         model = merged(model).to(loaded_dtype)
         if state.is_main_process:
@@ -328,6 +332,12 @@ def predict_rows(processor, model, data_args: DataArguments, training_args: Gsva
     write_text(output_dir / "predictions.html", page)
 
 
+def describe(model_args: ModelArguments, data_args: DataArguments, training_args: GsvaTrainingArguments) -> None:
+    """The model card of the run, `README.md` in the output directory."""
+    if PartialState().is_main_process:
+        write_card(model_args, data_args, training_args)
+
+
 def push(processor, model, args: GsvaTrainingArguments) -> None:
     """Uploads model and processor to `hub_model_id` (by default the name of output_dir)."""
     if not PartialState().is_main_process:
@@ -337,6 +347,10 @@ def push(processor, model, args: GsvaTrainingArguments) -> None:
         model = GsvaForConditionalGeneration.from_pretrained(args.output_dir, dtype="auto")
     model.push_to_hub(name, private=args.hub_private_repo, token=args.hub_token)
     processor.push_to_hub(name, private=args.hub_private_repo, token=args.hub_token)
+    if (card := Path(args.output_dir) / CARD).is_file():
+        hub = HfApi(token=args.hub_token)
+        repository = hub.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+        hub.upload_file(path_or_fileobj=card, path_in_repo=CARD, repo_id=repository)
 
 
 _COLUMNS = ("gIoU", "cIoU", "N_acc", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9", "malformed")

@@ -1,0 +1,367 @@
+"""`run_gres.py --plan`: the memory that training takes on each card, counted before anything is loaded.
+
+What is counted, in bytes per process:
+
+- **weights**: every parameter and buffer of the very model that would be trained (made without memory, LoRA and peft's
+  copies of the parts trained in full included), times the size of its type. A 4-bit weight takes 1/2 byte, 1/64 for the
+  scale of its block and 1/4096 for the scale of the scales (nf4, doubly quantized); an 8-bit one 1 byte and 4 per row.
+- **gradients**: the trained parameters' size.
+- **optimizer**: AdamW's two float32 moments, 8 bytes per trained parameter.
+- **activations**: the highest sum of live tensors beside those, while the model's own code runs one forward and backward
+  pass of a micro-batch on tensors without content (`FakeTensorMode`): what autograd keeps, checkpoints, temporaries, the
+  frozen towers' passes, logits and mask losses.
+- **buffers**: what the way of sharing out needs, see `Strategy`.
+
+Assumed, and so on the safe side: every conversation is as long as max_length allows, all its text is learned, it has
+num_expressions slots that are all `[SEG]`, and pictures are 640 x 640, COCO's largest. Not counted: the driver's own
+memory, fragmentation of the allocator, and temporaries inside fused kernels; `MARGIN` stands for them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import yaml
+from peft import PeftModel
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import AutoConfig
+
+from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration
+from modeling_gsva.image_processing_gsva import upscale_mask_logits
+from modeling_gsva.modeling_gsva import mask_losses
+
+from .adapters import cast_trained
+from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
+from .parts import prepare_for_training
+
+GIB = 1024**3
+MARGIN = 1.5 * GIB  # an assumption: about 0.5 GiB for the CUDA context, the rest for the allocator
+PICTURE_SIDE = 640
+# The cards people train on, in GiB.
+CARDS = {"24 GiB": 24, "40 GiB": 40, "48 GiB": 48, "80 GiB": 80}
+PLANNED = ("one_gpu", "ddp", "zero2", "zero3", "fsdp2")
+
+# LLaMA's published sizes (arXiv 2302.13971, table 2; the widths of the feed-forward layers from its config.json).
+_TEXT = {
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+}
+
+
+def architecture(name: str) -> GsvaConfig:
+    """
+    The paper's model in size "7b" or "13b": LLaMA with 32,004 rows, CLIP ViT-L/14 at 224 px, SAM ViT-H at 1024 px.
+
+    >>> architecture("7b").image_seq_length
+    256
+    """
+    return GsvaConfig(
+        text_config={"model_type": "llama", "vocab_size": 32004, **_TEXT[name]},
+        # openai/clip-vit-large-patch14
+        vision_config={
+            "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+            "num_attention_heads": 16, "image_size": 224, "patch_size": 14, "projection_dim": 768,
+        },
+        # segment_anything/build_sam.py: build_sam_vit_h
+        sam_config={
+            "model_type": "sam",
+            "vision_config": {
+                "hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "mlp_dim": 5120,
+                "global_attn_indexes": [7, 15, 23, 31], "window_size": 14, "image_size": 1024, "patch_size": 16,
+            },
+        },
+    )  # fmt: skip
+
+
+def planned_config(args: ModelArguments) -> GsvaConfig:
+    """
+    The configuration of the model, where it can be read, else of `architecture`.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    if (Path(args.model) / "config.json").is_file():
+        return GsvaConfig.from_pretrained(args.model)
+    if args.architecture is not None:
+        return architecture(args.architecture)
+    try:
+        return AutoConfig.from_pretrained(args.model, trust_remote_code=True)
+    except OSError:
+        raise ValueError(
+            f"model={args.model!r} is not here, so its size is not known; name one of its size: --architecture 7b or 13b."
+        ) from None
+
+
+@dataclass
+class Strategy:
+    """
+    How work and memory are shared out among `processes`, read from an accelerate config.
+
+    - "NO", "MULTI_GPU": everything on every card; the latter's buckets hold the gradients once more.
+    - "zero2": DeepSpeed under bf16 keeps all weights in 2 bytes on every card, and a share of the gradients (2 bytes)
+      and of the optimizer (float32 weights and two moments).
+    - "zero3": a share of the weights as well; one layer of the language model is gathered while another is fetched.
+    - "fsdp2": a share of weights, gradients and optimizer; what is in no wrapped layer is gathered for the whole step,
+      and two layers at a time.
+    """
+
+    name: str
+    kind: str
+    processes: int
+
+    @classmethod
+    def read(cls, path: str | Path, processes: int | None = None) -> Strategy:
+        """
+        Raises:
+            ValueError: there is no such file, or it is no accelerate config.
+        """
+        path = Path(path)
+        content = yaml.safe_load(path.read_text()) if path.is_file() else None
+        if not isinstance(content, dict) or "distributed_type" not in content:
+            raise ValueError(f"{path} is no accelerate config; those of this project are in configs/accelerate/.")
+        kind = str(content["distributed_type"])
+        if kind == "DEEPSPEED":
+            settings = content.get("deepspeed_config", {})
+            file = settings.get("deepspeed_config_file")
+            if file is not None:
+                settings = yaml.safe_load(Path(file).read_text())["zero_optimization"]
+            kind = f"zero{settings.get('stage', settings.get('zero_stage'))}"
+        elif kind == "FSDP":
+            kind = "fsdp2"
+        if kind not in ("NO", "MULTI_GPU", "zero2", "zero3", "fsdp2"):
+            raise ValueError(f"{path}: distributed_type {kind} is not planned for; choose NO, MULTI_GPU, DEEPSPEED or FSDP.")
+        return cls(path.stem, kind, processes or int(content.get("num_processes", 1)))
+
+
+@dataclass
+class Sizes:
+    """Bytes and numbers of the model that is trained, as it stands on one process."""
+
+    frozen_bytes: int
+    trained: int
+    trained_bytes: int
+    parameters: int
+    layer_bytes: int  # the largest layer of the language model
+    root_bytes: int  # what lies outside the language model's layers
+    dequantized: int  # a quantized weight while it is used
+
+    @property
+    def weights(self) -> int:
+        return self.frozen_bytes + self.trained_bytes
+
+
+@dataclass
+class Memory:
+    """Bytes per process."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+
+
+def _quantized_bytes(weight: torch.Tensor, kind: str) -> float:
+    n = weight.numel()
+    return n / 2 + n / 64 + n / 64 / 256 * 4 if kind == "4bit" else n + 4 * weight.shape[0]
+
+
+def trained_model(config: GsvaConfig, args: ModelArguments, half: bool) -> nn.Module:
+    """The model as `runs.train` makes it, on the meta device: shapes and types without content."""
+    with torch.device("meta"):
+        model = GsvaForConditionalGeneration(config)
+        if args.dtype in ("bfloat16", "float16"):
+            model = model.to(getattr(torch, args.dtype))
+        model = prepare_for_training(model, args)
+    return cast_trained(model, torch.float32) if half else model
+
+
+def without_content(model: nn.Module) -> nn.Module:
+    """Inside `FakeTensorMode`: takes the tensors of the meta device to the processor, still without memory."""
+    made: dict[int, torch.Tensor] = {}  # tied parameters stay tied
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    new = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, nn.Parameter):
+                        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = new
+                tensors[name] = made[id(tensor)]
+    return model
+
+
+def sizes_of(model: nn.Module, quantization: str | None) -> Sizes:
+    """Counts every parameter and buffer once."""
+    sizes = Sizes(0, 0, 0, 0, 0, 0, 0)
+    layers: dict[str, float] = {}
+    frozen = root = 0.0
+    seen = set()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        size = tensor.numel() * tensor.element_size()
+        _, inside, rest = name.partition("language_model.layers.")
+        if quantization and inside and name.endswith("_proj.weight") | name.endswith("base_layer.weight"):
+            sizes.dequantized = max(sizes.dequantized, size)
+            size = _quantized_bytes(tensor, quantization)
+        sizes.parameters += tensor.numel()
+        if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+            sizes.trained += tensor.numel()
+            sizes.trained_bytes += size
+        else:
+            frozen += size
+        if inside:
+            number = rest.partition(".")[0]
+            layers[number] = layers.get(number, 0) + size
+        else:
+            root += size
+    sizes.frozen_bytes, sizes.root_bytes, sizes.layer_bytes = int(frozen), int(root), int(max(layers.values()))
+    return sizes
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the storages that operations make; `peak` is the highest sum of those alive at once."""
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.live = self.peak = 0
+        self.alive = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._see, out)
+        return out
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.alive:
+            return
+        self.alive.add(storage._cdata)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, storage._cdata, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.live -= size
+
+
+def activation_bytes(
+    model: nn.Module, images: int, length: int, slots: int, half: bool, side: int = PICTURE_SIDE
+) -> int:
+    """
+    The highest sum of live tensors in one forward and backward pass, beside weights and gradients.
+
+    Args:
+        model: Of `trained_model`.
+        images: Pictures of a micro-batch, one conversation each.
+        length: Tokens per conversation.
+        slots: Of each picture.
+        half: Whether autocast computes in bfloat16.
+        side: Of the pictures in pixels, for the mask losses.
+    """
+    gsva = model.base_model.model if isinstance(model, PeftModel) else model
+    config, model = gsva.config, model.train()
+    vision, sam = config.vision_config.image_size, config.sam_config.vision_config.image_size
+    for parameter in model.parameters():  # gradients are counted by themselves, and added to in place
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+    known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    with LiveBytes(known) as counter, ExitStack() as stack:
+        if half:
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        features = gsva.model.multi_modal_projector(gsva.model.get_vision_features(torch.empty(images, 3, vision, vision)))
+        ids = torch.zeros(images, length, dtype=torch.long)
+        embeds = gsva.get_input_embeddings()(ids)
+        embeds = torch.cat([embeds[:, : length - features.shape[1]], features.to(embeds)], 1)
+        hidden = gsva.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        text = max(length - features.shape[1], 1)
+        logits = gsva.lm_head(hidden[:, -text:]).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, -text:].flatten(), reduction="sum")
+        del logits, features, embeds
+        embeddings = gsva.get_sam_embeddings(torch.empty(images, 3, sam, sam))
+        states = hidden[:, :slots].flatten(0, 1)
+        masks, _ = gsva.decode_masks(states, embeddings, torch.arange(images).repeat_interleave(slots))
+        reshaped, original = (sam, sam), (side, side)
+        for image in range(images):
+            part = masks[image * slots : (image + 1) * slots].float()
+            truth = torch.empty(slots, *original)
+            bce, dice = mask_losses(upscale_mask_logits(part, reshaped, original, sam), truth)
+            loss = loss + bce + dice
+            del part, bce, dice, truth
+        del masks, hidden, states
+        loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return counter.peak
+
+
+def memory_of(sizes: Sizes, activations: int, strategy: Strategy) -> Memory:
+    """Shares out what was counted; see `Strategy`."""
+    n, trained = strategy.processes, sizes.trained
+    if strategy.kind in ("NO", "MULTI_GPU"):
+        buckets = sizes.trained_bytes if strategy.kind == "MULTI_GPU" else 0
+        buffers = buckets + sizes.dequantized
+        return Memory(sizes.weights, sizes.trained_bytes, 8 * trained, activations, buffers)
+    if strategy.kind == "zero2":
+        return Memory(sizes.frozen_bytes + 2 * trained, 2 * trained / n, 12 * trained / n, activations, sizes.dequantized)
+    if strategy.kind == "zero3":
+        weights = (sizes.frozen_bytes + 2 * trained) / n
+        return Memory(weights, 2 * trained / n, 12 * trained / n, activations, 2 * sizes.layer_bytes)
+    weights = sizes.weights / n
+    return Memory(weights, sizes.trained_bytes / n, 8 * trained / n, activations, sizes.root_bytes + 2 * sizes.layer_bytes)
+
+
+def count(model_args: ModelArguments, data_args: DataArguments, training: GsvaTrainingArguments) -> tuple[Sizes, int]:
+    """Sizes of the model and bytes of the activations of these arguments."""
+    config, half = planned_config(model_args), training.bf16 or training.fp16
+    length = data_args.max_length or config.text_config.max_position_embeddings
+    model = trained_model(config, replace(model_args, quantization=None), half)
+    sizes = sizes_of(model, model_args.quantization)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        without_content(model)
+        if training.activation_checkpointing:
+            model.activation_checkpointing_enable()
+        images = training.per_device_train_batch_size
+        return sizes, activation_bytes(model, images, length, data_args.num_expressions, half)
+
+
+def plan(model_args: ModelArguments, data_args: DataArguments, training: GsvaTrainingArguments) -> str:
+    """The table of `--plan`."""
+    configs = Path(__file__).resolve().parent.parent / "configs" / "accelerate"
+    paths = [training.plan_strategy] if training.plan_strategy else [configs / f"{name}.yaml" for name in PLANNED]
+    strategies = [Strategy.read(path, training.plan_processes) for path in paths]
+    sizes, activations = count(model_args, data_args, training)
+    cards = {f"{training.plan_memory:g} GiB": training.plan_memory} if training.plan_memory else CARDS
+    title = (
+        f"{model_args.model}: {sizes.parameters:,} parameters, {sizes.trained:,} trained ({model_args.train_language_model}"
+        f"{', ' + model_args.quantization if model_args.quantization else ''}), {training.per_device_train_batch_size} "
+        f"pictures of {data_args.num_expressions} expressions per card, activations "
+        f"{'checkpointed' if training.activation_checkpointing else 'kept'}; GiB per card:"
+    )
+    names = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
+    head = f"{'strategy':<10}{'cards':>6}" + "".join(f"{name:>13}" for name in names)
+    lines = [title, f"{head}  fits (with {MARGIN / GIB:g} GiB to spare)"]
+    for strategy in strategies:
+        memory = memory_of(sizes, activations, strategy)
+        numbers = "".join(f"{getattr(memory, name) / GIB:>13.1f}" for name in names)
+        fits = [name for name, size in cards.items() if memory.total + MARGIN <= size * GIB]
+        lines.append(f"{strategy.name:<10}{strategy.processes:>6}{numbers}  {', '.join(fits) or 'none'}")
+    return "\n".join(lines)
