@@ -1,7 +1,7 @@
-"""`python -m benchmarks NAME [options]` → `benchmarks.NAME.main(options)`; without a name, what there is."""
+"""`python -m benchmarks NAME [options]` runs `benchmarks/NAME.py`; without a name it says what there is."""
 
-import importlib
 import pkgutil
+import runpy
 import sys
 
 import benchmarks
@@ -11,7 +11,8 @@ def main(argv: list[str]) -> None:
     names = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__) if not module.name.startswith("_"))
     if not argv or argv[0] not in names:
         sys.exit(f"usage: python -m benchmarks {{{','.join(names)}}} [options]")
-    importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:])
+    sys.argv = argv
+    runpy.run_module(f"benchmarks.{argv[0]}", run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -190,9 +190,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
     parser.add_argument("--tokenizer", type=Path, help="LLaMA's tokenizer.model; a small one is trained without it")
     parser.add_argument("--work", type=Path, help="where there is room; by default the system's temporary directory")
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.work) as work:
-        print(json.dumps(measure(Path(work), args.size, args.dtype, args.tokenizer)))
+        load = os.getloadavg()[0]
+        figures = measure(Path(work), args.size, args.dtype, args.tokenizer)
+        figures |= {"cpus": os.cpu_count(), "load_before": round(load, 1)}
+    print(json.dumps(figures))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
