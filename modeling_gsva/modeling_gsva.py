@@ -1,6 +1,7 @@
 """GSVA: a LLaVA-like model that prompts SAM's mask decoder with the hidden state of each `[SEG]`, and rejects with `[REJ]`."""
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 import torch.nn.functional as F
@@ -255,6 +256,90 @@ class GsvaModel(GsvaPreTrainedModel):
             attentions=outputs.attentions,
             image_hidden_states=image_outputs.pooler_output if image_outputs is not None else None,
         )
+
+
+def _common_length(rows: list[list[int]]) -> int:
+    """How many tokens all rows begin with alike."""
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows)))
+
+
+class _Reader:
+    """
+    Reads conversations piece by piece with a key-value cache.
+
+    What the prompts of one image begin with, the image with it, is read once for all of them. Pieces are padded on the
+    left, so that each ends in the last column; padding is masked in the cache for good.
+
+    Args:
+        sequences, attention_mask: (conversations, length), prompts padded on the left up to column `start`. Tokens may
+            still be changed until they are read.
+        start: where answers begin. The last token of a prompt is never shared, as it predicts the answer's first one.
+        image_index, vision_features: see [`GsvaModel.get_image_features`].
+    """
+
+    def __init__(self, model: GsvaModel, sequences, attention_mask, start: int, image_index, vision_features):
+        self.model, self.sequences, self.attention_mask = model, sequences, attention_mask
+        self.positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        self.begins = [start - length for length in attention_mask[:, :start].sum(1).tolist()]
+        self.images = {"image_index": image_index, "vision_features": vision_features}
+        self.cache = DynamicCache(config=model.config.text_config)
+        self.cached = attention_mask[:, :0]  # the mask of what the cache holds
+
+        image_id = model.config.image_token_id
+        prompts = [row[begin : start - 1] for row, begin in zip(sequences.tolist(), self.begins)]
+        groups: dict[tuple, list[int]] = {}  # rows of the same image whose prompts agree up to the end of the image
+        for row, (prompt, image) in enumerate(zip(prompts, image_index.tolist())):
+            through_image = max((n + 1 for n, token in enumerate(prompt) if token == image_id), default=0)
+            groups.setdefault((image, *prompt[:through_image]), []).append(row)
+        # A prompt alone is read up to the end of its image, a text alone whole.
+        common = [
+            _common_length([prompts[row] for row in rows]) if len(rows) > 1 else len(key) - 1 or len(prompts[rows[0]])
+            for key, rows in groups.items()
+        ]
+        if len(groups) < len(sequences) and any(common) and not (sequences[:, start - 1] == image_id).any():
+            firsts = [rows[0] for rows in groups.values()]
+            shared = _Reader(model, sequences[firsts], attention_mask[firsts], start, image_index[firsts], vision_features)
+            shared.read([begin + length for begin, length in zip(shared.begins, common)])
+            group_of = dict(sorted((row, n) for n, rows in enumerate(groups.values()) for row in rows))
+            self._take(shared, list(group_of.values()))
+            self.begins = [begin + common[group_of[row]] for row, begin in enumerate(self.begins)]
+
+    def _take(self, other: "_Reader", rows: list[int]):
+        """Goes on from what `other` has read, one of its rows for each of ours."""
+        self.cache, self.cached, self.images = other.cache, other.cached[rows], {}
+        self.cache.batch_select_indices(torch.tensor(rows, device=self.cached.device))
+
+    def read(self, ends: list[int] | None = None) -> torch.Tensor:
+        """
+        Reads each row on to its column of `ends`, by default all of it.
+
+        Returns:
+            (conversations, width, hidden) states; column p of row r of the sequences is at p - ends[r].
+        """
+        ends = [self.sequences.shape[1]] * len(self.begins) if ends is None else ends
+        width = max(end - begin for begin, end in zip(self.begins, ends))
+        ids, mask, position_ids = (self.positions.new_zeros(len(ends), width) for _ in range(3))
+        for row, (begin, end) in enumerate(zip(self.begins, ends)):
+            if end > begin:
+                ids[row, begin - end :] = self.sequences[row, begin:end]
+                mask[row, begin - end :] = self.attention_mask[row, begin:end]
+                position_ids[row, begin - end :] = self.positions[row, begin:end]
+        self.cached = torch.cat([self.cached, mask.to(self.cached)], 1)
+        outputs = self.model(
+            ids, self.cached, position_ids=position_ids, past_key_values=self.cache, use_cache=True, **self.images
+        )
+        self.images, self.begins = {}, ends
+        return outputs.last_hidden_state
+
+    def go_back(self, rows: list[int], column: int, sequences: torch.LongTensor):
+        """After reading all: keeps these rows only and reads on from `column`, where their other `sequences` begin."""
+        forgotten = self.sequences.shape[1] - column
+        self.cache.crop(-forgotten)
+        self.cached = self.cached[:, :-forgotten]
+        self._take(self, rows)
+        self.sequences, self.attention_mask = sequences[rows], self.attention_mask[rows]
+        self.positions = self.positions[rows]
+        self.begins = [column] * len(rows)
 
 
 class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
@@ -626,7 +711,9 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
             is_end |= answers == token
         alive = torch.cumsum(is_end, 1) - is_end.long() == 0  # up to and including the first end
         mask = torch.cat([attention_mask, alive.to(attention_mask)], 1)
-        slots, states = self._read_slots(sequences, mask, start, image_index, vision_features)
+        slots = self._answer_slots(sequences, mask, start)
+        hidden = _Reader(self.model, sequences, mask, start, image_index, vision_features).read()
+        states = hidden[slots[:, 0], slots[:, 1] - 1 - sequences.shape[1]]
         rejected = sequences[slots[:, 0], slots[:, 1]] == self.config.rej_token_id
         return self._output("generate", sequences, start, slots, states, rejected, ~rejected, image_index, sam_embeddings)
 
@@ -637,13 +724,25 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         as the opposite decision. Masks come from a second pass in which every slot is `[SEG]`.
         """
         seg_id, rej_id = self.config.seg_token_id, self.config.rej_token_id
-        slots, states = self._read_slots(sequences, attention_mask, start, image_index, vision_features)
-        gold, said = sequences[slots[:, 0], slots[:, 1]], self.lm_head(states).argmax(-1)
+        slots = self._answer_slots(sequences, attention_mask, start)
+        rows, columns = slots[:, 0], slots[:, 1] - 1 - sequences.shape[1]
+        reader = _Reader(self.model, sequences, attention_mask, start, image_index, vision_features)
+        states = reader.read()[rows, columns]
+        gold, said = sequences[rows, slots[:, 1]], self.lm_head(states).argmax(-1)
         rejected = torch.where(gold == rej_id, said == rej_id, said != seg_id)
         scores = self._slot_scores(states)
-        if (gold == rej_id).any():
-            all_seg = sequences.masked_fill((sequences == rej_id) & (attention_mask != 0), seg_id)
-            _, states = self._read_slots(all_seg, attention_mask, start, image_index, vision_features)
+        # The second pass differs behind a gold [REJ], and matters where another slot comes after it.
+        places = slots.tolist()
+        absent = [place for place, token in zip(places, gold.tolist()) if token == rej_id]
+        first = dict(reversed(absent))
+        again = sorted({row for row, column in places if column > first.get(row, column)})
+        if again:
+            column = min(first[row] for row in again)
+            reader.go_back(again, column, sequences.index_put(tuple(slots.T), gold.new_tensor(seg_id)))
+            hidden = reader.read()
+            for n, (row, place) in enumerate(places):
+                if row in again and place > column:
+                    states[n] = hidden[again.index(row), columns[n]]
         every = torch.ones_like(rejected)
         return self._output(
             "teacher_forced", sequences, start, slots, states, rejected, every, image_index, sam_embeddings, scores
@@ -662,60 +761,34 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
     ):
         """
         Walks the slots with a key-value cache. Step k feeds every conversation what lies between its slots k-1 and k
-        (the chosen token of slot k-1 first) and reads the choice for slot k at the last position. Steps are padded on
-        the left, so that this position is the last one; padding is masked in the cache for good.
+        (the chosen token of slot k-1 first) and reads the choice for slot k at the last position.
         """
         seg_id, rej_id = self.config.seg_token_id, self.config.rej_token_id
         start = input_ids.shape[1]
         sequences = torch.cat([input_ids, answer_ids], 1)
         alive = torch.cat([attention_mask, answer_attention_mask], 1)
-        positions = (alive.long().cumsum(1) - 1).clamp(min=0)
-        slots = self.find_slots(sequences.masked_fill(alive == 0, -1))
-        slots = slots[slots[:, 1] >= start]
+        slots = self._answer_slots(sequences, alive, start)
         per_row = [slots[slots[:, 0] == row, 1].tolist() for row in range(len(sequences))]
-        cache = DynamicCache(config=self.config.text_config)
-        cached = alive.new_zeros(len(sequences), 0)
-        begins = [start - int(prompt.sum()) for prompt in attention_mask]  # prompts are padded on the left
         states = input_ids.new_zeros(len(slots), self.config.text_config.hidden_size, dtype=self.dtype)
         order = {place: n for n, place in enumerate(map(tuple, slots.tolist()))}
+        reader = _Reader(self.model, sequences, alive, start, image_index, vision_features)
         for step in range(max(map(len, per_row), default=0)):
             # Where no slot is left nothing is fed, but for the prompt: all images are taken up in the first step.
+            begins = reader.begins
             ends = [places[step] if step < len(places) else max(begin, start) for places, begin in zip(per_row, begins)]
-            width = max(end - begin for begin, end in zip(begins, ends))
-            ids, mask, position_ids = (alive.new_zeros(len(sequences), width) for _ in range(3))
-            for row, (begin, end) in enumerate(zip(begins, ends)):
-                if end > begin:
-                    ids[row, begin - end :] = sequences[row, begin:end]
-                    mask[row, begin - end :] = alive[row, begin:end]
-                    position_ids[row, begin - end :] = positions[row, begin:end]
-            cached = torch.cat([cached, mask], 1)
-            first = {"image_index": image_index, "vision_features": vision_features} if step == 0 else {}
-            outputs = self.model(
-                ids, cached, position_ids=position_ids, past_key_values=cache, use_cache=True, **first
-            )
-            last = outputs.last_hidden_state[:, -1]  # (B, H)
+            last = reader.read(ends)[:, -1]  # (B, H)
             rejected = self._slot_scores(last) < threshold
             for row, places in enumerate(per_row):
                 if step < len(places):
                     sequences[row, places[step]] = rej_id if rejected[row] else seg_id
                     states[order[row, places[step]]] = last[row]
-            begins = ends
         rejected = sequences[slots[:, 0], slots[:, 1]] == rej_id
         return self._output("slots", sequences, start, slots, states, rejected, ~rejected, image_index, sam_embeddings)
 
-    def _read_slots(self, sequences, attention_mask, start, image_index, vision_features):
-        """One full pass: places (slots, 2) of the slots from position `start` on, and the states that predict them."""
-        hidden = self.model(
-            sequences,
-            attention_mask,
-            position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0),
-            image_index=image_index,
-            vision_features=vision_features,
-            use_cache=False,
-        ).last_hidden_state
+    def _answer_slots(self, sequences, attention_mask, start):
+        """(slots, 2): conversation and position of each slot from position `start` on."""
         slots = self.find_slots(sequences.masked_fill(attention_mask == 0, -1))
-        slots = slots[slots[:, 1] >= start]
-        return slots, hidden[slots[:, 0], slots[:, 1] - 1]
+        return slots[slots[:, 1] >= start]
 
     def _slot_scores(self, states):
         logits = self._slot_logits(states)
