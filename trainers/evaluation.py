@@ -142,9 +142,9 @@ def evaluate_rows(model, processor, plan: EvaluationPlan, on_prediction: Predict
     state = PartialState()
     if not len(plan.rows):
         raise ValueError(f"{plan.dataset} {plan.split} has no rows to evaluate.")
+    check_slot_tokens(model, processor)
     if "expressions" not in plan.rows[0]:
         raise ValueError(f"{plan.dataset} {plan.split} has no expressions to evaluate; choose a segmentation set.")
-    check_slot_tokens(model, processor)
     begun = time.perf_counter()
     was_training = model.training
     model.eval()
@@ -154,6 +154,8 @@ def evaluate_rows(model, processor, plan: EvaluationPlan, on_prediction: Predict
     if finished is None:  # complete before
         pictures = _by_picture(kept.read(), plan)
         return _result(pictures, plan, begun, len(plan.rows))
+    if finished and state.is_main_process:
+        print(f"{plan.rows_file}: {len(finished)} of {len(batches)} batches were finished, going on", flush=True)
     mine = [n for n in range(len(batches)) if n not in finished][state.process_index :: state.num_processes]
     found: list[tuple[int, list[list[dict]]]] = []
     bar = tqdm(mine, f"{plan.protocol} on {plan.dataset} {plan.split}", disable=not state.is_main_process, mininterval=2)
