@@ -399,7 +399,23 @@ def save_base(model, processor, output_dir: Path, log: list) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
+    leave_code_out(output_dir)
     (output_dir / "training_log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+
+
+def leave_code_out(directory: Path) -> None:
+    """Beside the project a saved directory needs no copy of its code: a second one would only grow stale."""
+
+    def without_auto_map(value):
+        if isinstance(value, dict):
+            return {name: without_auto_map(entry) for name, entry in value.items() if name != "auto_map"}
+        return value
+
+    for code in directory.glob("*.py"):
+        code.unlink()
+    for name in ("config.json", "processor_config.json"):
+        content = without_auto_map(json.loads((directory / name).read_text()))
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":
