@@ -328,7 +328,7 @@ def predict_rows(processor, model, data_args: DataArguments, training_args: Gsva
     if not PartialState().is_main_process:
         return
     write_text(output_dir / "predictions.json", json.dumps([prediction for _, prediction, _ in found], indent=1))
-    page = prediction_page(f"{plan.dataset} {plan.split}", "", [pair for *_, pair in found if pair is not None])
+    page = prediction_page(f"{plan.dataset} {plan.split}, {plan.protocol}", "", [pair for *_, pair in found if pair is not None])
     write_text(output_dir / "predictions.html", page)
 
 
