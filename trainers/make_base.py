@@ -413,7 +413,7 @@ def leave_code_out(directory: Path) -> None:
 
     for code in directory.glob("*.py"):
         code.unlink()
-    for name in ("config.json", "processor_config.json"):
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
         content = without_auto_map(json.loads((directory / name).read_text()))
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
 
