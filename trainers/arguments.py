@@ -155,6 +155,9 @@ class GsvaTrainingArguments(TrainingArguments):
     output_dir: str = field(default="runs/gsva", metadata={"help": "Where everything is written."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: examples are no model inputs."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    threads: int | None = field(
+        default=None, metadata={"help": "CPU threads per process; by default the cores are shared out evenly."}
+    )
     resume: bool = field(default=True, metadata={"help": "Go on from the last complete checkpoint in output_dir."})
     divergence: str = field(
         default="stop",
