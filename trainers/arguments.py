@@ -163,6 +163,10 @@ class GsvaTrainingArguments(TrainingArguments):
         default="stop",
         metadata={"help": "NaN, loss spikes and collapse to [REJ]: 'stop' at NaN and say the others, 'warn', 'off'."},
     )
+    feature_cache: str | None = field(
+        default=None, metadata={"help": "Folder that keeps what the frozen towers see, so that they look once."}
+    )
+    feature_cache_dtype: str = field(default="float16", metadata={"help": "Type it is kept in; float32 loses nothing."})
     plan: bool = field(
         default=False, metadata={"help": "Only count the memory that training takes, before anything is loaded."}
     )
@@ -175,6 +179,7 @@ class GsvaTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.plan:
             self.use_cpu = True  # counting needs no card, whatever precision is planned for one
+        _check_choice("feature_cache_dtype", self.feature_cache_dtype, ("float16", "bfloat16", "float32"))
         _check_choice("divergence", self.divergence, ("stop", "warn", "off"))
         super().__post_init__()
 

@@ -51,3 +51,9 @@ def training_data(args: DataArguments, training: GsvaTrainingArguments, wording:
             "reason_seg": ReasoningTransform(num_expressions=args.num_expressions),
         },
     )
+
+
+def pictures_in(dataset: TrainingDataset | Mixture) -> int:
+    """How many rows there are to draw from."""
+    parts = [part for family in dataset.sources for part in family] if isinstance(dataset, Mixture) else [dataset]
+    return sum(len(part.rows) for part in parts)

@@ -20,7 +20,8 @@ memory, fragmentation of the allocator, and temporaries inside fused kernels; `M
 from __future__ import annotations
 
 import weakref
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from transformers import AutoConfig
 from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration
 from modeling_gsva.image_processing_gsva import upscale_mask_logits
 from modeling_gsva.modeling_gsva import mask_losses
+from modeling_gsva.sam_attention_gsva import BIAS_ELEMENTS
 
 from .adapters import cast_trained
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
@@ -235,6 +237,17 @@ def sizes_of(model: nn.Module, quantization: str | None) -> Sizes:
     return sizes
 
 
+@contextmanager
+def pieces_as_on_a_card() -> Iterator[None]:
+    """SAM's attention goes through the picture in pieces whose size depends on the device."""
+    usual = BIAS_ELEMENTS["cpu"]
+    BIAS_ELEMENTS["cpu"] = BIAS_ELEMENTS["default"]
+    try:
+        yield
+    finally:
+        BIAS_ELEMENTS["cpu"] = usual
+
+
 class LiveBytes(TorchDispatchMode):
     """Follows the storages that operations make; `peak` is the highest sum of those alive at once."""
 
@@ -284,7 +297,7 @@ def activation_bytes(
         if parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter)
     known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    with LiveBytes(known) as counter, ExitStack() as stack:
+    with LiveBytes(known) as counter, pieces_as_on_a_card(), ExitStack() as stack:
         if half:
             stack.enter_context(torch.autocast("cpu", torch.bfloat16))
         features = gsva.model.multi_modal_projector(gsva.model.get_vision_features(torch.empty(images, 3, vision, vision)))

@@ -33,7 +33,7 @@ from .adapters import (
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
 from .card import CARD, write_card
 from .collator import GsvaCollator
-from .data import load_rows, training_data
+from .data import load_rows, pictures_in, training_data
 from .evaluation import (
     PROTOCOL_NOTES,
     EvaluationPlan,
@@ -226,6 +226,8 @@ def train(processor, model, model_args, data_args, training_args):
         else None,
         eval_dataset=[] if training_args.eval_strategy != "no" else None,
     )
+    if trainer.features is not None and state.is_main_process:
+        print(trainer.features.announce(pictures_in(dataset)), flush=True)
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint is None and training_args.resume:
         checkpoint = last_complete_checkpoint(output_dir)

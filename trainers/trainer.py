@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch.utils.data import Sampler
 from transformers import Trainer
 
 from .divergence import DivergenceWatch
 from .evaluation import EvaluationPlan, evaluate_rows
+from .features import FeatureCache
 
 LOSS_PARTS = ("ce_loss", "mask_bce_loss", "mask_dice_loss")
 
@@ -72,6 +74,11 @@ class GsvaTrainer(Trainer):
             mode=getattr(self.args, "divergence", "off"),
             rank=self.args.process_index,
         )
+        self.features: FeatureCache | None = None
+        if getattr(self.args, "feature_cache", None):
+            plain = self.accelerator.unwrap_model(self.model)
+            plain = plain.base_model.model if isinstance(plain, PeftModel) else plain
+            self.features = FeatureCache(self.args.feature_cache, plain, getattr(torch, self.args.feature_cache_dtype))
         self._begin_log()
 
     def _begin_log(self) -> None:
@@ -114,6 +121,8 @@ class GsvaTrainer(Trainer):
         return sum(int(mask.flatten(1).any(1).sum()) for mask in masks if len(mask))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.features is not None:
+            inputs = self.features.fill(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             self._collect(inputs, outputs)
