@@ -112,7 +112,7 @@ class OwnBuilder(RowBuilder):
     def row(self, record: dict[str, Any]) -> dict[str, Any]:
         """The row of one record. Raises ValueError, KeyError or TypeError, with the fix, where the record is wrong."""
         if not isinstance(record, dict) or not isinstance(record.get("expressions"), list):
-            raise ValueError(  # noqa: TRY004
+            raise ValueError(
                 f"a record needs an 'image' and a list 'expressions', as in {EXAMPLE}"
             )
         image = record["image"]

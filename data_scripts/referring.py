@@ -87,7 +87,7 @@ class ReferringBuilder(RowBuilder):
         path = self.refs_path
         records = read_json(path) if path.suffix == ".json" else read_plain_pickle(path)
         if not isinstance(records, list):
-            raise ValueError(  # noqa: TRY004
+            raise ValueError(
                 f"{path} must hold a list of refs, got {type(records).__name__}; download it again."
             )
         refs: dict[str, dict[Any, list[dict]]] = {}

@@ -139,7 +139,7 @@ class MapillaryBuilder(LabelMapBuilder):
 class PartsBuilder(RowBuilder):
     """One row per picture of a COCO file; an expression per annotation that has a pixel, so names can repeat."""
 
-    LAYOUTS = {  # noqa: RUF012
+    LAYOUTS = {
         "paco_lvis": ("vlpart/paco/annotations/paco_lvis_v1_train.json", "coco"),
         "pascal_part": ("vlpart/pascal_part/train.json", "vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages"),
     }

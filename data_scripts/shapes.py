@@ -8,7 +8,7 @@ but not together. A picture is a pure function of (seed, split, index), and no t
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,16 +126,16 @@ def _places(things: list[Thing]) -> dict[str, Thing]:
 def _present(random: np.random.Generator, things: list[Thing]) -> tuple[dict[str, list[Thing]], dict[str, list[Thing]]]:
     """All expressions with exactly one target, and all with several, as {text: targets}."""
 
-    def pick(test: Callable[[Thing], bool]) -> list[Thing]:
-        return [thing for thing in things if test(thing)]
+    def pick(**wanted: str) -> list[Thing]:
+        return [thing for thing in things if all(getattr(thing, name) == value for name, value in wanted.items())]
 
     single: dict[str, list[Thing]] = {}
     several: dict[str, list[Thing]] = {"all shapes": list(things)}
     for colour in {thing.colour for thing in things}:
-        same = pick(lambda thing: thing.colour == colour)
+        same = pick(colour=colour)
         (single if len(same) == 1 else several)[f"the {colour} shape" if len(same) == 1 else f"all {colour} shapes"] = same
     for shape in {thing.shape for thing in things}:
-        same = pick(lambda thing: thing.shape == shape)
+        same = pick(shape=shape)
         (single if len(same) == 1 else several)[f"the {shape}" if len(same) == 1 else f"all {shape}s"] = same
         if len(same) > 1:
             for word, thing in _places(same).items():
@@ -144,10 +144,10 @@ def _present(random: np.random.Generator, things: list[Thing]) -> tuple[dict[str
                 if len(sized := [thing for thing in same if thing.size == size]) == 1:
                     single[f"the {size} {shape}"] = sized
     for name in {thing.name for thing in things}:
-        same = pick(lambda thing: thing.name == name)
+        same = pick(name=name)
         (single if len(same) == 1 else several)[f"the {name}" if len(same) == 1 else f"all {name}s"] = same
     for size in RADII:
-        same = pick(lambda thing: thing.size == size)
+        same = pick(size=size)
         if same and len(same) < len(things):
             text = f"the {size} shape" if len(same) == 1 else f"all {size} shapes"
             (single if len(same) == 1 else several)[text] = same
@@ -215,7 +215,7 @@ def make_expressions(
             elif kind == 1:
                 texts = several
             else:
-                texts = dict.fromkeys(hard if hard and random.random() < 0.5 else easy, [])
+                texts = {text: [] for text in (hard if hard and random.random() < 0.5 else easy)}
             text = _spread(random, list(texts)) if texts else None
             if text is not None and text not in chosen:
                 chosen[text] = texts[text]

@@ -60,7 +60,7 @@ class Draws:
 
 
 # what the processor reads as tokens of its own; data may hold it as ordinary text (Q36)
-_RESERVED = re.compile(r"<(/?s|unk|image|im_start|im_end)>|\[(SEG|REJ)\]")
+_RESERVED = re.compile(r"<(/?s|unk|pad|image|im_start|im_end)>|\[(SEG|REJ)\]", re.IGNORECASE)
 
 
 def escape(text: str) -> str:
