@@ -28,7 +28,6 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
             raise ValueError("There is nothing to do; give --do_train, --do_eval or --do_predict.")
-        runs.share_cores(training_args.threads)
         transformers.set_seed(training_args.seed)
         processor, model = runs.load_model(model_args)
         if training_args.do_eval and data_args.eval_before_training and training_args.do_train:

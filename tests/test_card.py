@@ -26,7 +26,7 @@ def test_a_card_with_results(tmp_path):
     (folder / "pictures_after_slots.html").write_text("")
     path = write_card(*arguments(tmp_path, "--data_dir", "/home/me/secret", "--learning_rate", "2e-4", "--lora_r", "4"))
     card = ModelCard.load(path)
-    assert card.data.library_name == "transformers" and card.data.license == "other"
+    assert card.data.library_name == "transformers" and card.data.license == "apache-2.0"  # the embedded base's
     (first, second) = card.data.eval_results
     assert (first.metric_name, first.metric_value, first.dataset_split) == ("gIoU (slots, rela)", 0.51234, "val")
     assert second.metric_name == "cIoU (slots, rela)"  # what is not defined is not claimed

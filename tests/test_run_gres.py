@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from isolation import WITHOUT_PROJECT
 from PIL import Image
 
 import run_gres
@@ -101,9 +102,8 @@ def test_pages_of_pictures_and_curves(run):
     assert [entry["step"] for entry in history if "eval_gIoU" in entry] == [3]
 
 
-FRESH = """
-import importlib.util, json, sys
-assert importlib.util.find_spec("modeling_gsva") is None
+FRESH = WITHOUT_PROJECT + """
+import json, sys
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor

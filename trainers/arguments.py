@@ -156,7 +156,7 @@ class GsvaTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: examples are no model inputs."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     threads: int | None = field(
-        default=None, metadata={"help": "CPU threads per process; by default the cores are shared out evenly."}
+        default=None, metadata={"help": "CPU threads per process; by default all cores to train, one to evaluate."}
     )
     resume: bool = field(default=True, metadata={"help": "Go on from the last complete checkpoint in output_dir."})
     divergence: str = field(

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,26 @@ class ProcessorWording(Wording):
         return self.processor.build_conversation(list(names), [not there for there in present])[1]["content"]
 
 
-def share_cores(threads: int | None = None) -> None:
-    """
-    Gives each process on a machine without an accelerator its share of the cores, or `threads` of them: `accelerate
-    launch` sets OMP_NUM_THREADS to 1 wherever nobody says otherwise, which leaves all cores but one idle.
-    """
-    state = PartialState()
-    if threads is not None or state.device.type == "cpu":
-        torch.set_num_threads(threads or max((os.cpu_count() or 1) // state.num_processes, 1))
+@contextmanager
+def cpu_threads(count: int):
+    """Computes with so many threads where there is no accelerator, and puts the number back afterwards."""
+    before = torch.get_num_threads()
+    if PartialState().device.type == "cpu":
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def training_threads(args: GsvaTrainingArguments) -> int:
+    """This process's share of the cores: `accelerate launch` leaves all but one idle where nobody says otherwise."""
+    return args.threads or max((os.cpu_count() or 1) // PartialState().num_processes, 1)
+
+
+def evaluation_threads(args: GsvaTrainingArguments) -> int:
+    """One unless asked for more: sums then come in the same order, and results are the same on any number of processes."""
+    return args.threads or 1
 
 
 def load_model(args: ModelArguments) -> tuple[GsvaProcessor, GsvaForConditionalGeneration]:
@@ -178,7 +191,8 @@ def evaluate(processor, model, model_args, data_args, training_args, stage: str)
         known = wanted <= {_key(entry) for entry in done}
         if stage == "before" and resumed and known:
             continue
-        result = evaluate_rows(model, processor, plan)
+        with cpu_threads(evaluation_threads(training_args)):
+            result = evaluate_rows(model, processor, plan)
         if not state.is_main_process:
             continue
         if known and not result.has_masks:  # complete before, and with its pictures written
@@ -231,7 +245,8 @@ def train(processor, model, model_args, data_args, training_args):
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint is None and training_args.resume:
         checkpoint = last_complete_checkpoint(output_dir)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    with cpu_threads(training_threads(training_args)):
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step and (still := unmoved(trainer.model, before)) and checkpoint is None:
         logger.warning("%d trained parameters did not move: %s", len(still), ", ".join(still[:8]))
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -294,7 +309,8 @@ def predict(processor, model, data_args: DataArguments, training_args: GsvaTrain
     output_dir, predictions = Path(training_args.output_dir), []
     for number, path in enumerate(data_args.image):
         image = read_image({"path": path, "bytes": None})
-        (results,) = answer(model.eval(), processor, [image], [data_args.expressions], plan)
+        with cpu_threads(evaluation_threads(training_args)):
+            (results,) = answer(model.eval(), processor, [image], [data_args.expressions], plan)
         overlay_file = f"{number:03d}_{Path(path).stem}.png"
         with replacing(output_dir / overlay_file) as temporary:
             labelled_overlay(image, results).save(temporary)
@@ -336,7 +352,8 @@ def predict_rows(processor, model, data_args: DataArguments, training_args: Gsva
         prediction = {"image_id": row["image_id"], "protocol": plan.protocol, "expressions": entries}
         found.append((index, prediction, (row, results) if index < data_args.num_pictures else None))
 
-    evaluate_rows(model, processor, plan, keep)
+    with cpu_threads(evaluation_threads(training_args)):
+        evaluate_rows(model, processor, plan, keep)
     found = _in_order(found)
     if not PartialState().is_main_process:
         return
