@@ -24,9 +24,9 @@ def test_a_card_with_results(tmp_path):
     (folder / "log_history.json").write_text(json.dumps([{"step": 25, "loss": 1.0}, {"step": 50, "loss": 0.5}]))
     (folder / "curves.png").write_bytes(b"")
     (folder / "pictures_after_slots.html").write_text("")
-    path = write_card(*arguments(tmp_path, "--data_dir", "/home/me/secret", "--learning_rate", "2e-4", "--lora_r", "4"))
+    path = write_card(*arguments(tmp_path, "--model", "a/base", "--data_dir", "/home/me/secret", "--learning_rate", "2e-4", "--lora_r", "4"))
     card = ModelCard.load(path)
-    assert card.data.library_name == "transformers" and card.data.license == "apache-2.0"  # the embedded base's
+    assert card.data.library_name == "transformers" and card.data.license == "other"
     (first, second) = card.data.eval_results
     assert (first.metric_name, first.metric_value, first.dataset_split) == ("gIoU (slots, rela)", 0.51234, "val")
     assert second.metric_name == "cIoU (slots, rela)"  # what is not defined is not claimed

@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,18 @@ PROTOCOL_NOTES = {
 SCORED_BY_VALIDATE = ("refclef", "refcoco", "refcoco+", "refcocog", "ReasonSeg")
 
 
+@contextmanager
+def cpu_threads(count: int):
+    """Computes with so many threads where there is no accelerator, and puts the number back afterwards."""
+    before = torch.get_num_threads()
+    if PartialState().device.type == "cpu":
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass
 class EvaluationPlan:
     """
@@ -46,6 +59,8 @@ class EvaluationPlan:
         threshold: Reject a slot below these log-odds (`slots`).
         convention: Of the metrics that `evaluate_rows` returns.
         max_new_tokens: Longest answer (`generate`).
+        threads: CPU threads of each process. With as many on every process sums come in the same order, and rows are
+            the same to the last digit on any number of processes.
         ignore_region: What pixels are that the data set (ReasonSeg) says not to count: "foreground", as the original's
             `.bool()` makes them (quirk Q5, which changes published numbers), or "ignored", left out, as LISA does.
         task: "referring", or "reasoning": only the first text of each picture is asked for, as a phrase or a sentence
@@ -66,6 +81,7 @@ class EvaluationPlan:
     threshold: float = 0.0
     convention: str = "rela"
     max_new_tokens: int = 128
+    threads: int = 1
     ignore_region: str = "foreground"
     task: str | None = None
     keep_masks: bool = False
@@ -161,7 +177,8 @@ def evaluate_rows(model, processor, plan: EvaluationPlan, on_prediction: Predict
     bar = tqdm(mine, f"{plan.protocol} on {plan.dataset} {plan.split}", disable=not state.is_main_process, mininterval=2)
     for number in bar:
         rows = [askable(plan.rows[index], plan) for index in batches[number]]
-        answers = _answer_rows(model, processor, rows, plan)
+        with cpu_threads(plan.threads):
+            answers = _answer_rows(model, processor, rows, plan)
         pictures = [_metric_rows(row, results, plan) for row, results in zip(rows, answers, strict=True)]
         for index, row, results in zip(batches[number], rows, answers):
             if on_prediction is not None:

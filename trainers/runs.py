@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shutil
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from .evaluation import (
     PROTOCOL_NOTES,
     EvaluationPlan,
     answer,
+    cpu_threads,
     as_results,
     askable,
     conventions_for,
@@ -68,26 +68,9 @@ class ProcessorWording(Wording):
         return self.processor.build_conversation(list(names), [not there for there in present])[1]["content"]
 
 
-@contextmanager
-def cpu_threads(count: int):
-    """Computes with so many threads where there is no accelerator, and puts the number back afterwards."""
-    before = torch.get_num_threads()
-    if PartialState().device.type == "cpu":
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def training_threads(args: GsvaTrainingArguments) -> int:
     """This process's share of the cores: `accelerate launch` leaves all but one idle where nobody says otherwise."""
     return args.threads or max((os.cpu_count() or 1) // PartialState().num_processes, 1)
-
-
-def evaluation_threads(args: GsvaTrainingArguments) -> int:
-    """One unless asked for more: sums then come in the same order, and results are the same on any number of processes."""
-    return args.threads or 1
 
 
 def load_model(args: ModelArguments) -> tuple[GsvaProcessor, GsvaForConditionalGeneration]:
@@ -140,6 +123,7 @@ def _plan(
         one_prompt_per_expression=args.one_prompt_per_expression,
         threshold=args.threshold,
         convention=args.conventions[0],
+        threads=training.threads or 1,
         max_new_tokens=args.max_new_tokens,
         ignore_region=args.ignore_region,
         task=args.eval_task,
@@ -191,8 +175,7 @@ def evaluate(processor, model, model_args, data_args, training_args, stage: str)
         known = wanted <= {_key(entry) for entry in done}
         if stage == "before" and resumed and known:
             continue
-        with cpu_threads(evaluation_threads(training_args)):
-            result = evaluate_rows(model, processor, plan)
+        result = evaluate_rows(model, processor, plan)
         if not state.is_main_process:
             continue
         if known and not result.has_masks:  # complete before, and with its pictures written
@@ -309,7 +292,7 @@ def predict(processor, model, data_args: DataArguments, training_args: GsvaTrain
     output_dir, predictions = Path(training_args.output_dir), []
     for number, path in enumerate(data_args.image):
         image = read_image({"path": path, "bytes": None})
-        with cpu_threads(evaluation_threads(training_args)):
+        with cpu_threads(plan.threads):
             (results,) = answer(model.eval(), processor, [image], [data_args.expressions], plan)
         overlay_file = f"{number:03d}_{Path(path).stem}.png"
         with replacing(output_dir / overlay_file) as temporary:
@@ -352,8 +335,7 @@ def predict_rows(processor, model, data_args: DataArguments, training_args: Gsva
         prediction = {"image_id": row["image_id"], "protocol": plan.protocol, "expressions": entries}
         found.append((index, prediction, (row, results) if index < data_args.num_pictures else None))
 
-    with cpu_threads(evaluation_threads(training_args)):
-        evaluate_rows(model, processor, plan, keep)
+    evaluate_rows(model, processor, plan, keep)
     found = _in_order(found)
     if not PartialState().is_main_process:
         return
