@@ -38,10 +38,10 @@ from .evaluation import (
     PROTOCOL_NOTES,
     EvaluationPlan,
     answer,
-    cpu_threads,
     as_results,
     askable,
     conventions_for,
+    cpu_threads,
     evaluate_rows,
     record,
 )
