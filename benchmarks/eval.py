@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, SamConfig
@@ -145,12 +146,28 @@ def stages(model: GsvaForConditionalGeneration):
             hook.remove()
 
 
+class Elsewhere:
+    """The share of the machine's cores that other processes kept busy since this was made."""
+
+    def __init__(self):
+        self.begun, self.before = time.perf_counter(), self._busy()
+
+    def _busy(self) -> float:
+        machine, mine = psutil.cpu_times(), psutil.Process().cpu_times()
+        return machine.user + machine.system + machine.nice - mine.user - mine.system
+
+    def share(self) -> float:
+        cores = os.cpu_count() or 1
+        return (self._busy() - self.before) / (time.perf_counter() - self.begun) / cores
+
+
 def verdicts(rows: list[dict]) -> list[tuple[bool, int, int]]:
     return [(row["is_rejected"], row["intersection"], row["union"]) for row in rows]
 
 
 def run_ours(model, processor, rows, protocol="teacher_forced", batch_size=4, **options) -> list[tuple[bool, int, int]]:
-    plan = EvaluationPlan(rows, "workload M", "all", protocol=protocol, batch_size=batch_size, **options)
+    options |= {"protocol": protocol, "batch_size": batch_size, "threads": THREADS}
+    plan = EvaluationPlan(rows, "workload M", "all", **options)
     return verdicts(evaluate_rows(model, processor, plan).rows)
 
 
@@ -182,22 +199,25 @@ def run_plain(model, processor, rows) -> list[tuple[bool, int, int]]:
 
 @torch.no_grad()
 def measure_encoder(ours, plain, processor, rows, repeats: int) -> dict:
-    """Seconds of SAM's encoder for one picture, best of `repeats` in turns, and how far the embeddings are apart."""
+    """
+    Seconds of SAM's encoder for one picture and how far the embeddings are apart. Best of two turns of `repeats` in a row:
+    what one road leaves in caches and allocator shall not count against the next.
+    """
     pixels = processor(images=[rows[0]["image"]], expressions=[["a"]], return_tensors="pt")["sam_pixel_values"]
     best = defaultdict(lambda: float("inf"))
     encoders = {"eager": plain.sam.vision_encoder, "ours": ours.sam.vision_encoder}
-    for _ in range(repeats):
-        for name in ("eager", "sdpa", "ours", "no bias"):
-            # the floor: what is left without any position bias, whose results are other ones
-            attentions = [layer.attn for layer in ours.sam.vision_encoder.layers] if name in ("sdpa", "no bias") else []
-            kinds = [(type(attention), attention.use_rel_pos) for attention in attentions]
-            for attention in attentions:
-                attention.__class__, attention.use_rel_pos = SamVisionSdpaAttention, name == "sdpa"
+    for name in ("eager", "sdpa", "ours", "no bias") * 2:
+        # the floor: what is left without any position bias, whose results are other ones
+        attentions = [layer.attn for layer in ours.sam.vision_encoder.layers] if name in ("sdpa", "no bias") else []
+        kinds = [(type(attention), attention.use_rel_pos) for attention in attentions]
+        for attention in attentions:
+            attention.__class__, attention.use_rel_pos = SamVisionSdpaAttention, name == "sdpa"
+        for _ in range(repeats):
             begun = time.perf_counter()
             encoders.get(name, ours.sam.vision_encoder)(pixels)
             best[name] = min(best[name], time.perf_counter() - begun)
-            for attention, (kind, use_rel_pos) in zip(attentions, kinds, strict=True):
-                attention.__class__, attention.use_rel_pos = kind, use_rel_pos
+        for attention, (kind, use_rel_pos) in zip(attentions, kinds, strict=True):
+            attention.__class__, attention.use_rel_pos = kind, use_rel_pos
     wanted, found = (encoder(pixels).last_hidden_state for encoder in encoders.values())
     return {
         "seconds": dict(best), "speedup": best["eager"] / best["ours"],
@@ -262,6 +282,8 @@ def table(result: dict) -> str:
         f"slots: a further expression costs {100 * slots['share']:.1f} % of the first ({further['all']:.3f} s of "
         f"{first['all']:.3f} s; mask decoder {further['mask decoder']:.3f} s)"
     )
+    busy = result["machine"]["busy_elsewhere"]
+    lines.append(f"other processes took {100 * busy:.0f} % of the machine meanwhile" + (": measure again" if busy > 0.1 else ""))
     return "\n".join(lines)
 
 
@@ -272,19 +294,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=4, help="pictures per batch on our road (default 4)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(THREADS)
-    load = os.getloadavg()[0]
+    elsewhere = Elsewhere()
     ours, plain, processor = make_models()
     rows = make_rows(2 if arguments.quick else 12)
     for model, run in ((plain, run_plain), (ours, run_ours)):  # the first calls set things up
         run(model, processor, rows[:1])
+    measured = {
+        "sam_encoder": measure_encoder(ours, plain, processor, rows, 1 if arguments.quick else 3),
+        "teacher_forced": measure_evaluation(ours, plain, processor, rows, arguments.batch_size),
+        "slots": measure_further(ours, processor, rows, arguments.batch_size),
+    }
     result = {
         "workload": {"pictures": len(rows), "expressions": len(TARGETS), "batch_size": arguments.batch_size,
                      "threads": THREADS, "dtype": "float32"},
         "machine": {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__,
-                    "load_before": round(load, 2)},
-        "sam_encoder": measure_encoder(ours, plain, processor, rows, 1 if arguments.quick else 5),
-        "teacher_forced": measure_evaluation(ours, plain, processor, rows, arguments.batch_size),
-        "slots": measure_further(ours, processor, rows, arguments.batch_size),
+                    "busy_elsewhere": round(elsewhere.share(), 3)},
+        **measured,
     }  # fmt: skip
     print(table(result))
     if not arguments.quick:
