@@ -11,154 +11,34 @@ Prints a table and writes benchmarks/results/eval.json.
 """
 
 import argparse
-import json
-import os
-import platform
 import time
 from collections import defaultdict
-from contextlib import contextmanager
-from pathlib import Path
 
-import numpy as np
-import psutil
 import torch
-from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, SamConfig
 from transformers.models.sam.modeling_sam import SamVisionSdpaAttention
 
-from data_scripts.schema import decode_mask, encode_mask
-from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration, GsvaImageProcessor, GsvaProcessor
+from benchmarks._workload import (
+    TARGETS,
+    THREADS,
+    Elsewhere,
+    busy_line,
+    machine,
+    make_models,
+    make_rows,
+    parts_of,
+    stages,
+    write_result,
+)
+from data_scripts.schema import decode_mask
 from modeling_gsva.modeling_gsva import GsvaSegmentationOutput
-from modeling_gsva.processing_gsva import ADDED_TOKENS, CHAT_TEMPLATES, PROMPTS
 from trainers.evaluation import EvaluationPlan, evaluate_rows
 
-RESULT = Path(__file__).resolve().parent / "results" / "eval.json"
-THREADS, SEED, VOCABULARY = 2, 0, 32004
-SIZES = [(640, 480), (480, 640), (640, 427), (500, 375), (640, 640), (612, 612)]  # (width, height), in turn
-PHRASES = [["the man in the red shirt", "both dogs on the grass", "a purple unicorn", "the left chair"],
-           ["a woman holding an umbrella", "the two cups", "the airplane above", "a brown horse"],
-           ["the boy with a bat", "all three boats", "a snowman", "the traffic light on the right"]]  # fmt: skip
-TARGETS = [1, 2, 0, 1]  # of the four expressions: single, double, no-target, single
 # What one picture costs the original on two cores, in seconds (issue and specification of this project).
 ORIGINAL = {"SAM encoder": 2.95, "language model": 0.78, "mask decoder": 0.39, "CLIP": 0.08, "data and metrics": 0.1}
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte pairs of the prompts' own wording, so that prompts are about as long as LLaMA's tokenizer makes them."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=1500, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
-    wording = [CHAT_TEMPLATES["llava_v1"], PROMPTS["refer"]["question"], *(text for texts in PHRASES for text in texts)]
-    tokenizer.train_from_iterator(wording * 3, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-                                      clean_up_tokenization_spaces=False)  # fmt: skip
-    wrapped.add_tokens(list(ADDED_TOKENS))
-    return wrapped
-
-
-def make_models() -> tuple[GsvaForConditionalGeneration, GsvaForConditionalGeneration, GsvaProcessor]:
-    """The model of workload M as it is, the same weights with transformers' eager SAM attention, and the processor."""
-    processor = GsvaProcessor(GsvaImageProcessor(), make_tokenizer(), patch_size=14)
-    config = GsvaConfig(
-        vision_config=CLIPVisionConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
-                                       image_size=224, patch_size=14),
-        text_config=LlamaConfig(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
-                                vocab_size=VOCABULARY, initializer_range=0.05),
-        sam_config=SamConfig(
-            vision_config={"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6, "mlp_dim": 768,
-                           "global_attn_indexes": [2, 5], "image_size": 1024, "patch_size": 16, "window_size": 14,
-                           "output_channels": 256, "initializer_range": 0.02},
-            prompt_encoder_config={"hidden_size": 256}, mask_decoder_config={"layer_norm_eps": 1e-5}),
-        image_token_id=processor.image_token_id, seg_token_id=processor.seg_token_id, rej_token_id=processor.rej_token_id,
-    )  # fmt: skip
-    torch.manual_seed(SEED)
-    ours = GsvaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, parameter in ours.sam.vision_encoder.named_parameters():
-            if "rel_pos" in name or "pos_embed" in name:  # zero from the start: no bias, nothing to compare
-                parameter.normal_(std=0.2)
-        weights = ours.lm_head.weight[[processor.seg_token_id, processor.rej_token_id]]
-        mean = slot_states(ours, processor, make_rows(4)).mean(0)
-        # Both tokens are likely before every slot, and which of them is a matter of how its state differs from the mean:
-        # otherwise a random model says neither, or always the same, and there is no decision to compare.
-        weights -= torch.outer(weights @ mean, mean) / mean.square().sum()
-        ours.lm_head.weight[[processor.seg_token_id, processor.rej_token_id]] = 20 * (weights + mean / mean.norm())
-    plain = GsvaForConditionalGeneration._from_config(config, attn_implementation={"sam_config": "eager"}).eval()
-    plain.load_state_dict(ours.state_dict())
-    return ours, plain, processor
-
-
-def make_rows(pictures: int) -> list[dict]:
-    """Rows of the data schema: smooth noise, and boxes as targets."""
-    rows, draw = [], np.random.default_rng(SEED)
-    for number in range(pictures):
-        width, height = SIZES[number % len(SIZES)]
-        small = draw.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
-        entries = []
-        for text, targets in zip(PHRASES[number % len(PHRASES)], TARGETS, strict=True):
-            mask = np.zeros((height, width), np.uint8)
-            for _ in range(targets):
-                top, left = draw.integers(0, height // 2), draw.integers(0, width // 2)
-                mask[top : top + height // 3, left : left + width // 4] = 1
-            entries.append({"text": text, "is_sentence": False, "num_targets": targets, "mask": encode_mask(mask)})
-        rows.append({"image": Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC),
-                     "image_id": str(number), "height": height, "width": width, "expressions": entries})  # fmt: skip
-    return rows
-
-
-def slot_states(model, processor, rows) -> torch.Tensor:
-    """(slots, hidden): the states that predict each slot of the rows' answers."""
-    inputs = processor(images=[row["image"] for row in rows], return_tensors="pt",
-                       expressions=[[entry["text"] for entry in row["expressions"]] for row in rows])  # fmt: skip
-    ids = torch.cat([inputs["input_ids"], inputs["answer_ids"]], 1)
-    mask = torch.cat([inputs["attention_mask"], inputs["answer_attention_mask"]], 1)
-    hidden = model.model(ids, mask, inputs["pixel_values"]).last_hidden_state
-    slots = model.find_slots(ids)
-    return hidden[slots[:, 0], slots[:, 1] - 1]
-
-
-@contextmanager
-def stages(model: GsvaForConditionalGeneration):
-    """Seconds spent inside each part of a model; "all" is everything between entering and leaving."""
-    parts = {"SAM encoder": [model.sam.vision_encoder], "CLIP": [model.model.vision_tower],
-             "language model": [model.model.language_model, model.lm_head], "mask decoder": [model.sam.mask_decoder]}  # fmt: skip
-    seconds, begun, hooks = defaultdict(float), {}, []
-    for name, modules in parts.items():
-        for module in modules:
-            hooks.append(module.register_forward_pre_hook(lambda *_, n=name: begun.update({n: time.perf_counter()})))
-            hooks.append(
-                module.register_forward_hook(
-                    lambda *_, n=name: seconds.update({n: seconds[n] + time.perf_counter() - begun[n]})
-                )
-            )
-    start = time.perf_counter()
-    try:
-        yield seconds
-    finally:
-        seconds["all"] = time.perf_counter() - start
-        seconds["data and metrics"] = seconds["all"] - sum(seconds[name] for name in parts)
-        for hook in hooks:
-            hook.remove()
-
-
-class Elsewhere:
-    """The share of the machine's cores that other processes kept busy since this was made."""
-
-    def __init__(self):
-        self.begun, self.before = time.perf_counter(), self._busy()
-
-    def _busy(self) -> float:
-        machine, mine = psutil.cpu_times(), psutil.Process().cpu_times()
-        return machine.user + machine.system + machine.nice - mine.user - mine.system
-
-    def share(self) -> float:
-        cores = os.cpu_count() or 1
-        return (self._busy() - self.before) / (time.perf_counter() - self.begun) / cores
+def with_rest(seconds: dict[str, float]) -> dict[str, float]:
+    return {**seconds, "data and metrics": 2 * seconds["all"] - sum(seconds.values())}
 
 
 def verdicts(rows: list[dict]) -> list[tuple[bool, int, int]]:
@@ -232,9 +112,9 @@ def measure_evaluation(ours, plain, processor, rows, batch_size: int) -> dict:
     for first in range(0, len(rows), batch_size):
         part = rows[first : first + batch_size]
         for name, model, run in (("plain", plain, run_plain), ("ours", ours, run_ours)):
-            with stages(model) as spent:
+            with stages(parts_of(model)) as spent:
                 found[name] += run(model, processor, part)
-            for stage, value in spent.items():
+            for stage, value in with_rest(spent).items():
                 seconds[name][stage] += value / len(rows)
     pixels = [abs(a[1] - b[1]) + abs(a[2] - b[2]) for a, b in zip(found["plain"], found["ours"], strict=True)]
     return {
@@ -252,9 +132,9 @@ def measure_further(ours, processor, rows, batch_size: int) -> dict:
     for count in (1, len(TARGETS)):
         asked = [{**row, "expressions": row["expressions"][:count]} for row in rows]
         options = {"batch_size": batch_size, "one_prompt_per_expression": True, "threshold": float("-inf")}
-        with stages(ours) as spent:
+        with stages(parts_of(ours)) as spent:
             run_ours(ours, processor, asked, "slots", **options)
-        seconds[count] = {stage: value / len(rows) for stage, value in spent.items()}
+        seconds[count] = {stage: value / len(rows) for stage, value in with_rest(spent).items()}
     last = seconds[len(TARGETS)]
     further = {stage: (last[stage] - seconds[1][stage]) / (len(TARGETS) - 1) for stage in last}
     return {"first_seconds": seconds[1], "further_seconds": further, "share": further["all"] / seconds[1]["all"]}
@@ -282,9 +162,7 @@ def table(result: dict) -> str:
         f"slots: a further expression costs {100 * slots['share']:.1f} % of the first ({further['all']:.3f} s of "
         f"{first['all']:.3f} s; mask decoder {further['mask decoder']:.3f} s)"
     )
-    busy = result["machine"]["busy_elsewhere"]
-    lines.append(f"other processes took {100 * busy:.0f} % of the machine meanwhile" + (": measure again" if busy > 0.1 else ""))
-    return "\n".join(lines)
+    return "\n".join([*lines, busy_line(result)])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -307,15 +185,12 @@ def main(argv: list[str] | None = None) -> None:
     result = {
         "workload": {"pictures": len(rows), "expressions": len(TARGETS), "batch_size": arguments.batch_size,
                      "threads": THREADS, "dtype": "float32"},
-        "machine": {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__,
-                    "busy_elsewhere": round(elsewhere.share(), 3)},
+        "machine": machine(elsewhere),
         **measured,
     }  # fmt: skip
     print(table(result))
     if not arguments.quick:
-        unfinished = RESULT.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(unfinished, RESULT)
+        write_result("eval", result)
 
 
 if __name__ == "__main__":
