@@ -35,7 +35,8 @@ class GsvaConfig(PreTrainedConfig):
     model_type = "gsva"
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        # LLaMA's vocabulary and the tokens GSVA adds, <image> excepted.
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama", init_kwargs={"vocab_size": 32004}),
         "sam_config": SubConfigSpec(config_class=AutoConfig, model_type="sam"),
     }
 

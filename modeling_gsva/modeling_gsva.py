@@ -12,7 +12,8 @@ from transformers.generation import GenerationMixin, LogitsProcessorList, Suppre
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_gsva import GsvaConfig
 from .image_processing_gsva import upscale_mask_logits
@@ -143,17 +144,26 @@ class GsvaModel(GsvaPreTrainedModel):
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(images, 3, height, width) → (images, positions, vision hidden), what the projector reads."""
-        with _grad_if_trained(self.vision_tower):
-            outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), output_hidden_states=True)
-            features = outputs.hidden_states[self.config.vision_feature_layer]
-            return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
+        return self._vision_outputs(pixel_values).last_hidden_state
 
+    def _vision_outputs(self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None, **kwargs):
+        """The vision tower's output, with what the projector reads as its `last_hidden_state`."""
+        layer, pixel_values = self.config.vision_feature_layer, pixel_values.to(self.vision_tower.dtype)
+        every = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        with _grad_if_trained(self.vision_tower):
+            outputs = self.vision_tower(pixel_values, output_hidden_states=every or [layer], return_dict=True, **kwargs)
+            features = outputs.hidden_states[layer]
+            default = self.config.vision_feature_select_strategy == "default"
+            outputs.last_hidden_state = features[:, 1:] if default else features
+        return outputs
+
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
         vision_features: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
         Encodes each image once and projects it into the language model's space.
@@ -164,10 +174,13 @@ class GsvaModel(GsvaPreTrainedModel):
             image_index: (conversations,) the image of each conversation, -1 for none; by default one each, in order.
 
         Returns:
-            An output whose `pooler_output` lists one (positions, hidden) tensor per conversation that has an image.
+            An output whose `pooler_output` lists one (positions, hidden) tensor per conversation that has an image, and
+            whose `last_hidden_state` is `vision_features`; on demand also the vision tower's hidden states and attentions.
         """
+        tower = {}
         if vision_features is None:
-            vision_features = self.get_vision_features(pixel_values)
+            tower = self._vision_outputs(pixel_values, **kwargs)
+            vision_features = tower.last_hidden_state
         features = self.multi_modal_projector(vision_features.to(self.multi_modal_projector.weight.dtype))
         if image_index is None:
             per_text = list(features)
@@ -176,17 +189,18 @@ class GsvaModel(GsvaPreTrainedModel):
             if indices and max(indices) >= len(features):
                 raise ValueError(f"image_index points to image {max(indices)}, but only {len(features)} images were given.")
             per_text = [features[i] for i in indices if i >= 0]
-        return BaseModelOutputWithPooling(last_hidden_state=vision_features, pooler_output=per_text)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=vision_features,
+            pooler_output=per_text,
+            hidden_states=tower.get("hidden_states"),
+            attentions=tower.get("attentions"),
+        )
 
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
     ) -> torch.Tensor:
         """(conversations, length) booleans, True at `<image>`; raises when placeholders and features differ in number."""
-        if input_ids is None:
-            image_id = torch.tensor(self._embeddable(self.config.image_token_id), device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(image_id)).all(-1)
-        else:
-            mask = input_ids == self.config.image_token_id
+        mask = self.find_token(self.config.image_token_id, input_ids, inputs_embeds)
         if mask.sum() != image_features.shape[0]:
             raise ValueError(
                 f"The text holds {int(mask.sum())} image placeholder tokens, but the images give {image_features.shape[0]} "
@@ -194,6 +208,13 @@ class GsvaModel(GsvaPreTrainedModel):
                 "in each conversation that has an image (truncation must not cut it)."
             )
         return mask
+
+    def find_token(self, token_id: int, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """(conversations, length) booleans, True where the token stands, which without ids its embedding tells."""
+        if input_ids is not None:
+            return input_ids == token_id
+        token_id = torch.tensor(self._embeddable(token_id), device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token_id)).all(-1)
 
     def _embeddable(self, token_ids):
         """`<image>` may lie beyond the embedding (the original's placeholder has no row): its row is never read."""
@@ -214,7 +235,7 @@ class GsvaModel(GsvaPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> GsvaModelOutputWithPast:
         """
         Args:
@@ -229,7 +250,7 @@ class GsvaModel(GsvaPreTrainedModel):
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if image_outputs is None and (pixel_values is not None or vision_features is not None):
-            image_outputs = self.get_image_features(pixel_values, image_index, vision_features)
+            image_outputs = self.get_image_features(pixel_values, image_index, vision_features, return_dict=True)
         if image_outputs is not None and len(image_outputs.pooler_output):
             features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds)  # (placeholders, H)
             placeholders = self.get_placeholder_mask(input_ids, inputs_embeds, features)
@@ -433,6 +454,13 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         embedding = state.new_zeros(1, vision.output_channels, side, side)
         return self.decode_masks(state, embedding, torch.zeros(1, dtype=torch.long, device=state.device))
 
+    def _slot_ids(self, inputs_embeds: torch.Tensor) -> torch.LongTensor:
+        """(conversations, length): the ids of `[SEG]` and `[REJ]` where their embeddings stand, -1 elsewhere."""
+        ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
+        for token_id in (self.config.seg_token_id, self.config.rej_token_id):
+            ids[self.model.find_token(token_id, None, inputs_embeds)] = token_id
+        return ids
+
     def find_slots(self, input_ids: torch.LongTensor) -> torch.LongTensor:
         """(all slots, 2): conversation and position of every `[SEG]` and `[REJ]`, in reading order."""
         is_slot = (input_ids == self.config.seg_token_id) | (input_ids == self.config.rej_token_id)
@@ -460,7 +488,8 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         num_masks_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
+        shift_labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> GsvaOutput:
         """
         Args:
@@ -476,6 +505,8 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
             num_items_in_batch, num_masks_in_batch: numbers of supervised tokens and of masks of the whole optimizer
                 step. Given them, micro-batches add up to exactly the loss of one big batch; without them each batch is
                 averaged by itself, as the original does.
+            shift_labels: (conversations, length), `labels` already aligned with the positions that predict them, where
+                a sequence is trained in shards.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -500,12 +531,13 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         if labels is None or not self.training:
             result.logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
         if labels is not None:
-            result.loss = result.ce_loss = self._ce_loss(hidden, labels, num_items_in_batch)
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
+            result.loss = result.ce_loss = self._ce_loss(hidden, targets, num_items_in_batch)
 
         masks = None
         if sam_pixel_values is not None or sam_embeddings is not None:
             if input_ids is None:
-                raise ValueError("Masks need input_ids: [SEG] and [REJ] cannot be found in inputs_embeds.")
+                input_ids = self._slot_ids(inputs_embeds)
             if sam_embeddings is None:
                 sam_embeddings = self.get_sam_embeddings(sam_pixel_values)
             if image_index is None:
@@ -528,7 +560,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
             if masks is None or not is_seg.any():
                 masks, iou = self._decode_nothing(hidden[:1, 0])
             result.loss = result.loss + 0.0 * (masks.sum() + iou.sum())
-        return result
+        return GsvaOutput(**result)  # as a tuple in the order of the fields
 
     def _slot_logits(self, states: torch.Tensor) -> torch.Tensor:
         return self.lm_head(states)[:, [self.config.seg_token_id, self.config.rej_token_id]].float()
@@ -546,11 +578,10 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
             iou = iou.masked_scatter(is_seg, seg_iou.to(iou))
         return masks, iou
 
-    def _ce_loss(self, hidden, labels, num_items=None):
-        """Cross-entropy over the supervised tokens; logits exist at these positions only."""
-        targets = labels[:, 1:]
+    def _ce_loss(self, hidden, targets, num_items=None):
+        """Cross-entropy over the supervised tokens (which are `targets`); logits exist at these positions only."""
         supervised = targets != -100
-        logits = self.lm_head(hidden[:, :-1][supervised]).float()
+        logits = self.lm_head(hidden[supervised]).float()
         total = F.cross_entropy(logits, targets[supervised].to(logits.device), reduction="sum")
         return self.config.ce_loss_weight * total / (supervised.sum().clamp(min=1) if num_items is None else num_items)
 
@@ -670,7 +701,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
 
         if method == "generate":
             if vision_features is not None:
-                image_features = self.get_image_features(None, image_index, vision_features)
+                image_features = self.get_image_features(None, image_index, vision_features, return_dict=True)
                 generate_kwargs["mm_encoder_outputs"] = {"image": image_features}
             sequences = self.generate(input_ids, attention_mask=attention_mask, **generate_kwargs)
             sequences = sequences if isinstance(sequences, torch.Tensor) else sequences.sequences
