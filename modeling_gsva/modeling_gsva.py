@@ -124,6 +124,14 @@ class GsvaPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_sdpa = True
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """
+        As a model inside transformers, for what custom code is treated apart in does not concern this one: missing weights
+        of modules without parameters of their own would not be initialized as their class wants (CLIP's).
+        """
+        return False
+
 
 class GsvaModel(GsvaPreTrainedModel):
     """Vision tower, projector and language model: reads images and text, gives hidden states."""

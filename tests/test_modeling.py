@@ -130,6 +130,42 @@ def test_base_model_gives_hidden_states(model, batch):
         assert torch.equal(model.model(**text).last_hidden_state, by_embeds.last_hidden_state)
 
 
+def test_embeddings_in_place_of_ids_give_the_same(make_model, batch):
+    """Placeholders and slots are then known by their embeddings; `<image>` needs a row of its own for it."""
+    model = make_model()
+    model.resize_token_embeddings(model.config.image_token_id + 1, mean_resizing=False)
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(batch["input_ids"])
+        given, expected = model(**without(batch, "input_ids", inputs_embeds=embeds)), model(**batch)
+    assert torch.equal(given.slot_positions, expected.slot_positions) and torch.equal(given.loss, expected.loss)
+    assert all(torch.equal(*masks) for masks in zip(given.mask_logits, expected.mask_logits))
+
+
+def test_the_tuple_is_in_the_order_of_the_fields(model, batch):
+    with torch.no_grad():
+        loss, ce_loss, *_ = model(**batch, return_dict=False)
+        logits, *_ = model(**without(batch, "labels", "mask_labels"), return_dict=False)
+        expected = model(**batch)
+    assert torch.equal(loss, expected.loss) and torch.equal(ce_loss, expected.ce_loss)
+    assert torch.equal(logits, expected.logits)
+
+
+def test_labels_may_come_shifted(model, batch):
+    shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    with torch.no_grad():
+        assert torch.equal(model(**batch, shift_labels=shifted).loss, model(**batch).loss)
+        assert not torch.equal(model(**batch, shift_labels=shifted.roll(1, 1)).loss, model(**batch).loss)
+
+
+def test_image_features_come_with_the_towers_states_on_demand(model, batch):
+    with torch.no_grad():
+        plain = model.get_image_features(batch["pixel_values"])
+        full = model.get_image_features(batch["pixel_values"], output_hidden_states=True)
+    assert [state is not None for state in plain.hidden_states] == [False, True, False]  # only the one that is read
+    assert len(full.hidden_states) == 3 and torch.equal(full.hidden_states[1][:, 1:], full.last_hidden_state)
+    assert torch.equal(torch.stack(full.pooler_output), torch.stack(plain.pooler_output))
+
+
 @pytest.mark.parametrize("strategy, count", [("default", 16), ("full", 17)])
 def test_vision_feature_layer_and_strategy(make_model, batch, strategy, count):
     model = make_model(vision_feature_layer=-1, vision_feature_select_strategy=strategy)
