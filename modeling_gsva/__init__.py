@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from .configuration_gsva import GsvaConfig
 from .image_processing_gsva import GsvaImageProcessor
 from .modeling_gsva import GsvaForConditionalGeneration, GsvaModel, GsvaPreTrainedModel
+from .pipeline_gsva import GsvaPipeline
 from .processing_gsva import GsvaProcessor
 
 # Saved directories carry this code with them, so that they load where the project is not installed.
@@ -24,6 +25,7 @@ __all__ = [
     "GsvaForConditionalGeneration",
     "GsvaImageProcessor",
     "GsvaModel",
+    "GsvaPipeline",
     "GsvaPreTrainedModel",
     "GsvaProcessor",
 ]

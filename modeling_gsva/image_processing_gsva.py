@@ -74,10 +74,12 @@ class GsvaImageProcessor(PilBackend):
         kwargs["sam_size"] = sam_size
         return kwargs
 
-    def fetch_images(self, image_url_or_urls):
-        """Also opens local paths, and names the picture that is missing or cannot be decoded."""
+    def fetch_images(self, image_url_or_urls, timeout: float | None = None):
+        """
+        Also opens local paths, and names the picture that is missing or cannot be decoded. `timeout` (seconds) is for URLs.
+        """
         if isinstance(image_url_or_urls, (list, tuple)):
-            return [self.fetch_images(image) for image in image_url_or_urls]
+            return [self.fetch_images(image, timeout) for image in image_url_or_urls]
         if image_url_or_urls is None:
             raise ValueError("An image is None: give a PIL image, an array, a path or a URL.")
         if isinstance(image_url_or_urls, (str, os.PathLike, Image.Image)):
@@ -86,7 +88,7 @@ class GsvaImageProcessor(PilBackend):
                 if isinstance(image_url_or_urls, Image.Image):
                     image_url_or_urls.load()  # Pillow opens lazily: a truncated file shows only here
                     return image_url_or_urls
-                return load_image(os.fspath(image_url_or_urls))
+                return load_image(os.fspath(image_url_or_urls), timeout)
             except Exception as error:
                 raise ValueError(
                     f"{str(name)!r} cannot be read as an image ({error}). Give the path or URL of a picture that Pillow can "

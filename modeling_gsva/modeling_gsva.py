@@ -1,5 +1,6 @@
 """GSVA: a LLaVA-like model that prompts SAM's mask decoder with the hidden state of each `[SEG]`, and rejects with `[REJ]`."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -17,6 +18,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_gsva import GsvaConfig
 from .image_processing_gsva import upscale_mask_logits
+from .pipeline_gsva import CUSTOM_PIPELINES
 from .sam_attention_gsva import use_chunked_attention
 
 # Constants of the original's losses (model/llava/model/modeling_lisa_gsva.py): the areas of the dice loss are divided by
@@ -403,9 +405,10 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As everywhere in transformers; the saved directory names this class for every Auto class it serves."""
+        """As everywhere in transformers; the saved directory names its Auto classes and its pipeline."""
         names = dict.fromkeys(AUTO_CLASSES, f"{__name__.rpartition('.')[2]}.{type(self).__name__}")
         self.config.auto_map = {**names, **(getattr(self.config, "auto_map", None) or {})}
+        self.config.custom_pipelines = deepcopy(CUSTOM_PIPELINES)
         super().save_pretrained(save_directory, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:

@@ -21,7 +21,7 @@ import json, os, sys
 import numpy as np, torch
 from PIL import Image
 from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText,
-                          AutoModelForMaskGeneration, AutoProcessor, AutoTokenizer)
+                          AutoModelForMaskGeneration, AutoProcessor, AutoTokenizer, pipeline)
 torch.set_num_threads(1)
 directory, output = sys.argv[1:]
 trust = {"trust_remote_code": True}
@@ -29,8 +29,9 @@ config = AutoConfig.from_pretrained(directory, **trust)
 tokenizer = AutoTokenizer.from_pretrained(directory, **trust)
 image_processor = AutoImageProcessor.from_pretrained(directory, **trust)
 processor = AutoProcessor.from_pretrained(directory, **trust)
+asked = json.loads(sys.stdin.read())
 pictures = [Image.open(f"{directory}/../{n}.png") for n in range(2)]
-inputs = processor(images=pictures, expressions=json.loads(sys.stdin.read()), return_tensors="pt")
+inputs = processor(images=pictures, expressions=asked, return_tensors="pt")
 assert torch.equal(image_processor(pictures, return_tensors="pt")["sam_pixel_values"], inputs["sam_pixel_values"])
 assert tokenizer("a [SEG]")["input_ids"] == processor.tokenizer("a [SEG]")["input_ids"]
 results = {"input_ids": inputs["input_ids"].numpy(), "answer_ids": inputs["answer_ids"].numpy()}
@@ -47,6 +48,11 @@ for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoM
     classes[auto.__name__] = [type(model).__name__, type(model).__module__.split(".")[0]]
 model.save_pretrained(output + "/again")
 processor.save_pretrained(output + "/again")
+pipe = pipeline("generalized-referring-segmentation", model=directory, device="cpu", **trust)
+classes["pipeline"] = [type(pipe).__name__, type(pipe).__module__.split(".")[0]]
+for n, entries in enumerate(pipe(pictures, expressions=asked)):
+    results[f"pipeline/masks/{n}"] = np.stack([entry["mask"] for entry in entries])
+pipe.save_pretrained(output + "/pipeline")
 np.savez(output + "/results.npz", **results)
 print(json.dumps({"config": type(config).__name__, "processor": type(processor).__name__, "models": classes,
                   "image_processor": type(image_processor).__name__}))
@@ -92,6 +98,7 @@ def test_every_auto_class_finds_its_code(loaded_elsewhere):
     assert report["config"] == "GsvaConfig" and report["processor"] == "GsvaProcessor"
     assert report["image_processor"] == "GsvaImageProcessor"
     names = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMaskGeneration")
+    assert report["models"].pop("pipeline") == ["GsvaPipeline", "transformers_modules"]
     assert report["models"] == {name: ["GsvaForConditionalGeneration", "transformers_modules"] for name in names}
 
 
@@ -111,6 +118,10 @@ def test_masks_are_the_same_bit_for_bit(loaded_elsewhere, saved, model, processo
                 results[f"{name}/masks/{n}"], np.stack([entry["mask"] for entry in shown[n]])
             )
         np.testing.assert_array_equal(results[f"{name}/generated"], generated)
+    for n, picture in enumerate(pictures):  # the pipeline answers one picture at a time
+        alone = processor(images=[picture], expressions=EXPRESSIONS[n : n + 1], return_tensors="pt")
+        (entries,) = processor.post_process_segmentation(model.segment(**alone), alone)
+        np.testing.assert_array_equal(results[f"pipeline/masks/{n}"], np.stack([entry["mask"] for entry in entries]))
 
 
 def files(folder) -> dict[str, bytes]:
@@ -118,7 +129,7 @@ def files(folder) -> dict[str, bytes]:
 
 
 # What transformers itself notes on loading: the dtype in every sub-config, where the tokenizer came from.
-NOTED = {"config.json": {"dtype"}, "tokenizer_config.json": {"is_local", "local_files_only"}}
+NOTED = {"config.json": {"dtype"}, "tokenizer_config.json": {"dtype", "is_local", "local_files_only"}}
 
 
 def without_notes(name: str, content: bytes):
@@ -146,6 +157,9 @@ def test_saving_again_gives_the_same_bytes(saved, tmp_path):
 def test_saving_again_elsewhere_gives_the_same_bytes(saved, loaded_elsewhere, tmp_path):
     """Also from the copied code: the directory stays complete when it is handed on."""
     here, elsewhere = save_again(saved, tmp_path), files(loaded_elsewhere[2])
+    by_pipeline = files(loaded_elsewhere[2].parent / "pipeline")
+    assert by_pipeline.keys() == elsewhere.keys()
+    assert not any(without_notes(name, by_pipeline[name]) != without_notes(name, elsewhere[name]) for name in elsewhere)
     assert here.keys() == elsewhere.keys()
     assert {name for name in here if here[name] != elsewhere[name]} <= {
         "tokenizer_config.json"
@@ -155,7 +169,7 @@ def test_saving_again_elsewhere_gives_the_same_bytes(saved, loaded_elsewhere, tm
 
 def test_the_directory_holds_what_it_needs_and_no_pickle(saved):
     names = set(files(saved))
-    code = {f"{room}_gsva.py" for room in ("configuration", "image_processing", "modeling", "processing")}
+    code = {f"{room}_gsva.py" for room in ("configuration", "image_processing", "modeling", "pipeline", "processing")}
     assert code <= names and {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
     auto_map = json.loads((saved / "config.json").read_text())["auto_map"]

@@ -405,15 +405,17 @@ def save_base(model, processor, output_dir: Path, log: list) -> None:
 def leave_code_out(directory: Path) -> None:
     """Beside the project a saved directory needs no copy of its code: a second one would only grow stale."""
 
-    def without_auto_map(value):
+    code_names = ("auto_map", "custom_pipelines")
+
+    def without_code(value):
         if isinstance(value, dict):
-            return {name: without_auto_map(entry) for name, entry in value.items() if name != "auto_map"}
+            return {name: without_code(entry) for name, entry in value.items() if name not in code_names}
         return value
 
     for code in directory.glob("*.py"):
         code.unlink()
     for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
-        content = without_auto_map(json.loads((directory / name).read_text()))
+        content = without_code(json.loads((directory / name).read_text()))
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
 
 

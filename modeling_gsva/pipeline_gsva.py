@@ -1,0 +1,224 @@
+"""GsvaPipeline: pictures and expressions in, masks and rejections out, one by one or streamed through a data set."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from transformers import AutoModelForImageTextToText, Pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.utils.logging import tqdm
+
+TASK = "generalized-referring-segmentation"
+# What config.json says of it, so that `pipeline(TASK, model=directory, trust_remote_code=True)` finds this file.
+CUSTOM_PIPELINES = {TASK: {"impl": "pipeline_gsva.GsvaPipeline", "pt": ["AutoModelForImageTextToText"]}}
+MAX_NEW_TOKENS = 128  # of a generated answer, where neither the call nor the model's generation config says otherwise
+
+
+class _Rows(Dataset):
+    """Any sequence of rows as the kind of data set that transformers streams."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int):
+        return self.rows[index]
+
+
+class _Results(Iterable):
+    """Results that are computed while they are read, anew in each pass; as long as there are rows."""
+
+    def __init__(self, begin, total: int | None, progress: bool):
+        self.begin, self.total, self.progress = begin, total, progress
+
+    def __len__(self) -> int:
+        if self.total is None:
+            raise TypeError("The results of a stream have no length.")
+        return self.total
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        return iter(tqdm(self.begin(), total=self.total, disable=not self.progress))
+
+
+class GsvaPipeline(Pipeline):
+    r"""
+    Segments every expression in every picture.
+
+    ```python
+    segment = pipeline("generalized-referring-segmentation", model=directory, trust_remote_code=True)
+    segment("street.jpg", expressions=["the man in red", "the unicorn"])  # a list of two results
+    segment(["a.jpg", "b.jpg"], expressions=[["the cat"], ["all dogs", "a tree"]])  # a list of lists
+    for results in segment(dataset, batch_size=8, progress=True):  # rows of "image" and "expressions", streamed
+        ...
+    ```
+
+    Needs a model and its processor; `pipeline` loads both.
+    """
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __call__(
+        self,
+        images: Any = None,
+        expressions: Any = None,
+        progress: bool = False,
+        batch_size: int | None = None,
+        num_workers: int | None = None,
+        **kwargs,
+    ) -> Any:
+        r"""
+        Args:
+            images: a path, URL, PIL picture or array; a list or a batched array of them; or rows
+                `{"image": ..., "expressions": [...]}`: one, a list, a `datasets.Dataset`, a streamed one, any generator.
+                The expressions of a row are strings, or mappings with a "text" as in this project's data sets.
+            expressions: what to look for: strings, for every image; or, with a list of images, one list of strings for
+                each. Rows bring their own, which these replace.
+            threshold (`float`): reject where the log-odds of `[SEG]` against `[REJ]` (`score`) are below it. 0.0, the
+                default, is the model's own choice; `log(p / (1 - p))` asks for a probability of p. With
+                method="generate" the answer is written before: a higher one rejects more, a lower one changes nothing.
+            method (`str`): "slots" (default) or "generate", see [`GsvaForConditionalGeneration.segment`].
+            prompt (`str`): the name of the wording, see [`GsvaProcessor`].
+            one_prompt_per_expression (`bool`): ask for each expression in a prompt of its own.
+            generate_kwargs (`dict`): for method="generate", what `generate` takes.
+            timeout (`float`): seconds to wait for a URL; by default without end.
+            progress: show a progress bar.
+            batch_size, num_workers: images answered together; processes that prepare them.
+
+        Returns:
+            Of an image the list that [`GsvaProcessor.post_process_segmentation`] gives: per expression
+            `{"text", "mask", "is_rejected", "score", "is_malformed"}`, mask a (height, width) boolean array. Of a list
+            of images a list of these lists. Of a data set or generator an iterable of them, computed while it is read.
+
+        Raises:
+            ValueError: an image that cannot be read, no expressions, another number of lists than of images.
+        """
+        if images is None:
+            raise ValueError("No image was given: pass a picture, a list of them, or rows of 'image' and 'expressions'.")
+        is_array = hasattr(images, "ndim")
+        is_one = isinstance(images, (str, os.PathLike, Image.Image, Mapping)) or (is_array and images.ndim < 4)
+        is_list = isinstance(images, (list, tuple)) or (is_array and not is_one)
+        if not (is_one or is_list or isinstance(images, Iterable) or hasattr(images, "__getitem__")):
+            raise ValueError(
+                f"Images of type {type(images).__name__} are not supported: give a path, URL, PIL picture or array, a list "
+                "of them, or rows of 'image' and 'expressions'."
+            )
+        if isinstance(expressions, str):
+            expressions = [expressions]
+        if expressions is not None and any(not isinstance(expression, (str, Mapping)) for expression in expressions):
+            if not (is_one or is_list):
+                raise ValueError("A list of lists of expressions needs a list of images; rows of a stream bring their own.")
+            listed = [images] if is_one else images
+            if len(listed) != len(expressions):
+                raise ValueError(
+                    f"{len(listed)} images but {len(expressions)} lists of expressions; give one list for each image, or "
+                    "one list of strings for all."
+                )
+            if strings := [entry for entry in expressions if isinstance(entry, (str, Mapping))]:
+                raise ValueError(f"expressions holds lists, but also {strings[0]!r}; give a list of strings for each image.")
+            listed = [{"image": self._image(image), "expressions": e} for image, e in zip(listed, expressions)]
+            images, expressions = listed[0] if is_one else listed, None
+        if expressions is not None:
+            kwargs["expressions"] = expressions
+        if is_one:
+            return super().__call__(images, **kwargs)
+        total = len(images) if isinstance(images, Sized) else None
+        self._sanitize_parameters(**kwargs)  # complains now, not at the first result
+        call = partial(super().__call__, batch_size=batch_size, num_workers=num_workers, **kwargs)
+
+        def begin():
+            return call(_Rows(images) if total is not None else (row for row in images))
+
+        results = _Results(begin, total, progress)
+        return list(results) if is_list else results
+
+    def _sanitize_parameters(self, **kwargs):
+        stages = ("expressions", "prompt", "one_prompt_per_expression", "timeout"), ("method", "threshold", "generate_kwargs")
+        if unknown := kwargs.keys() - {name for names in stages for name in names}:
+            raise TypeError(f"{sorted(unknown)} are no options of {TASK}; choose among {[n for s in stages for n in s]}.")
+        return *({name: kwargs[name] for name in names if name in kwargs} for names in stages), {}
+
+    @staticmethod
+    def _image(row):
+        if not isinstance(row, Mapping):
+            return row
+        if "image" not in row:
+            raise ValueError(f"A row holds {sorted(row)} but no 'image'; rename the column that holds the pictures.")
+        return row["image"]
+
+    def preprocess(
+        self, row, expressions=None, prompt="refer", one_prompt_per_expression=False, timeout=None
+    ) -> dict[str, Any]:
+        if expressions is None and isinstance(row, Mapping):
+            expressions = row.get("expressions")
+        if isinstance(expressions, str):
+            expressions = [expressions]
+        if expressions is None or not len(expressions):
+            raise ValueError("No expressions were given: pass expressions=[...], or rows that hold 'expressions'.")
+        texts = [entry["text"] if isinstance(entry, Mapping) else entry for entry in expressions]
+        example = self.processor(
+            images=[self.image_processor.fetch_images(self._image(row), timeout)],
+            expressions=[texts],
+            prompt=prompt,
+            one_prompt_per_expression=one_prompt_per_expression,
+            return_tensors="pt",
+        )
+        return {"example": example}
+
+    def _forward(self, model_inputs, method="slots", threshold=None, generate_kwargs=None) -> dict[str, Any]:
+        examples = model_inputs["example"]
+        inputs = self._join(examples if isinstance(examples, list) else [examples])
+        options, decided = {}, threshold
+        if method == "slots":
+            options, decided = {"threshold": 0.0 if threshold is None else threshold}, None
+        elif method == "generate":
+            length = self.model.generation_config.max_new_tokens or MAX_NEW_TOKENS
+            options = {"max_new_tokens": length, **(generate_kwargs or {})}
+        else:
+            raise ValueError(f"method={method!r} cannot answer without gold answers; choose 'slots' or 'generate'.")
+        outputs = self.model.segment(**inputs, method=method, **options)
+        results = self.processor.post_process_segmentation(outputs, inputs, threshold=decided)
+        return {"results": results if isinstance(examples, list) else results[0]}
+
+    def postprocess(self, model_outputs) -> list[dict[str, Any]]:
+        return model_outputs["results"]
+
+    def _join(self, examples: list[Mapping]) -> dict[str, Any]:
+        """One batch of examples that hold an image each."""
+        joined: dict[str, Any] = {}
+        for name in examples[0]:
+            parts = [part for example in examples for part in example[name]]
+            if name == "expressions":
+                joined[name] = parts
+            elif name == "image_index":
+                joined[name] = torch.cat([example[name] + n for n, example in enumerate(examples)])
+            elif name.endswith(("_ids", "_mask")):  # prompts end, and answers begin, in the same column
+                joined[name] = pad_sequence(
+                    parts,
+                    batch_first=True,
+                    padding_value=self.tokenizer.pad_token_id if name.endswith("_ids") else 0,
+                    padding_side="right" if name.startswith("answer") else "left",
+                )
+            else:
+                joined[name] = torch.stack(parts)
+        return joined
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """Model, code and the whole processor, from which `pipeline` loads."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
+
+if TASK not in PIPELINE_REGISTRY.get_supported_tasks():  # for models that are loaded already
+    PIPELINE_REGISTRY.register_pipeline(TASK, GsvaPipeline, pt_model=AutoModelForImageTextToText, type="multimodal")
+
+__all__ = ["GsvaPipeline"]
