@@ -104,7 +104,10 @@ class GsvaImageProcessor(PilBackend):
         return image_url_or_urls[None] if image_url_or_urls.ndim == 2 else image_url_or_urls  # grey: (height, width)
 
     def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs) -> np.ndarray:
-        """→ (3, height, width). Alpha is dropped, as cv2.imread does in the original, not laid on white."""
+        """
+        → (3, height, width). Alpha is dropped, as cv2.imread does in the original, not laid on white; with
+        `do_convert_rgb=False` an array of four channels keeps them for the vision tower.
+        """
         if isinstance(image, Image.Image):
             image, input_data_format = np.array(ImageOps.exif_transpose(image).convert("RGB")), "channels_last"
         array = np.asarray(image)
@@ -115,7 +118,9 @@ class GsvaImageProcessor(PilBackend):
             array = np.moveaxis(array, -1, 0)
         if array.size == 0 or len(array) not in (1, 3, 4):
             self._raise_shape(image)
-        return np.repeat(array, 3, axis=0) if len(array) == 1 else array[:3]
+        if len(array) == 1:
+            return np.repeat(array, 3, axis=0)
+        return array if do_convert_rgb is False else array[:3]
 
     def _raise_shape(self, image):
         raise ValueError(
@@ -130,7 +135,7 @@ class GsvaImageProcessor(PilBackend):
         std = np.asarray(sam_image_std, dtype=np.float32).reshape(3, 1, 1)
         sam_pixel_values, reshaped_input_sizes = [], []
         for image in images:
-            image = self.resize_for_sam(image, sam_size.longest_edge)
+            image = self.resize_for_sam(image[:3], sam_size.longest_edge)
             height, width = image.shape[-2:]
             padded = np.zeros((3, sam_size.longest_edge, sam_size.longest_edge), dtype=np.float32)
             padded[:, :height, :width] = (image.astype(np.float32) - mean) / std

@@ -465,6 +465,19 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         embedding = state.new_zeros(1, vision.output_channels, side, side)
         return self.decode_masks(state, embedding, torch.zeros(1, dtype=torch.long, device=state.device))
 
+    @staticmethod
+    def _one_image_each(input_ids, sam_embeddings) -> torch.LongTensor:
+        """(conversations,): the image of each where it is not told."""
+        index = torch.arange(len(input_ids), device=input_ids.device)
+        if sam_embeddings is None:
+            return torch.full_like(index, -1)
+        if len(sam_embeddings) != len(index):
+            raise ValueError(
+                f"{len(index)} conversations but {len(sam_embeddings)} images: pass image_index, the image in which each "
+                "conversation's masks are made (-1 for none)."
+            )
+        return index
+
     def _slot_ids(self, inputs_embeds: torch.Tensor) -> torch.LongTensor:
         """(conversations, length): the ids of `[SEG]` and `[REJ]` where their embeddings stand, -1 elsewhere."""
         ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
@@ -552,7 +565,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
             if sam_embeddings is None:
                 sam_embeddings = self.get_sam_embeddings(sam_pixel_values)
             if image_index is None:
-                image_index = torch.arange(len(input_ids), device=input_ids.device)
+                image_index = self._one_image_each(input_ids, sam_embeddings)
             slots = self.find_slots(input_ids)  # (S, 2)
             states = hidden[slots[:, 0], slots[:, 1] - 1]  # (S, H): the position that predicts the slot
             is_seg = input_ids[slots[:, 0], slots[:, 1]] == self.config.seg_token_id
@@ -706,8 +719,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         if vision_features is None and pixel_values is not None:
             vision_features = self.model.get_vision_features(pixel_values)
         if image_index is None:
-            has_image = torch.arange(len(input_ids), device=input_ids.device)
-            image_index = has_image if sam_embeddings is not None else torch.full_like(has_image, -1)
+            image_index = self._one_image_each(input_ids, sam_embeddings)
         images = {"vision_features": vision_features, "sam_embeddings": sam_embeddings, "image_index": image_index}
 
         if method == "generate":

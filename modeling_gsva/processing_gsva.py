@@ -5,7 +5,9 @@ import re
 import numpy as np
 import torch
 from transformers.image_processing_utils import BatchFeature
-from transformers.processing_utils import ProcessorMixin
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.tokenization_utils_base import TextInput
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .image_processing_gsva import upscale_mask_logits
@@ -133,6 +135,19 @@ class GsvaProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.image_seq_length
 
+    def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:
+        """How many placeholders and pieces pictures of these (height, width) take; serving engines ask for it."""
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As everywhere in transformers; what saving notes of the code's place is no property of the processor."""
+        saved = super().save_pretrained(save_directory, **kwargs)
+        vars(self).pop("auto_map", None)
+        return saved
+
     def normalize_expression(self, expression: str, prompt: str = "refer") -> str:
         """
         An expression as the prompt holds it: stripped, lower-cased, and then without dots at both ends, in this order,
@@ -220,18 +235,16 @@ class GsvaProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images=None,
-        text=None,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
         expressions: list[list[str]] | None = None,
         conversations: list[list[dict]] | None = None,
         image_index: list[int] | None = None,
         masks: list | None = None,
         no_targets: list[list[bool]] | None = None,
-        prompt: str = "refer",
-        one_prompt_per_expression: bool = False,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
-        **kwargs,
+        prompt: str | None = None,
+        one_prompt_per_expression: bool | None = None,
+        **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         r"""
         Three ways to call it:
@@ -242,28 +255,32 @@ class GsvaProcessor(ProcessorMixin):
         - `processor(images=..., conversations=[[{"role": "user", "content": "<image>\n..."}, {"role": "assistant", ...}]],
           image_index=[0], masks=[(slots, height, width)])`, to train: `input_ids` padded on the right, `labels`,
           `mask_labels`.
-        - `processor(images=..., text=...)` and `apply_chat_template`, as every processor of transformers.
+        - `processor(images=..., text=...)` and `apply_chat_template`, as every processor of transformers. A text may hold
+          several `<image>`, which the language model reads in order; to be segmented each has to hold one at most.
 
         Args:
             images: one picture or a list, each given once however many conversations it has.
             expressions: per image the expressions to look for.
             no_targets: per image, which expressions the answer rejects (the gold answer of `teacher_forced`).
-            prompt: the name of the wording, see `prompts`.
-            one_prompt_per_expression: ask for each expression in a conversation of its own.
+            prompt: the name of the wording, see `prompts`; by default `"refer"`.
+            one_prompt_per_expression: ask for each expression in a conversation of its own; by default all of an image
+                share one.
             conversations: messages of user and assistant; `image_index` tells each one's image (-1 for none), by
                 default one each, in order.
             masks: per conversation its true masks, arrays of (slots, height, width) at the picture's own size.
-            max_length: cut conversations to so many tokens, placeholders of the image included.
+            return_tensors, and what else tokenizer and image processor know. Of it, conversations heed `max_length`: they
+                are cut to so many tokens, placeholders of the image included.
 
         Raises:
             ValueError: lists whose lengths do not fit, masks of another size than their picture, expressions that are
                 empty or hold a special token, text cut inside the image.
         """
         if expressions is None and conversations is None:
-            return super().__call__(images=images, text=text, return_tensors=return_tensors, **kwargs)
+            return self._call_with_text(images, text, **kwargs)
         if text is not None or (expressions is not None and conversations is not None):
             raise ValueError("Give only one of text, expressions and conversations.")
         images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
+        return_tensors, max_length = kwargs.pop("return_tensors", None), kwargs.pop("max_length", None)
         data = {}
         if expressions is not None:
             if not images:
@@ -288,7 +305,7 @@ class GsvaProcessor(ProcessorMixin):
                 if one_prompt_per_expression:
                     groups = [([one], [flag]) for one, flag in zip(texts, absent)]
                 asked += [group for group, _ in groups]
-                answered += [self.build_conversation(*group, prompt) for group in groups]
+                answered += [self.build_conversation(*group, prompt or "refer") for group in groups]
                 image_index += [index] * len(groups)
             data["expressions"] = asked
             encoded = self.encode_conversations(answered)
@@ -322,6 +339,16 @@ class GsvaProcessor(ProcessorMixin):
         elif masks is not None:
             data["mask_labels"] = [torch.zeros(0, 1, 1, dtype=torch.uint8) for _ in masks]
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["expressions", "mask_labels"])
+
+    def _call_with_text(self, images, text, **kwargs) -> BatchFeature:
+        data = super().__call__(images=images, text=text, **kwargs)
+        if images is not None and text is not None:
+            counts = [sample.count(self.image_token) for sample in ([text] if isinstance(text, str) else text)]
+            if max(counts) <= 1:
+                index = [sum(counts[:n]) if count else -1 for n, count in enumerate(counts)]
+                make = {torch.Tensor: torch.tensor, np.ndarray: np.array}.get(type(data["input_ids"]), list)
+                data["image_index"] = make(index)
+        return data
 
     def _pad(self, rows: list[list[int]], side: str = "right", value: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         width = max(map(len, rows))

@@ -483,6 +483,19 @@ def test_bad_input_is_named(model, batch):
             model(**inputs)
 
 
+def test_several_images_in_a_text_are_read_but_not_segmented(model, processor, make_picture):
+    pictures = [make_picture(0), make_picture(1)]
+    inputs = processor(images=pictures, text="<image> or <image>: [SEG]", return_tensors="pt")
+    swapped = processor(images=pictures[::-1], text="<image> or <image>: [SEG]", return_tensors="pt")
+    text_only = ("sam_pixel_values", "original_sizes", "reshaped_input_sizes")
+    with torch.no_grad():
+        logits, other = (model(**without(each, *text_only)).logits for each in (inputs, swapped))
+        assert not torch.allclose(logits, other)
+        for run in (model, model.segment):
+            with pytest.raises(ValueError, match="1 conversations but 2 images: pass image_index"):
+                run(**inputs, **({"method": "generate", "max_new_tokens": 1} if run == model.segment else {}))
+
+
 def test_a_slot_without_an_image_is_named(model, processor, examples):
     messages = [talk("red?", "[SEG]"), talk("<image>\nred?", "[SEG]")]
     inputs = processor(examples["images"][:1], conversations=messages, image_index=[-1, 0], return_tensors="pt")

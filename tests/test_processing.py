@@ -153,6 +153,16 @@ def test_image_expands_to_one_placeholder_per_patch(processor, make_picture):
     assert (text["input_ids"] == processor.image_token_id).sum() == 16
 
 
+@pytest.mark.parametrize("kind, array", [("pt", torch.Tensor), ("np", np.ndarray), (None, list)])
+def test_texts_tell_their_images(processor, make_picture, kind, array):
+    texts = ["Hi", f"{IMAGE} Hi", "Hello", f"A {IMAGE}"]
+    inputs = processor(images=[make_picture(0), make_picture(1)], text=texts, padding=True, return_tensors=kind)
+    assert isinstance(inputs["image_index"], array) and list(inputs["image_index"]) == [-1, 0, -1, 1]
+    assert "image_index" not in processor(text=texts[:1]) and "image_index" not in processor(images=[make_picture()])
+    several = processor(images=[make_picture(0), make_picture(1)], text=f"{IMAGE} and {IMAGE}", return_tensors=kind)
+    assert "image_index" not in several
+
+
 def test_apply_chat_template_gives_model_inputs(processor, make_picture):
     messages = [
         {"role": "user", "content": [{"type": "image", "image": make_picture()}, {"type": "text", "text": "Hi?"}]}
