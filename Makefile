@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test test-slow base lint clean
+.PHONY: demo test test-slow conformance base lint clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/accelerate launch run_gres.py configs/demo.yaml
@@ -13,6 +13,11 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(RUN) -m pytest
+
+# The common tests of the installed transformers, from its source distribution (tests/conformance/README.md).
+conformance: $(VENV)/installed
+	tests=$$($(RUN) tests/conformance/fetch.py $(VENV)/transformers_tests) && TRANSFORMERS_TESTS=$$tests HF_HUB_OFFLINE=1 \
+		$(RUN) -m pytest tests/conformance -W ignore::pytest.PytestUnknownMarkWarning
 
 # Makes assets/tiny_gsva anew, at most an hour on two cores; goes on where it was stopped.
 base: $(VENV)/installed

@@ -1,0 +1,24 @@
+"""Keeps what ran and what was skipped, for test_lists.py."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent
+ran: dict[str, set[str]] = {}  # test → the reasons for which it, or a part of it, was skipped
+
+
+@pytest.hookimpl
+def pytest_runtest_logreport(report):
+    file, _, name = report.nodeid.partition("::")
+    if Path(file).parent.name == FOLDER.name and name:
+        reasons = ran.setdefault(name.replace("::", "."), set())
+        if report.skipped and isinstance(report.longrepr, tuple):
+            reason = report.longrepr[2].removeprefix("Skipped: ")
+            reasons.add(re.sub(r"<class '[\w.]*?(\w+)'>", r"\1", reason))
+
+
+@pytest.fixture(scope="session")
+def what_ran() -> dict[str, set[str]]:
+    return ran
