@@ -289,6 +289,14 @@ class GsvaModel(GsvaPreTrainedModel):
         )
 
 
+def _check_padding(attention_mask: torch.Tensor):
+    if not attention_mask[:, -1].all():
+        raise ValueError(
+            "Prompts are padded on the right, but answers follow them: pad them on the left (padding_side='left'), as "
+            "processor(images=..., expressions=...) does."
+        )
+
+
 def _common_length(rows: list[list[int]]) -> int:
     """How many tokens all rows begin with alike."""
     return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows)))
@@ -465,16 +473,16 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         embedding = state.new_zeros(1, vision.output_channels, side, side)
         return self.decode_masks(state, embedding, torch.zeros(1, dtype=torch.long, device=state.device))
 
-    @staticmethod
-    def _one_image_each(input_ids, sam_embeddings) -> torch.LongTensor:
+    def _one_image_each(self, input_ids, sam_embeddings) -> torch.LongTensor:
         """(conversations,): the image of each where it is not told."""
         index = torch.arange(len(input_ids), device=input_ids.device)
         if sam_embeddings is None:
             return torch.full_like(index, -1)
-        if len(sam_embeddings) != len(index):
+        placeholders = (input_ids == self.config.image_token_id).sum(1)
+        if len(sam_embeddings) != len(index) or (placeholders != placeholders[0]).any():
             raise ValueError(
-                f"{len(index)} conversations but {len(sam_embeddings)} images: pass image_index, the image in which each "
-                "conversation's masks are made (-1 for none)."
+                f"{len(index)} conversations but {len(sam_embeddings)} images, not one in each: pass image_index, the image in "
+                "which each conversation's masks are made (-1 for none)."
             )
         return index
 
@@ -649,7 +657,13 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         """
         [`GenerationMixin.generate`] with every of its strategies. Inputs that only masks need are set aside, so that
         `model.generate(**inputs)` takes what `model.segment(**inputs)` takes; `segment_sequences` gives the masks.
+
+        Raises:
+            ValueError: prompts padded on the right.
         """
+        attention_mask = kwargs.get("attention_mask")
+        if attention_mask is not None and attention_mask.ndim == 2:
+            _check_padding(attention_mask)
         return super().generate(inputs, **{name: value for name, value in kwargs.items() if name not in MASK_ONLY_INPUTS})
 
     def _get_candidate_generator(self, *args, **kwargs):
@@ -709,11 +723,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
             raise ValueError(f"{sorted(generate_kwargs)} only apply to method='generate', not to {method!r}.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if not attention_mask[:, -1].all():
-            raise ValueError(
-                "Prompts are padded on the right, but answers follow them: pad them on the left, as processor(images=..., "
-                "expressions=...) does."
-            )
+        _check_padding(attention_mask)
         if sam_embeddings is None and sam_pixel_values is not None:
             sam_embeddings = self.get_sam_embeddings(sam_pixel_values)
         if vision_features is None and pixel_values is not None:

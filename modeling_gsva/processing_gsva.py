@@ -1,9 +1,12 @@
 """GsvaProcessor: every string of GSVA (prompts, chat templates, answers), their tokens and labels, and answers back to results."""
 
 import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from transformers import TextIteratorStreamer
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
@@ -17,14 +20,25 @@ IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<im_start>", "<im_end>"
 # In the order in which the original adds them to the tokenizer; <image> comes last and has no embedding there.
 ADDED_TOKENS = (SEG_TOKEN, REJ_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN)
 
-# Content is a string that may hold <image>, or the list of parts that transformers' chat templates use.
+# Content is a string that may hold <image>, or the list of parts that transformers' chat templates use. What a template
+# cannot place is refused: left out, it would change the question without a word.
 _CONTENT = (
-    "{%- macro content(message) -%}{%- if message['content'] is string -%}"
-    "{{- message['content'] | replace('<image>', '<im_start><image><im_end>') -}}{%- else -%}"
+    "{%- macro words(text) -%}{%- if text is not string -%}{{- raise_exception('A message holds ' ~ text ~ ' instead of "
+    "text; content is a string, or a list of parts of type text or image.') -}}{%- endif -%}"
+    "{{- text | replace('<image>', '<im_start><image><im_end>') -}}{%- endmacro -%}"
+    "{%- macro content(message) -%}"
+    "{%- if message['content'] is defined and message['content'] is iterable and message['content'] is not string and "
+    "message['content'] is not mapping -%}"
     "{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}{{- '<im_start><image><im_end>\\n' -}}"
-    "{%- else -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+    "{%- elif part['type'] == 'text' -%}{{- words(part['text']) -}}"
+    "{%- else -%}{{- raise_exception('A message has a part of type ' ~ part['type'] ~ '; text and image are known.') -}}"
+    "{%- endif -%}{%- endfor -%}{%- else -%}{{- words(message['content']) -}}{%- endif -%}{%- endmacro -%}"
+    "{%- if not messages -%}{{- raise_exception('A conversation is empty; ask something.') -}}{%- endif -%}"
     "{%- if messages[0]['role'] == 'system' -%}{%- set system = content(messages[0]) -%}{%- set turns = messages[1:] -%}"
     "{%- else -%}{%- set system = default_system -%}{%- set turns = messages -%}{%- endif -%}"
+    "{%- for message in turns -%}{%- if message['role'] != ['user', 'assistant'][loop.index0 % 2] -%}"
+    "{{- raise_exception('Message ' ~ loop.index ~ ' is by ' ~ message['role'] ~ '; after an optional system message user "
+    "and assistant speak in turn, the user first.') -}}{%- endif -%}{%- endfor -%}"
 )
 _TWO_SEPARATORS = (
     "{%- if system -%}{{- system + ' ' -}}{%- endif -%}"
@@ -93,6 +107,40 @@ def _strip_wording(text: str) -> str:
     return around["phrase"] if around else phrase
 
 
+class StreamedAnswer:
+    """
+    A free answer while it is written, from [`GsvaProcessor.stream`].
+
+    Iterate over it for the text, piece by piece; then, or instead, ask for `results`, its masks.
+    """
+
+    def __init__(self, processor, model, inputs, **generate_kwargs):
+        self._streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+        def write():
+            try:
+                outputs = model.segment(**inputs, method="generate", streamer=self._streamer, **generate_kwargs)
+            except BaseException:
+                self._streamer.on_finalized_text("", stream_end=True)  # nobody shall wait for text that will not come
+                raise
+            return processor.post_process_segmentation(outputs, inputs)
+
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answer")
+        self._results = pool.submit(write)
+        pool.shutdown(wait=False)
+
+    def __iter__(self) -> Iterator[str]:
+        """Raises what writing the answer raised."""
+        yield from self._streamer
+        if self._results.done() and self._results.exception() is not None:
+            self._results.result()
+
+    @property
+    def results(self) -> list[list[dict]]:
+        """What `post_process_segmentation` gives: per image, each `[SEG]` and `[REJ]` with the phrase before it."""
+        return self._results.result()
+
+
 class GsvaProcessor(ProcessorMixin):
     r"""
     Turns pictures and expressions (or conversations) into model inputs, and segmentation outputs into results.
@@ -147,6 +195,17 @@ class GsvaProcessor(ProcessorMixin):
         saved = super().save_pretrained(save_directory, **kwargs)
         vars(self).pop("auto_map", None)
         return saved
+
+    def apply_chat_template(self, conversation, chat_template=None, **kwargs):
+        """
+        As everywhere in transformers. Prompts to be answered (`add_generation_prompt`) are padded on the left unless
+        `processor_kwargs` says otherwise.
+        """
+        if not len(conversation):
+            raise ValueError("The conversation is empty; ask something.")
+        if kwargs.get("add_generation_prompt"):
+            kwargs["processor_kwargs"] = {"padding_side": "left", **(kwargs.get("processor_kwargs") or {})}
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def normalize_expression(self, expression: str, prompt: str = "refer") -> str:
         """
@@ -344,8 +403,9 @@ class GsvaProcessor(ProcessorMixin):
         data = super().__call__(images=images, text=text, **kwargs)
         if images is not None and text is not None:
             counts = [sample.count(self.image_token) for sample in ([text] if isinstance(text, str) else text)]
-            if max(counts) <= 1:
-                index = [sum(counts[:n]) if count else -1 for n, count in enumerate(counts)]
+            index = [sum(counts[:n]) if count else -1 for n, count in enumerate(counts)]
+            # One each, in order, need not be told: examples of one are batched by code that could not count on.
+            if max(counts) <= 1 and index != list(range(len(index))):
                 make = {torch.Tensor: torch.tensor, np.ndarray: np.array}.get(type(data["input_ids"]), list)
                 data["image_index"] = make(index)
         return data
@@ -430,6 +490,25 @@ class GsvaProcessor(ProcessorMixin):
                 free.remove(place)
             matched.append(place)
         return matched, True
+
+    def stream(self, model, inputs, **generate_kwargs) -> StreamedAnswer:
+        """
+        Lets the model answer one conversation in the background, to be read while it is written.
+
+        ```python
+        answer = processor.stream(model, inputs, max_new_tokens=64)
+        for piece in answer:
+            print(piece, end="", flush=True)
+        masks = [entry["mask"] for entry in answer.results[0]]
+        ```
+
+        Args:
+            inputs: of one conversation, from `apply_chat_template(..., tokenize=True, return_dict=True)`.
+            generate_kwargs: for `generate`.
+        """
+        if len(inputs["input_ids"]) != 1:
+            raise ValueError(f"{len(inputs['input_ids'])} conversations cannot be streamed at once; give one.")
+        return StreamedAnswer(self, model, inputs, **generate_kwargs)
 
     def post_process_segmentation(
         self, outputs, inputs, threshold: float | None = None, keep_rejected_masks: bool = False

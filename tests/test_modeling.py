@@ -492,7 +492,7 @@ def test_several_images_in_a_text_are_read_but_not_segmented(model, processor, m
         logits, other = (model(**without(each, *text_only)).logits for each in (inputs, swapped))
         assert not torch.allclose(logits, other)
         for run in (model, model.segment):
-            with pytest.raises(ValueError, match="1 conversations but 2 images: pass image_index"):
+            with pytest.raises(ValueError, match="1 conversations but 2 images, not one in each: pass image_index"):
                 run(**inputs, **({"method": "generate", "max_new_tokens": 1} if run == model.segment else {}))
 
 
