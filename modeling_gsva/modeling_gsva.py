@@ -1,5 +1,6 @@
 """GSVA: a LLaVA-like model that prompts SAM's mask decoder with the hidden state of each `[SEG]`, and rejects with `[REJ]`."""
 
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import takewhile
@@ -14,6 +15,7 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_gsva import GsvaConfig
@@ -38,6 +40,23 @@ MASK_ONLY_INPUTS = (
     "answer_attention_mask",
     "expressions",
 )
+
+# What quantization on loading leaves alone unless the caller's configuration says otherwise: only the language model's
+# layers are. CLIP and SAM lose masks in 4 bit, and the rest is small or trained in full. By prefix, as transformers'
+# quantizers match names, those of GsvaModel alone as well.
+NOT_QUANTIZED = (
+    "vision_tower",
+    "multi_modal_projector",
+    "model.vision_tower",
+    "model.multi_modal_projector",
+    "model.language_model.embed_tokens",
+    "lm_head",
+    "sam",
+    "mask_projector",
+)
+# The names that transformers' quantization configurations have for it.
+SKIP_OPTIONS = ("llm_int8_skip_modules", "modules_to_not_convert")
+MAX_NAMES = 12  # how many weights of a kind an error names
 
 # The saved model answers to each of them (PEFT asks for AutoModelForCausalLM). All give the whole model, masks included.
 AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMaskGeneration")
@@ -117,6 +136,48 @@ def _grad_if_trained(module: nn.Module):
     return torch.set_grad_enabled(trained)
 
 
+@contextmanager
+def _onloaded(*modules: nn.Module):
+    """accelerate brings offloaded weights when their module is called; this brings them to be read from outside it."""
+    hooked = [(module, module._hf_hook) for module in modules if hasattr(module, "_hf_hook")]
+    for module, hook in hooked:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for module, hook in hooked:
+            hook.post_forward(module, None)
+
+
+class GsvaWeightsError(ValueError, RuntimeError):
+    """A checkpoint does not hold the weights of the model; `wrong` has all their names by kind."""
+
+    def __init__(self, model_class: type, source, wrong: dict[str, list[str]]):
+        self.wrong = wrong
+        found = [
+            f"{len(names)} {kind}: {', '.join(names[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''}"
+            for kind, names in wrong.items()
+            if names
+        ]
+        super().__init__(
+            f"The weights of {str(source)!r} are not those of {model_class.__name__}. {'; '.join(found)}. Save the model again "
+            "with save_pretrained, convert an original checkpoint with convert_checkpoint.py, or check that config.json is the "
+            "weights' own. To go on all the same, what does not fit being initialized at random: strict=False, for shapes "
+            "ignore_mismatched_sizes=True."
+        )
+
+
+def _with_default_skips(quantization_config):
+    """A copy that leaves NOT_QUANTIZED alone, unless it names modules itself or its method has no such option."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    quantization_config = deepcopy(quantization_config)
+    for option in SKIP_OPTIONS:
+        if getattr(quantization_config, option, ()) is None:
+            setattr(quantization_config, option, list(NOT_QUANTIZED))
+    return quantization_config
+
+
 class GsvaPreTrainedModel(PreTrainedModel):
     config_class = GsvaConfig
     base_model_prefix = "model"
@@ -134,6 +195,70 @@ class GsvaPreTrainedModel(PreTrainedModel):
         """
         return False
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong; of a model in parts (`device_map`) where accelerate takes them, offloaded parts or not."""
+        place = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
+        return super().device if place is None else torch.device(place)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        strict: bool | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        quantization_config=None,
+        **kwargs,
+    ):
+        """
+        [`PreTrainedModel.from_pretrained`], but weights that are missing, unexpected or mis-shaped are an error.
+
+        Args:
+            strict: False loads what fits, initializes the rest at random and leaves it at transformers' warning. By
+                default True, unless `output_loading_info` hands the report to the caller or `state_dict` is empty.
+            ignore_mismatched_sizes: allows mis-shaped weights, which are then initialized at random.
+            quantization_config: unless it says itself what to leave alone, only the language model's layers are quantized.
+
+        Raises:
+            GsvaWeightsError: a `ValueError` with the names (and a `RuntimeError`, as transformers' for shapes).
+        """
+        attention = kwargs.get("attn_implementation")
+        if isinstance(attention, str) and attention not in ("eager", "sdpa"):  # the two that SAM has
+            kwargs["attn_implementation"] = {"text_config": attention, "vision_config": attention}
+        if quantization_config is not None:
+            kwargs["quantization_config"] = _with_default_skips(quantization_config)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            ignore_mismatched_sizes=True,  # checked below, with names
+            output_loading_info=True,
+            **kwargs,
+        )
+        # Of an adapter `info` only tells about the adapter, the reports about its base as well.
+        reports = [info, *(report.to_dict() for report in vars(model).pop("_load_reports", ()))]
+        if strict is None:
+            strict = not output_loading_info and kwargs.get("state_dict") != {}
+        shapes = {name: f"{name} (saved {tuple(a)}, model {tuple(b)})" for r in reports for name, a, b in r["mismatched_keys"]}
+        wrong = {
+            "missing": sorted({name for report in reports for name in report["missing_keys"]} - shapes.keys()) if strict else [],
+            "unexpected": sorted({name for report in reports for name in report["unexpected_keys"]}) if strict else [],
+            "mis-shaped": [] if ignore_mismatched_sizes else [shapes[name] for name in sorted(shapes)],
+        }
+        if any(wrong.values()):
+            raise GsvaWeightsError(cls, pretrained_model_name_or_path, wrong)
+        return (model, info) if output_loading_info else model
+
+    def mark_tied_weights_as_initialized(self, loading_info) -> None:
+        """The first that transformers does with a report on loading: kept for `from_pretrained`, which gets only the last."""
+        vars(self).setdefault("_load_reports", []).append(loading_info)
+        if loading_info.conversion_errors:  # a quantized weight that lacks a piece: what comes next would break on it
+            unreadable = [f"{name} ({why.splitlines()[-1]})" for name, why in loading_info.conversion_errors.items()]
+            loading_info.conversion_errors.clear()
+            raise GsvaWeightsError(type(self), self.name_or_path, {"unreadable": sorted(unreadable)})
+        super().mark_tied_weights_as_initialized(loading_info)
+
 
 class GsvaModel(GsvaPreTrainedModel):
     """Vision tower, projector and language model: reads images and text, gives hidden states."""
@@ -145,6 +270,12 @@ class GsvaModel(GsvaPreTrainedModel):
         self.multi_modal_projector = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
+        # From the whole model's directory it takes its own part. (As a class attribute the whole model would inherit it.)
+        own = {name for name in loading_info.unexpected_keys if not name.startswith(("lm_head.", "sam.", "mask_projector."))}
+        loading_info.unexpected_keys = own
+        super()._adjust_missing_and_unexpected_keys(loading_info)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -281,7 +412,7 @@ class GsvaModel(GsvaPreTrainedModel):
             **kwargs,
         )
         return GsvaModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=outputs.last_hidden_state.to(inputs_embeds.device),  # of a model over several devices
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -452,18 +583,20 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         Returns:
             Low-resolution mask logits (slots, 4 height, 4 width) and the decoder's IoU estimates (slots,).
         """
-        decoder_dtype = self.sam.dtype
+        sam, decoder_dtype = self.sam, self.sam.dtype
         prompts = self.mask_projector(slot_states).to(decoder_dtype)[:, None, None]  # (S, 1 prompt, 1 token, C)
-        no_mask = self.sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-        positions = self.sam.get_image_wide_positional_embeddings().to(decoder_dtype)
-        # By position: peft's wrapper of a fully trained module takes its first argument so.
-        masks, iou = self.sam.mask_decoder(
-            sam_embeddings.to(decoder_dtype)[slot_images],
-            positions.expand(len(prompts), -1, -1, -1),
-            prompts,  # sparse
-            no_mask,  # dense
-            False,  # multimask_output
-        )
+        tokens = sam.mask_decoder.iou_token, sam.mask_decoder.mask_tokens
+        with _onloaded(sam.prompt_encoder.no_mask_embed, sam.shared_image_embedding, *tokens):
+            no_mask = sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+            positions = sam.get_image_wide_positional_embeddings().to(decoder_dtype)
+            # By position: peft's wrapper of a fully trained module takes its first argument so.
+            masks, iou = sam.mask_decoder(
+                sam_embeddings.to(decoder_dtype)[slot_images.to(sam_embeddings.device)],
+                positions.expand(prompts.shape[0], -1, -1, -1),
+                prompts,  # sparse
+                no_mask,  # dense
+                False,  # multimask_output
+            )
         return masks[:, 0, 0], iou[:, 0, 0]
 
     def _decode_nothing(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

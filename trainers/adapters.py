@@ -8,16 +8,6 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-# bitsandbytes goes by whole prefixes: what is left to quantize are the language model's layers. CLIP and SAM lose masks
-# in 4 bit, and the rest is trained in full.
-HIGH_PRECISION = (
-    "model.vision_tower",
-    "model.multi_modal_projector",
-    "model.language_model.embed_tokens",
-    "lm_head",
-    "sam",
-    "mask_projector",
-)
 ADAPTER = "adapter"
 
 
@@ -26,15 +16,16 @@ def quantization_config(kind: str, dtype: str) -> BitsAndBytesConfig:
     Args:
         kind: "4bit" (nf4 with doubly quantized scales, as QLoRA: arXiv 2305.14314, section 3) or "8bit" (LLM.int8).
         dtype: Of the arithmetic, as in the model arguments; "auto" is bfloat16.
+
+    What stays unquantized is the model's own decision (`NOT_QUANTIZED` in modeling_gsva.py).
     """
     if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(HIGH_PRECISION))
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
-        llm_int8_skip_modules=list(HIGH_PRECISION),
     )
 
 
