@@ -186,6 +186,7 @@ class GsvaPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
+    _can_compile_fullgraph = True  # with a static cache; tests/test_compile.py
 
     @classmethod
     def is_custom_code(cls) -> bool:

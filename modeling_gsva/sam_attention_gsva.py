@@ -21,6 +21,8 @@ class ChunkedSamVisionAttention(SamVisionSdpaAttention):
 
     def forward(self, hidden_states: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor, None]:
         """(batch, height, width, channels) → the same."""
+        if torch.compiler.is_exporting():  # the pieces' number depends on the batch's size, which stays open there
+            return super().forward(hidden_states, output_attentions)
         batch, height, width, _ = hidden_states.shape
         length = height * width
         qkv = self.qkv(hidden_states).reshape(batch, length, 3, self.num_attention_heads, -1).permute(2, 0, 3, 1, 4)
