@@ -70,6 +70,17 @@ class GsvaConfig(PreTrainedConfig):
                 )
 
     @property
+    def _attn_implementation(self) -> str | None:
+        return self._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | dict | None):
+        """SAM has no other attention than eager and sdpa: of flash attention and the like it is spared."""
+        if isinstance(value, str) and value not in ("eager", "sdpa"):
+            value = {"text_config": value, "vision_config": value}
+        PreTrainedConfig._attn_implementation.fset(self, value)
+
+    @property
     def image_seq_length(self) -> int:
         """Number of placeholder positions one image takes in the text (256 for ViT-L/14 at 224 px)."""
         patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2

@@ -225,9 +225,6 @@ class GsvaPreTrainedModel(PreTrainedModel):
         Raises:
             GsvaWeightsError: a `ValueError` with the names (and a `RuntimeError`, as transformers' for shapes).
         """
-        attention = kwargs.get("attn_implementation")
-        if isinstance(attention, str) and attention not in ("eager", "sdpa"):  # the two that SAM has
-            kwargs["attn_implementation"] = {"text_config": attention, "vision_config": attention}
         if quantization_config is not None:
             kwargs["quantization_config"] = _with_default_skips(quantization_config)
         model, info = super().from_pretrained(

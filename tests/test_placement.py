@@ -172,9 +172,10 @@ def test_attention_of_each_part(model_dir, inputs, expected, kinds):
 @pytest.mark.parametrize("kind", ["eager", "sdpa", "flex_attention"])
 def test_one_name_reaches_every_part_that_has_it(model_dir, kind):
     """SAM has no other attention than these two: it keeps sdpa when the rest gets another."""
-    config = load(model_dir, attn_implementation=kind).config
-    assert config.text_config._attn_implementation == config.vision_config._attn_implementation == kind
-    assert config.sam_config._attn_implementation == ("sdpa" if kind == "flex_attention" else kind)
+    for loader in (GsvaForConditionalGeneration, AutoModelForImageTextToText):
+        config = loader.from_pretrained(model_dir, attn_implementation=kind).config
+        assert config.text_config._attn_implementation == config.vision_config._attn_implementation == kind
+        assert config.sam_config._attn_implementation == ("sdpa" if kind == "flex_attention" else kind)
 
 
 @pytest.mark.skipif(not (torch.cuda.is_available() and is_flash_attn_2_available()), reason="needs a GPU and flash-attn")
