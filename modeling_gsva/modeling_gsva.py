@@ -1,5 +1,6 @@
 """GSVA: a LLaVA-like model that prompts SAM's mask decoder with the hidden state of each `[SEG]`, and rejects with `[REJ]`."""
 
+import math
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from itertools import takewhile
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
@@ -85,6 +87,8 @@ class GsvaOutput(ModelOutput):
         mask_logits: per conversation a (slots, height, width) tensor at the mask decoder's low resolution, given SAM
             inputs; constant zero for `[REJ]`.
         iou_scores: per conversation a (slots,) tensor, the mask decoder's own estimate; 0 for `[REJ]`.
+        mask_ious: (masks,) the IoU of each predicted mask with its true one at the picture's own size, given `mask_labels`;
+            of the slots whose true mask is not empty, in reading order.
         slot_logits: (all slots, 2), the logits of `[SEG]` and `[REJ]` at the position that predicts each slot.
         slot_positions: (all slots, 2), conversation and position of each slot in `input_ids`.
     """
@@ -96,6 +100,7 @@ class GsvaOutput(ModelOutput):
     logits: torch.Tensor | None = None
     mask_logits: tuple[torch.Tensor, ...] | None = None
     iou_scores: tuple[torch.Tensor, ...] | None = None
+    mask_ious: torch.Tensor | None = None
     slot_logits: torch.Tensor | None = None
     slot_positions: torch.Tensor | None = None
     past_key_values: Cache | None = None
@@ -714,7 +719,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
             result.slot_logits = self._slot_logits(states)
             result.mask_logits, result.iou_scores = masks.split(counts), iou.split(counts)
             if labels is not None and mask_labels is not None:
-                result.mask_bce_loss, result.mask_dice_loss = self._mask_losses(
+                result.mask_bce_loss, result.mask_dice_loss, result.mask_ious = self._mask_losses(
                     result.mask_logits, mask_labels, image_index, original_sizes, reshaped_input_sizes, num_masks_in_batch
                 )
                 result.loss = result.loss + result.mask_bce_loss + result.mask_dice_loss
@@ -749,12 +754,15 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         return self.config.ce_loss_weight * total / (supervised.sum().clamp(min=1) if num_items is None else num_items)
 
     def _mask_losses(self, mask_logits, mask_labels, image_index, original_sizes, reshaped_input_sizes, num_masks=None):
-        """BCE and dice, summed over all masks and divided by their number (see the constants above)."""
+        """
+        BCE and dice, summed over all masks and divided by their number (see the constants above), and the IoUs of the
+        masks that are there. Only one conversation's masks exist at the picture's size at a time, backwards too.
+        """
         if len(mask_labels) != len(mask_logits):
             raise ValueError(f"{len(mask_logits)} conversations but {len(mask_labels)} entries in mask_labels; give one each.")
         input_size = self.config.sam_config.vision_config.image_size
         bce_sum = dice_sum = mask_logits[0].new_zeros((), dtype=torch.float32)
-        count = 0
+        count, ious = 0, [bce_sum.new_zeros(0)]
         for index, (logits, truth) in enumerate(zip(mask_logits, mask_labels)):
             if len(truth) == 0:
                 continue
@@ -770,19 +778,24 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
                     f"Conversation {index} has {len(logits)} [SEG]/[REJ] slots but {len(truth)} masks; give one mask per "
                     "slot, an empty one for [REJ]."
                 )
-            truth = truth.to(logits.device, torch.float32)
-            empty = ~truth.flatten(1).any(1)
+            truth = truth.to(logits.device)
+            empty = ~truth.bool().flatten(1).any(1)  # any() of bytes gives bytes
             # Decided by the mask being empty, as in the original; a slot that truncation cut off has no logits.
             kept = [n for n in range(len(logits)) if not empty[n]]
             if kept:
-                upscaled = upscale_mask_logits(logits[kept], reshaped_input_sizes[image], original_size, input_size)
-                bce, dice = mask_losses(upscaled, truth[kept])
+                bce, dice, iou = upscaled_mask_losses(
+                    logits[kept], truth[kept], reshaped_input_sizes[image].tolist(), original_size, input_size
+                )
                 bce_sum, dice_sum, count = bce_sum + bce, dice_sum + dice, count + len(kept)
-            if self.config.rejected_slot_loss == "zero_logits" and empty.any():
-                bce, dice = mask_losses(torch.zeros_like(truth[empty]), truth[empty])
-                bce_sum, dice_sum, count = bce_sum + bce, dice_sum + dice, count + int(empty.sum())
+                ious.append(iou)
+            if self.config.rejected_slot_loss == "zero_logits" and (number := int(empty.sum())):
+                # What mask_losses gives for logits and a mask of nothing but zeros.
+                area = 0.5 * math.prod(original_size) / DICE_SCALE
+                bce_sum, count = bce_sum + number * math.log(2), count + number
+                dice_sum = dice_sum + number * (1 - DICE_EPS / (area + DICE_EPS))
         count = (count if num_masks is None else num_masks) + MASK_COUNT_EPS
-        return self.config.bce_loss_weight * bce_sum / count, self.config.dice_loss_weight * dice_sum / count
+        bce, dice = self.config.bce_loss_weight * bce_sum / count, self.config.dice_loss_weight * dice_sum / count
+        return bce, dice, torch.cat(ious)
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs):
         """
@@ -1019,9 +1032,35 @@ def mask_losses(logits: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor
     """
     bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").flatten(1).mean(1).sum()
     probability, truth = logits.sigmoid().flatten(1), truth.flatten(1)
-    overlap = 2 * (probability / DICE_SCALE * truth).sum(1)
-    area = (probability / DICE_SCALE).sum(1) + (truth / DICE_SCALE).sum(1)
+    overlap = 2 * (probability * truth).sum(1) / DICE_SCALE
+    area = (probability.sum(1) + truth.sum(1)) / DICE_SCALE
     return bce, (1 - (overlap + DICE_EPS) / (area + DICE_EPS)).sum()
+
+
+def upscaled_mask_losses(
+    logits: torch.Tensor, truth: torch.Tensor, reshaped_input_size, original_size, input_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    `mask_losses` at the picture's own size, and the IoU of each mask there. Autograd keeps the low-resolution logits and
+    the truth as given; what has the picture's size in float32 is made again on the way back.
+
+    Args:
+        logits: (masks, low height, low width) before the sigmoid.
+        truth: (masks, height, width) of 0 and 1, of any type.
+        reshaped_input_size, original_size, input_size: See `upscale_mask_logits`.
+
+    Returns:
+        Sums of BCE and dice, and IoUs (masks,) without a gradient.
+    """
+
+    def losses(logits):
+        upscaled = upscale_mask_logits(logits, reshaped_input_size, original_size, input_size)
+        with torch.no_grad():
+            said, true = upscaled > 0, truth > 0
+            iou = (said & true).flatten(1).sum(1) / (said | true).flatten(1).sum(1)
+        return *mask_losses(upscaled, truth.float()), iou
+
+    return checkpoint(losses, logits, use_reentrant=False, preserve_rng_state=False)
 
 
 __all__ = ["GsvaPreTrainedModel", "GsvaModel", "GsvaForConditionalGeneration"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import TrainerCallback
 
 from data_scripts import shapes
@@ -504,3 +505,69 @@ def test_the_base_answers_from_the_picture_and_from_nothing_else():
 
     seen, guessed = mean_iou(right), mean_iou(wrong)
     assert seen > 0.6 and guessed < seen / 2, (seen, guessed)
+
+
+# --- seen ---
+
+
+@pytest.fixture
+def logged(make_trainer, rows, tmp_path, monkeypatch):
+    """A short run that reports to TensorBoard, and everything in its event file."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    plan = plan_of(rows[:3], batch_size=2)
+    trainer = make_trainer(
+        max_steps=2, report_to=["tensorboard"], eval_strategy="steps", eval_steps=2, evaluation=plan, validation_pictures=2
+    )
+    trainer.train()
+    events = EventAccumulator(str(tmp_path / "events"), size_guidance={"images": 0, "tensors": 0, "scalars": 0})
+    return trainer, events.Reload()
+
+
+def test_what_is_to_be_seen_is_in_the_log_and_in_tensorboard(logged):
+    trainer, events = logged
+    names = ("loss", *LOSS_PARTS, "slot_accuracy", "mask_iou", "learning_rate", "grad_norm", "images_per_second",
+             "data_wait_share", "memory_gib")  # fmt: skip
+    history = losses(trainer)
+    assert [entry["step"] for entry in history] == [1, 2]
+    for name in names:
+        told = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        assert told == [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in history], name
+    for entry in history:
+        assert 0 <= entry["mask_iou"] <= 1 and entry["grad_norm"] > 0
+        assert 0.05 < entry["memory_gib"] < 64  # of a process that has imported torch
+    (evaluated,) = [entry for entry in trainer.state.log_history if "eval_gIoU" in entry]
+    assert (evaluated["eval_protocol"], evaluated["eval_convention"]) == ("slots", "rela")
+    assert [event.value for event in events.Scalars("eval/gIoU")] == pytest.approx([evaluated["eval_gIoU"]])
+    for name, said in (("protocol", b"slots"), ("convention", b"rela")):
+        assert events.Tensors(f"eval/{name}/text_summary")[0].tensor_proto.string_val == [said]
+
+
+def test_each_evaluation_draws_a_few_pictures(logged, rows, tmp_path):
+    folder = tmp_path / "run/validation/step-2"
+    assert sorted(path.name for path in folder.iterdir()) == ["000.png", "001.png"]
+    assert [path.name for path in (tmp_path / "run/validation").iterdir()] == ["step-2"]
+    for n, path in enumerate(sorted(folder.iterdir())):
+        with Image.open(path) as sheet:
+            assert sheet.width == 8 + 264 * len(rows[n]["expressions"]) and sheet.height > 256 + 3 * 17
+            colours = {colour for _, colour in sheet.getcolors(2**24)}
+        assert (0, 114, 178) in colours or not rows[n]["expressions"][0]["num_targets"]  # the truth's outline
+        assert colours & {(17, 112, 58), (176, 0, 32)}  # what became of it, in words
+        (shown,) = logged[1].Images(f"validation/{n:03d}")
+        assert (shown.step, shown.width, shown.height) == (2, *sheet.size)
+
+
+def test_the_logged_mask_iou_is_the_mean_over_the_masks_of_a_step(make_trainer):
+    """Two micro-batches to a step, with other numbers of masks."""
+    found = []
+
+    class Watched(GsvaTrainer):
+        def _collect(self, inputs, outputs):
+            found.extend(outputs["mask_ious"].tolist())
+            super()._collect(inputs, outputs)
+
+    trainer = make_trainer(trainer_class=Watched, max_steps=1, gradient_accumulation_steps=2)
+    trainer.train()
+    (entry,) = losses(trainer)
+    assert len(found) > 2 and entry["mask_iou"] == pytest.approx(np.mean(found), rel=1e-5)

@@ -163,6 +163,9 @@ class GsvaTrainingArguments(TrainingArguments):
         default="stop",
         metadata={"help": "NaN, loss spikes and collapse to [REJ]: 'stop' at NaN and say the others, 'warn', 'off'."},
     )
+    validation_pictures: int = field(
+        default=4, metadata={"help": "Pictures that each evaluation in training draws to output_dir/validation; 0: none."}
+    )
     feature_cache: str | None = field(
         default=None, metadata={"help": "Folder that keeps what the frozen towers see, so that they look once."}
     )

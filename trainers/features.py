@@ -1,9 +1,10 @@
 """What the frozen towers see in a picture, kept on disk: CLIP and SAM need not look at it again in every epoch."""
 
 import hashlib
+import json
 import logging
-import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,29 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 logger = logging.getLogger(__name__)
-# How far a kept feature may be from a fresh one, relative to the largest: rounding of the type, and batches of other sizes.
+# How far a kept feature may be from a fresh one, relative to the largest: rounding of the type it is kept in or the towers
+# compute in, whichever is coarser, and batches of other sizes.
 TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 
-def fingerprint(*towers: nn.Module) -> str:
-    """Of the towers' weights: names, shapes, types and bytes."""
-    digest = hashlib.sha256()
-    for tower in towers:
+def fingerprint(model: nn.Module) -> str:
+    """Of the towers' weights (names, shapes, types and bytes), and of what their outputs depend on beside them."""
+    config, digest = model.config, hashlib.sha256()
+    facts = [config.vision_config.to_dict(), config.sam_config.vision_config.to_dict()]
+    # How they were loaded and by which release says nothing about what they compute.
+    hidden = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures", "_attn_implementation"}
+    facts = [{name: value for name, value in fact.items() if name not in hidden} for fact in facts]
+    facts += [config.vision_feature_layer, config.vision_feature_select_strategy]
+    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    for tower in _towers(model):
         for name, tensor in tower.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _towers(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    return model.model.vision_tower, model.sam.vision_encoder
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
@@ -53,11 +65,10 @@ class FeatureCache:
 
     def __init__(self, folder: str | Path, model: nn.Module, dtype: torch.dtype = torch.float16, verify_every: int = 1000):
         self.model, self.dtype, self.verify_every = model, dtype, verify_every
-        towers = (model.model.vision_tower, model.sam.vision_encoder)
-        if any(parameter.requires_grad for tower in towers for parameter in tower.parameters()):
+        if any(parameter.requires_grad for tower in _towers(model) for parameter in tower.parameters()):
             raise ValueError("feature_cache keeps what frozen towers give, but the vision tower or SAM's encoder is trained.")
         kind = str(dtype).removeprefix("torch.")
-        self.folder = Path(folder) / f"{fingerprint(*towers)[:16]}-{kind}"
+        self.folder = Path(folder) / f"{fingerprint(model)[:16]}-{kind}"
         self.hits = self.misses = 0
 
     @property
@@ -116,7 +127,8 @@ class FeatureCache:
     def _encode(self, pixels: torch.Tensor, sam_pixels: torch.Tensor) -> list[dict[str, torch.Tensor]]:
         if not len(pixels):
             return []
-        with torch.no_grad():
+        # In the towers' own type, so that kept features serve runs with autocast and without.
+        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
             vision = self.model.model.get_vision_features(pixels).to(self.dtype).cpu()
             sam = self.model.get_sam_embeddings(sam_pixels).to(self.dtype).cpu()
         return [{"vision_features": _own(v), "sam_embeddings": _own(s)} for v, s in zip(vision, sam)]
@@ -133,15 +145,17 @@ class FeatureCache:
 
     def _write(self, path: Path, features: dict[str, torch.Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # a process's number is not unique on shared disks
         save_file(features, temporary)
         temporary.replace(path)
 
     def _verify(self, path: Path, features: dict[str, torch.Tensor], pixels, sam_pixels) -> None:
         (fresh,) = self._encode(pixels, sam_pixels)
+        tower_dtypes = {parameter.dtype for tower in _towers(self.model) for parameter in tower.parameters()}
+        tolerance = max(TOLERANCES.get(dtype, 0.0) for dtype in {self.dtype, *tower_dtypes})
         for name, value in fresh.items():
             worst = float((features[name].float() - value.float()).abs().max())
-            allowed = TOLERANCES[self.dtype] * max(float(value.float().abs().max()), 1e-6)
+            allowed = tolerance * max(float(value.float().abs().max()), 1e-6)
             if features[name].shape != value.shape or not worst <= allowed:
                 raise ValueError(
                     f"{path} holds {name} that differ by {worst:.3g} from what the tower gives (allowed {allowed:.3g}); "

@@ -4,13 +4,14 @@ import base64
 import html
 import io
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from data_scripts.schema import decode_mask
 from data_scripts.transforms import read_image
@@ -88,6 +89,47 @@ def _caption(result: dict[str, Any]) -> str:
     return f"{result['text']}: {said}, {score}".encode("latin-1", "replace").decode("latin-1")
 
 
+def verdict(entry: dict[str, Any], result: dict[str, Any]) -> tuple[str, bool]:
+    """What became of an expression, in words, and whether that is good."""
+    truth, mask = decode_mask(entry["mask"]).astype(bool), np.asarray(result["mask"], dtype=bool)
+    if not truth.any():
+        return ("rejected, rightly", True) if result["is_rejected"] else ("there is none, but it was accepted", False)
+    if result["is_rejected"]:
+        return "rejected, but it is there", False
+    iou = (truth & mask).sum() / (truth | mask).sum()
+    return f"IoU {iou:.2f}", bool(iou >= 0.5)
+
+
+def expression_sheet(row: dict[str, Any], results: Sequence[dict[str, Any]], title: str, side: int = 256) -> Image.Image:
+    """
+    One evaluated picture as a sheet: a tile for each expression with the prediction tinted and outlined in orange, the
+    truth outlined in blue, and below it the expression and what became of it.
+
+    Args:
+        row: Of an evaluation's data set, with one entry in `expressions` for each result.
+        title: Stands above the tiles.
+        side: Longer side of a tile's picture in pixels.
+    """
+    image, line, columns = read_image(row["image"]).convert("RGB"), 17, min(max(len(results), 1), 4)
+    font, height = ImageFont.load_default(size=13), round(image.height * side / max(image.size)) + 3 * line + 14
+    head = textwrap.wrap(title, 36 * columns)
+    top = 6 + line * len(head)
+    sheet = Image.new("RGB", (columns * (side + 8) + 8, top + height * -(-len(results) // columns) + 6), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((8, 4), "\n".join(head), fill="black", font=font)
+    for number, (entry, result) in enumerate(zip(row["expressions"], results, strict=True)):
+        left, up = 8 + (number % columns) * (side + 8), top + (number // columns) * height
+        truth, mask = decode_mask(entry["mask"]).astype(bool), np.asarray(result["mask"], dtype=bool)
+        tile = contours(image, truth, np.zeros_like(mask) if result["is_rejected"] else mask, side)
+        sheet.paste(tile, (left, up))
+        lines = textwrap.wrap(result["text"], 36, max_lines=2, placeholder=" ...") or [""]
+        below = up + tile.height + 4
+        pen.text((left, below), "\n".join(lines), fill="black", font=font)
+        words, good = verdict(entry, result)
+        pen.text((left, below + line * len(lines)), words, fill=(17, 112, 58) if good else (176, 0, 32), font=font)
+    return sheet
+
+
 def _inline(image: Image.Image, width: int = 190) -> str:
     shown = image.resize((width, max(round(image.height * width / image.width), 1)), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -123,21 +165,15 @@ def prediction_page(
         parts.append(f"<div class=row><figure>{_inline(image)}<figcaption>{html.escape(row['image_id'])}</figcaption></figure>")
         for entry, result in zip(row["expressions"], results, strict=True):
             truth, mask = decode_mask(entry["mask"]).astype(bool), np.asarray(result["mask"], dtype=bool)
-            absent, rejected = not truth.any(), result["is_rejected"]
+            rejected = result["is_rejected"]
             shown = np.zeros_like(mask) if rejected else mask
             pair = Image.new("RGB", (image.width * 2 + 4, image.height), "white")
             pair.paste(overlay(image, [truth]), (0, 0))
             pair.paste(overlay(image, [shown]), (image.width + 4, 0))
-            if absent:
-                verdict, kind = ("rejected, rightly", "good") if rejected else ("there is none, but it was accepted", "bad")
-            elif rejected:
-                verdict, kind = "rejected, but it is there", "bad"
-            else:
-                iou = (truth & mask).sum() / (truth | mask).sum()
-                verdict, kind = f"IoU {iou:.2f}", "good" if iou >= 0.5 else "bad"
+            words, good = verdict(entry, result)
             parts.append(
                 f"<figure class={'rejected' if rejected else 'kept'}>{_inline(pair)}<figcaption>{html.escape(result['text'])}"
-                f"<br><span class={kind}>{verdict}</span></figcaption></figure>"
+                f"<br><span class={'good' if good else 'bad'}>{words}</span></figcaption></figure>"
             )
         parts.append("</div>")
     return "\n".join([*parts, "</html>"])

@@ -36,8 +36,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig
 
 from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration
-from modeling_gsva.image_processing_gsva import upscale_mask_logits
-from modeling_gsva.modeling_gsva import mask_losses
+from modeling_gsva.modeling_gsva import upscaled_mask_losses
 from modeling_gsva.sam_attention_gsva import BIAS_ELEMENTS
 
 from .adapters import cast_trained
@@ -315,8 +314,8 @@ def activation_bytes(
         reshaped, original = (sam, sam), (side, side)
         for image in range(images):
             part = masks[image * slots : (image + 1) * slots].float()
-            truth = torch.empty(slots, *original)
-            bce, dice = mask_losses(upscale_mask_logits(part, reshaped, original, sam), truth)
+            truth = torch.empty(slots, *original, dtype=torch.uint8)
+            bce, dice, _ = upscaled_mask_losses(part, truth, reshaped, original, sam)
             loss = loss + bce + dice
             del part, bce, dice, truth
         del masks, hidden, states

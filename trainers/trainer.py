@@ -2,18 +2,24 @@
 
 import json
 import math
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft import PeftModel
+from PIL import Image
 from torch.utils.data import Sampler
 from transformers import Trainer
+from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from .divergence import DivergenceWatch
 from .evaluation import EvaluationPlan, evaluate_rows
 from .features import FeatureCache
+from .pictures import expression_sheet, replacing
 
 LOSS_PARTS = ("ce_loss", "mask_bce_loss", "mask_dice_loss")
 
@@ -53,6 +59,14 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
         except (OSError, ValueError, KeyError):
             continue
     return None
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process has held so far: of tensors on a GPU, of everything where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): macOS counts bytes, Linux kilobytes
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class GsvaTrainer(Trainer):
@@ -137,6 +151,8 @@ class GsvaTrainer(Trainer):
             says_seg = outputs["slot_logits"].detach().argmax(1) == 0
             values["slots_right"] = (wants_seg == says_seg).sum().float()
             values["slots"] = torch.tensor(float(len(places)), device=says_seg.device)
+        if (ious := outputs.get("mask_ious")) is not None:
+            values["ious"], values["masks"] = ious.detach().sum(), torch.tensor(float(len(ious)), device=ious.device)
         for name, value in values.items():
             self._parts[name] = self._parts.get(name, 0) + value
 
@@ -151,13 +167,17 @@ class GsvaTrainer(Trainer):
     def log(self, logs, start_time=None):
         if "loss" in logs and self._parts:
             # Each micro-batch and process holds its share of the step's loss: shares add up.
-            names = sorted({*LOSS_PARTS, "slots", "slots_right"})
+            names = sorted({*LOSS_PARTS, "slots", "slots_right", "ious", "masks"})
             sums = torch.stack([torch.as_tensor(self._parts.get(n, 0.0), dtype=torch.float32).cpu() for n in names])
             sums = self.accelerator.reduce(sums.to(self.args.device)).tolist()
             parts = dict(zip(names, sums))
             logs.update({name: parts[name] / self._steps for name in LOSS_PARTS})
             if parts["slots"]:
                 logs["slot_accuracy"] = parts["slots_right"] / parts["slots"]
+            if parts["masks"]:
+                logs["mask_iou"] = parts["ious"] / parts["masks"]
+            held = torch.tensor([peak_memory(self.args.device) / 2**30], device=self.args.device)
+            logs["memory_gib"] = float(self.accelerator.gather(held).max())  # of the fullest process
             seconds = time.perf_counter() - self._begun
             logs["images_per_second"] = self._images * self.args.world_size / seconds
             logs["data_wait_share"] = self._data_seconds / seconds
@@ -165,15 +185,49 @@ class GsvaTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The metrics of `evaluation` for the model as it is now."""
+        """
+        The metrics of `evaluation` for the model as it is now, logged with the names of protocol and convention. The first
+        pictures are drawn to `OUTPUT_DIR/validation/step-N/`, and shown by the reporters that can.
+        """
         if self.evaluation is None:
             raise ValueError("This trainer has no evaluation plan; pass GsvaTrainer(evaluation=EvaluationPlan(...)).")
-        begun = time.perf_counter()
+        begun, plan = time.perf_counter(), self.evaluation
         with self.accelerator.autocast():  # half-precision frozen weights beside float32 trained ones
-            result = evaluate_rows(self.accelerator.unwrap_model(self.model), self.processing_class, self.evaluation)
+            result = evaluate_rows(self.accelerator.unwrap_model(self.model), self.processing_class, plan, self._draw)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items() if not math.isnan(value)}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - begun
-        self.log(dict(metrics))
+        self.log({**metrics, f"{metric_key_prefix}_protocol": plan.protocol, f"{metric_key_prefix}_convention": plan.convention})
+        self._show_pictures()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._begun += time.perf_counter() - begun  # an evaluation is no training time
         return metrics
+
+    @property
+    def _pictures(self) -> Path:
+        return Path(self.args.output_dir) / "validation" / f"step-{self.state.global_step}"
+
+    def _draw(self, index: int, row: dict, results: list[dict]) -> None:
+        """On the process that evaluates the picture."""
+        if index >= getattr(self.args, "validation_pictures", 0):
+            return
+        plan, step = self.evaluation, self.state.global_step
+        title = f"{plan.dataset} {plan.split} {row['image_id']}, step {step}, {plan.protocol}: prediction orange, truth blue"
+        with replacing(self._pictures / f"{index:03d}.png") as temporary:
+            expression_sheet(row, results, title).save(temporary)
+
+    def _show_pictures(self) -> None:
+        """Hands what all processes have drawn to TensorBoard and W&B, where `report_to` asks for them."""
+        self.accelerator.wait_for_everyone()
+        paths = sorted(self._pictures.glob("[0-9]*.png")) if self.is_world_process_zero() else []
+        if not paths:
+            return
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                for path in paths:
+                    with Image.open(path) as picture:
+                        pixels = np.asarray(picture)
+                    name = f"validation/{path.stem}"
+                    callback.tb_writer.add_image(name, pixels, self.state.global_step, dataformats="HWC")
+            elif isinstance(callback, WandbCallback) and callback._wandb is not None:
+                pictures = [callback._wandb.Image(str(path)) for path in paths]
+                callback._wandb.log({"validation": pictures, "train/global_step": self.state.global_step})
