@@ -115,8 +115,9 @@ class FeatureCache:
                 self.hits += 1
         self.misses += len(missing)
         for name in ("vision_features", "sam_embeddings"):
-            stacked = torch.stack([features[name] for features in kept])
-            inputs[name] = stacked.to(pixels.device, self.model.dtype)
+            # Converted first: autocast in bfloat16 refuses to stack float16.
+            values = [features[name].to(pixels.device, self.model.dtype) for features in kept]
+            inputs[name] = torch.stack(values)
         return inputs
 
     def _name(self, pixels: torch.Tensor, sam_pixels: torch.Tensor) -> str:
