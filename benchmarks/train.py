@@ -7,21 +7,23 @@ LoRA on the language model's q and v, embeddings, language head, mask decoder an
 plain road is the original's: SAM's attention as transformers' eager one, SAM and its decoder picture by picture, logits
 at every position, mask losses at the pictures' own size, an optimizer that goes from tensor to tensor. Ours is measured
 without the feature cache, and with it warm. All train in turns in one process, each on its own copy of the same weights,
-batch by batch; only ratios within one run mean something.
+batch by batch; medians over the steps are told, and only ratios within one run mean something.
 
 Prints a table and writes benchmarks/results/train.json.
 """
 
 import argparse
+import copy
+import statistics
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 from benchmarks._workload import (
     TARGETS,
@@ -41,7 +43,7 @@ from trainers.collator import GsvaCollator
 from trainers.features import FeatureCache
 from trainers.parts import prepare_for_training
 
-BATCH_SIZE = 2
+BATCH_SIZE, STEPS = 2, 4  # the first step is not measured
 LEARNING_RATE, BETAS, CLIP_NORM = 3e-4, (0.9, 0.95), 1.0  # the original's (configs/pretrain_7b.yaml)
 LOSSES = ("ce_loss", "mask_bce_loss", "mask_dice_loss")
 # What a step at batch 2 costs the original on two cores, in seconds (issue of this project).
@@ -86,13 +88,13 @@ def plain_losses(model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
 
 @dataclass
 class Road:
-    """One way to train: its own weights and optimizer, the seconds of its stages, and its losses step by step."""
+    """One way to train: its own weights and optimizer, and the seconds of its stages and its losses step by step."""
 
     peft: nn.Module
     losses: Callable[[nn.Module, dict], dict[str, torch.Tensor]]
     fused: bool
     cache: FeatureCache | None = None
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    seconds: list[dict[str, float]] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self):
@@ -120,13 +122,8 @@ class Road:
         spent["features read"] = read if self.cache is not None else 0.0
         spent["losses and the rest"] = forward - begun - inside - spent["features read"]
         spent |= {"forward": forward - begun, "backward": backward - forward, "AdamW": optimizer - backward}
-        for name, value in spent.items():
-            self.seconds[name] += value
+        self.seconds.append(spent)
         self.history.append({name: float(parts[name].detach()) for name in LOSSES})
-
-    def forget(self) -> None:
-        """The steps so far were to set things up: their time does not count."""
-        self.seconds.clear()
 
 
 def our_losses(model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
@@ -149,13 +146,9 @@ def make_batches(processor, rows: list[dict]) -> list[dict]:
 def make_roads(folder: str) -> tuple[dict[str, Road], list]:
     """Every road by name, and the processor."""
     ours, plain, processor = make_models()
-    weights, roads = ours.state_dict(), {}
+    roads = {}
     for name in ("plain", "ours", "cache, float16", "cache, float32"):
-        if name == "plain":
-            model = plain
-        else:
-            model = type(ours)(ours.config)
-            model.load_state_dict(weights)
+        model = plain if name == "plain" else copy.deepcopy(ours)
         torch.manual_seed(0)  # LoRA's first weights
         peft = prepare_for_training(model, ModelArguments()).train()
         cache = None
@@ -168,7 +161,7 @@ def make_roads(folder: str) -> tuple[dict[str, Road], list]:
 def fill(road: Road, batches: list[dict]) -> float:
     """Seconds per batch to fill a cold cache."""
     begun = time.perf_counter()
-    for batch in batches:
+    for batch in tqdm(batches, "filling the cache"):
         road.cache.fill(batch)
     return (time.perf_counter() - begun) / len(batches)
 
@@ -210,8 +203,8 @@ STAGES = ("SAM encoder", "CLIP", "features read", "language model", "mask decode
 
 
 def table(result: dict) -> str:
-    roads = result["seconds_per_step"]
-    lines = [f"{'seconds per step':<20}" + "".join(f"{name:>16}" for name in roads) + f"{'the original':>16}"]
+    roads = result["median_seconds"]
+    lines = [f"{'median seconds':<20}" + "".join(f"{name:>16}" for name in roads) + f"{'the original':>16}"]
     for stage in STAGES:
         values = "".join(f"{seconds[stage]:>16.3f}" for seconds in roads.values())
         reference = format(ORIGINAL[stage], ".1f") if stage in ORIGINAL else ""
@@ -234,28 +227,27 @@ def table(result: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="2 pictures; prints, but leaves the result file alone")
+    parser.add_argument("--quick", action="store_true", help="2 steps; prints, but leaves the result file alone")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(THREADS)
     elsewhere = Elsewhere()
     with tempfile.TemporaryDirectory() as folder:
         roads, processor = make_roads(folder)
-        batches = make_batches(processor, make_rows(2 if arguments.quick else 12))
+        batches = make_batches(processor, make_rows(BATCH_SIZE * (2 if arguments.quick else STEPS)))
         cold = {name: fill(road, batches) for name, road in roads.items() if road.cache is not None}
-        for road in roads.values():  # the first step sets things up, and checks the first of the kept features
-            road.step(batches[0], 0)
-            road.forget()
-        for number, batch in enumerate(batches, 1):
+        # The first step sets things up, and checks the first of the kept features.
+        for number, batch in enumerate(tqdm(batches, "steps")):
             for road in roads.values():
                 road.step(batch, number)
         seconds = {
-            name: {stage: road.seconds[stage] / len(batches) for stage in STAGES} for name, road in roads.items()
+            name: {stage: statistics.median(spent[stage] for spent in road.seconds[1:]) for stage in STAGES}
+            for name, road in roads.items()
         }
         others = [name for name in roads if name != "plain"]
         result = {
             "workload": {"pictures": BATCH_SIZE * len(batches), "expressions": len(TARGETS), "batch_size": BATCH_SIZE,
-                         "steps": 1 + len(batches), "threads": THREADS, "dtype": "float32"},
-            "seconds_per_step": seconds,
+                         "steps": len(batches), "threads": THREADS, "dtype": "float32"},
+            "median_seconds": seconds,
             "speedup": {name: seconds["plain"]["all"] / seconds[name]["all"] for name in others},
             "relative_difference": {name: apart(roads[name], roads["plain"]) for name in others},
             "losses": {name: road.history for name, road in roads.items()},

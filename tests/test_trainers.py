@@ -515,13 +515,14 @@ def logged(make_trainer, rows, tmp_path, monkeypatch):
     """A short run that reports to TensorBoard, and everything in its event file."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
     plan = plan_of(rows[:3], batch_size=2)
     trainer = make_trainer(
         max_steps=2, report_to=["tensorboard"], eval_strategy="steps", eval_steps=2, evaluation=plan, validation_pictures=2
     )
     trainer.train()
-    events = EventAccumulator(str(tmp_path / "events"), size_guidance={"images": 0, "tensors": 0, "scalars": 0})
+    events = EventAccumulator(str(tmp_path / "run/runs"), size_guidance={"images": 0, "tensors": 0, "scalars": 0})
     return trainer, events.Reload()
 
 

@@ -93,6 +93,10 @@ class GsvaTrainer(Trainer):
             plain = self.accelerator.unwrap_model(self.model)
             plain = plain.base_model.model if isinstance(plain, PeftModel) else plain
             self.features = FeatureCache(self.args.feature_cache, plain, getattr(torch, self.args.feature_cache_dtype))
+        for callback in self.callback_handler.callbacks:
+            # transformers promises output_dir, but without the variable TENSORBOARD_LOGGING_DIR takes the working directory.
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(Path(self.args.output_dir) / "runs")
         self._begin_log()
 
     def _begin_log(self) -> None:
