@@ -176,10 +176,6 @@ class GsvaProcessor(ProcessorMixin):
         crop = self.image_processor.crop_size
         return (crop["height"] // self.patch_size) * (crop["width"] // self.patch_size)
 
-    @property
-    def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, "image_index"]
-
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.image_seq_length
 
