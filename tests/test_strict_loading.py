@@ -1,10 +1,14 @@
 """Half-loaded models are an error with names: missing, unexpected and mis-shaped weights, by every road of loading."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from isolation import WITHOUT_PROJECT
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
@@ -163,3 +167,26 @@ def test_an_empty_state_dict_asks_for_fresh_weights(model):
         GsvaForConditionalGeneration.from_pretrained(
             None, config=model.config, state_dict={HEAD: model.lm_head.weight}
         )
+
+
+REMOTE = WITHOUT_PROJECT + """
+import sys
+from transformers import AutoModel
+for options in ({}, {"strict": False}):
+    try:
+        model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, **options)
+        print("loaded", type(model).__module__.split(".")[0])
+    except ValueError as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_the_code_that_a_directory_carries_along_is_as_strict(saved, tmp_path):
+    change(saved, [HEAD])
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "code"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", "-c", REMOTE, str(saved)]
+    finished = subprocess.run(command, check=True, timeout=600, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    refused, loaded = finished.stdout.splitlines()[-2:]
+    assert refused.startswith("GsvaWeightsError") and f"1 missing: {HEAD}. " in refused
+    assert loaded == "loaded transformers_modules"
