@@ -136,6 +136,9 @@ def test_arguments_come_from_a_preset_and_the_command_line_overrides_it(tmp_path
     assert (training.learning_rate, training.warmup_steps, training.do_train) == (3e-4, 7, True)
     assert (data.protocols, data.conventions, data.options) == (["slots", "generate"], ["gsva", "rela"], {"size": 8})
     assert (model.lora_r, data.num_expressions, training.remove_unused_columns) == (8, 3, False)
+    assert training.report_to == []
+    *_, training = parse_arguments([str(preset), "--report_to", "tensorboard", "wandb"])
+    assert training.report_to == ["tensorboard", "wandb"]
     _, data, _ = parse_arguments([str(preset), "--protocols", "teacher_forced", "--dataset_options", '{"size": 9}'])
     assert (data.protocols, data.options) == (["teacher_forced"], {"size": 9})
 

@@ -155,6 +155,9 @@ class GsvaTrainingArguments(TrainingArguments):
     output_dir: str = field(default="runs/gsva", metadata={"help": "Where everything is written."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: examples are no model inputs."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    report_to: list[str] = field(  # transformers' own type lets the command line name only one
+        default_factory=lambda: ["none"], metadata={"help": "Of tensorboard, wandb and transformers' other reporters, or none."}
+    )
     threads: int | None = field(
         default=None, metadata={"help": "CPU threads per process; by default all cores to train, one to evaluate."}
     )
