@@ -100,6 +100,8 @@ def test_pages_of_pictures_and_curves(run):
     history = json.loads((out / "log_history.json").read_text())
     assert [entry["step"] for entry in history if "ce_loss" in entry] == [1, 2, 3]
     assert [entry["step"] for entry in history if "eval_gIoU" in entry] == [3]
+    assert [path.name for path in sorted((out / "validation/step-3").iterdir())] == [f"{n:03d}.png" for n in range(4)]
+    assert f"  {out / 'validation'}\n" in run[1]
 
 
 FRESH = WITHOUT_PROJECT + """

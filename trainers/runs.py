@@ -387,6 +387,6 @@ def summary(args: GsvaTrainingArguments) -> None:
     output_dir = Path(args.output_dir)
     if records := read_results(output_dir):
         print(f"\n{results_table(records)}")
-    pictures = sorted([*output_dir.glob("*.html"), *output_dir.glob("*.png")])
+    pictures = sorted([*output_dir.glob("*.html"), *output_dir.glob("*.png"), *output_dir.glob("validation")])
     if pictures:
         print("\npictures:\n" + "\n".join(f"  {path}" for path in pictures))
