@@ -135,6 +135,14 @@ class GsvaSegmentationOutput(ModelOutput):
     image_index: torch.LongTensor | None = None
 
 
+def _note_dtype(config, dtype: torch.dtype):
+    """In every part's config, as loading does: what is saved first is then what is saved after loading."""
+    for name in config.sub_configs:
+        part = getattr(config, name)
+        part.dtype = dtype
+        _note_dtype(part, dtype)
+
+
 def _grad_if_trained(module: nn.Module):
     """A frozen tower builds no graph, whatever hooks on its inputs ask for (peft's enable_input_require_grads does)."""
     trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
@@ -551,6 +559,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         names = dict.fromkeys(AUTO_CLASSES, f"{__name__.rpartition('.')[2]}.{type(self).__name__}")
         self.config.auto_map = {**names, **(getattr(self.config, "auto_map", None) or {})}
         self.config.custom_pipelines = deepcopy(CUSTOM_PIPELINES)
+        _note_dtype(self.config, self.dtype)
         super().save_pretrained(save_directory, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:

@@ -187,7 +187,9 @@ class GsvaProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As everywhere in transformers; what saving notes of the code's place is no property of the processor."""
+        """As everywhere in transformers, without what is no property of the processor: where it and its code came from."""
+        for noted_on_loading in ("is_local", "local_files_only", "dtype"):  # dtype: by pipelines
+            self.tokenizer.init_kwargs.pop(noted_on_loading, None)
         saved = super().save_pretrained(save_directory, **kwargs)
         vars(self).pop("auto_map", None)
         return saved

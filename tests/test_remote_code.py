@@ -128,43 +128,36 @@ def files(folder) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-# What transformers itself notes on loading: the dtype in every sub-config, where the tokenizer came from.
-NOTED = {"config.json": {"dtype"}, "tokenizer_config.json": {"dtype", "is_local", "local_files_only"}}
-
-
-def without_notes(name: str, content: bytes):
-    def strip(value):
-        return {k: strip(v) for k, v in value.items() if k not in NOTED[name]} if isinstance(value, dict) else value
-
-    return strip(json.loads(content)) if name in NOTED else content
-
-
 def save_again(directory, folder):
     GsvaForConditionalGeneration.from_pretrained(directory).save_pretrained(folder)
     GsvaProcessor.from_pretrained(directory).save_pretrained(folder)
     return files(folder)
 
 
+def assert_same_bytes(folder, again):
+    assert folder.keys() == again.keys()
+    assert [name for name in folder if folder[name] != again[name]] == []
+
+
 def test_saving_again_gives_the_same_bytes(saved, tmp_path):
-    """But for what transformers notes on the first loading; from then on to the byte."""
-    before, after = files(saved), save_again(saved, tmp_path / "once")
-    assert before.keys() == after.keys()
-    assert {name for name in before if before[name] != after[name]} <= NOTED.keys()
-    assert {name for name in before if without_notes(name, before[name]) != without_notes(name, after[name])} == set()
-    assert save_again(tmp_path / "once", tmp_path / "twice") == after
+    """Model, processor, configs, tokenizer, chat template and code; for good."""
+    assert_same_bytes(files(saved), save_again(saved, tmp_path / "once"))
+    assert_same_bytes(files(saved), save_again(tmp_path / "once", tmp_path / "twice"))
 
 
-def test_saving_again_elsewhere_gives_the_same_bytes(saved, loaded_elsewhere, tmp_path):
-    """Also from the copied code: the directory stays complete when it is handed on."""
-    here, elsewhere = save_again(saved, tmp_path), files(loaded_elsewhere[2])
-    by_pipeline = files(loaded_elsewhere[2].parent / "pipeline")
-    assert by_pipeline.keys() == elsewhere.keys()
-    assert not any(without_notes(name, by_pipeline[name]) != without_notes(name, elsewhere[name]) for name in elsewhere)
-    assert here.keys() == elsewhere.keys()
-    assert {name for name in here if here[name] != elsewhere[name]} <= {
-        "tokenizer_config.json"
-    }  # it was offline there
-    assert {name for name in here if without_notes(name, here[name]) != without_notes(name, elsewhere[name])} == set()
+def test_saving_again_elsewhere_gives_the_same_bytes(saved, loaded_elsewhere):
+    """Also from the copied code, offline, and as a pipeline: the directory stays complete when it is handed on."""
+    assert_same_bytes(files(saved), files(loaded_elsewhere[2]))
+    assert_same_bytes(files(saved), files(loaded_elsewhere[2].parent / "pipeline"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_saving_in_half_precision_again_gives_the_same_bytes(saved, tmp_path, dtype):
+    GsvaForConditionalGeneration.from_pretrained(saved, dtype=dtype).save_pretrained(tmp_path / "once")
+    again = GsvaForConditionalGeneration.from_pretrained(tmp_path / "once")
+    again.save_pretrained(tmp_path / "twice")
+    assert again.dtype == dtype  # as it was saved
+    assert_same_bytes(files(tmp_path / "once"), files(tmp_path / "twice"))
 
 
 def test_the_directory_holds_what_it_needs_and_no_pickle(saved):
