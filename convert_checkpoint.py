@@ -4,13 +4,14 @@
     python convert_checkpoint.py --checkpoint gsva-7b --reverse --output gsva-7b.bin
 
 The checkpoint is a file, a sharded one's index or a directory; what it lacks comes from `--llava` (or `--llama` with
-`--llava_delta`), `--clip` and `--sam`. Tensors are read one at a time and written shard by shard, so that memory stays
-at about one shard plus one tensor.
+`--llava_delta`), `--clip` and `--sam`. Tensors are read and written one at a time, so that memory stays at a few tensors,
+however big the checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -266,8 +267,9 @@ def to_original(key: str) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
-# A file is closed and opened again after so many bytes, which gives its mapped pages back to the system.
+# A safetensors file is closed and opened again after so many bytes, which gives its mapped pages back to the system.
 _REOPEN_BYTES = 256 * 2**20
+_READ_AHEAD = 256 * 2**20  # of other files: the next tensor mostly lies behind the last
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -282,67 +284,85 @@ _SAFETENSORS_DTYPES = {
 }
 
 
+def _advise(file, advice: str, begin: int = 0, size: int = 0) -> None:
+    """Tells the system which bytes of a file come next, and which are done: new pages for all would cost more than reading."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), begin, size, getattr(os, advice))
+
+
 class _File:
-    """Tensors of one .bin, .pth or .safetensors file, mapped into memory and touched only when asked for."""
+    """Tensors of one .bin, .pth or .safetensors file, each read when it is asked for."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.handle, self.given = None, 0
+        self.handle, self.given = None, 0  # an open safetensors file, and the bytes it gave
+        self.pickled: dict[str, torch.Tensor] = {}  # of another file: tensors that know their place in it
 
-    def _open(self) -> None:
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         if self.path.suffix == ".safetensors":
-            try:
-                self.handle = safe_open(self.path, "pt")
-            except Exception as error:
-                raise ValueError(f"{self.path} is not a safetensors file: {error}") from error
-            return
-        content = _torch_load(self.path)
-        for wrapper in ("state_dict", "module", "model"):
-            if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-                content = content[wrapper]
-        self.handle = content if isinstance(content, dict) else {f"<{type(content).__name__}>": content}
-
-    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        self._open()
-        if isinstance(self.handle, dict):
-            odd = [key for key, value in self.handle.items() if not isinstance(value, torch.Tensor)]
-            if odd:
-                raise ValueError(
-                    f"{self.path} holds more than tensors: {_listed(odd)}. Pass a model's state dict (for a "
-                    "DeepSpeed checkpoint, what zero_to_fp32.py writes)."
-                )
-            found = {key: (tuple(value.shape), value.dtype) for key, value in self.handle.items()}
-        else:
+            self._open()
             found = {}
             for key in self.handle.keys():  # noqa: SIM118 (not a dict)
                 part = self.handle.get_slice(key)
                 found[key] = (tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(part.get_dtype()))
-        self.handle = None
-        return found
+            self.handle = None
+            return found
+        self._load("meta")
+        odd = [key for key, value in self.pickled.items() if not isinstance(value, torch.Tensor)]
+        if odd:
+            raise ValueError(
+                f"{self.path} holds more than tensors: {_listed(odd)}. Pass a model's state dict (for a "
+                "DeepSpeed checkpoint, what zero_to_fp32.py writes)."
+            )
+        return {key: (tuple(value.shape), value.dtype) for key, value in self.pickled.items()}
 
     def read(self, key: str) -> torch.Tensor:
-        if self.handle is None or self.given > _REOPEN_BYTES:
-            self.handle, self.given = None, 0
-            self._open()
-        tensor = self.handle[key] if isinstance(self.handle, dict) else self.handle.get_tensor(key)
-        self.given += tensor.nbytes
-        return tensor
+        if key not in self.pickled:
+            if self.handle is None or self.given > _REOPEN_BYTES:
+                self.handle, self.given = None, 0
+                self._open()
+            tensor = self.handle.get_tensor(key)
+            self.given += tensor.nbytes
+            return tensor
+        tensor = self.pickled[key]
+        if tensor.is_meta and tensor.untyped_storage()._checkpoint_offset is None:
+            self._load("cpu")  # written by torch < 1.6: only the whole can be read
+            tensor = self.pickled[key]
+        return self._read_piece(tensor) if tensor.is_meta else tensor
 
-
-def _torch_load(path: Path):
-    options = {"map_location": "cpu", "weights_only": True}
-    try:
+    def _open(self) -> None:
         try:
-            return torch.load(path, mmap=True, **options)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            return torch.load(path, **options)  # written by torch < 1.6, which cannot be mapped
-    except Exception as error:
-        raise ValueError(
-            f"{path} cannot be read as tensors alone (weights_only=True). A pickle that runs code is never "
-            f"opened; write the state dict again with torch.save. ({str(error).splitlines()[0]})"
-        ) from error
+            self.handle = safe_open(self.path, "pt")
+        except Exception as error:
+            raise ValueError(f"{self.path} is not a safetensors file: {error}") from error
+
+    def _load(self, device: str) -> None:
+        try:
+            content = torch.load(self.path, map_location=device, weights_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"{self.path} cannot be read as tensors alone (weights_only=True). A pickle that runs code is never "
+                f"opened; write the state dict again with torch.save. ({str(error).splitlines()[0]})"
+            ) from error
+        for wrapper in ("state_dict", "module", "model"):
+            if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+                content = content[wrapper]
+        self.pickled = content if isinstance(content, dict) else {f"<{type(content).__name__}>": content}
+
+    def _read_piece(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Read, not mapped: faults of mapped pages cost more than the copy."""
+        extent = 1 + sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+        flat = torch.empty(extent, dtype=tensor.dtype)
+        room = _bytes(flat)
+        # torch notes it in tensors loaded to "meta" (its notes on serialization).
+        begin = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
+        with self.path.open("rb") as file:
+            file.seek(begin)
+            if file.readinto(room) != len(room):
+                raise ValueError(f"{self.path} ends within a tensor; it is not whole. Copy or download it again.")
+            _advise(file, "POSIX_FADV_DONTNEED", begin, len(room))
+            _advise(file, "POSIX_FADV_WILLNEED", begin + len(room), _READ_AHEAD)
+        return flat.as_strided(tensor.shape, tensor.stride())
 
 
 def _weight_files(path: Path, required: bool = True) -> list[Path]:
@@ -716,18 +736,40 @@ def _in_dtype(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tens
     return converted
 
 
+def _safetensors_header(tensors: dict[str, torch.Tensor]) -> bytes:
+    """What a safetensors file begins with: the length of a JSON text, and the text (format of safetensors 0.x)."""
+    codes = {dtype: code for code, dtype in _SAFETENSORS_DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
 def _write_shards(directory: Path, entries: dict[str, Entry], dtype: torch.dtype, max_shard_size: str) -> int:
-    """Writes safetensors shards and their index; holds one shard at a time. Returns the bytes written."""
+    """Writes safetensors shards and their index; holds one tensor at a time. Returns the bytes written."""
     planned = {name: torch.empty(entry.shape, dtype=dtype, device="meta") for name, entry in entries.items()}
     plan = split_torch_state_dict_into_shards(planned, max_shard_size=max_shard_size)
     total = plan.metadata["total_size"]
     with tqdm(total=total, unit="B", unit_scale=True, desc="Writing", disable=not sys.stderr.isatty()) as bar:
         for file, names in plan.filename_to_tensors.items():
-            shard = {}
-            for name in names:
-                shard[name] = _in_dtype(entries[name].read(), dtype, name)
-                bar.update(planned[name].nbytes)
-            save_file(shard, directory / file, metadata={"format": "pt"})
+            # `save_file` wants all tensors of a file at once; its header says how to write one after the other.
+            header = _safetensors_header({name: planned[name] for name in names})
+            with (directory / file).open("wb") as shard:
+                shard.write(header)
+                for name in names:
+                    tensor = _in_dtype(entries[name].read(), dtype, name)
+                    shard.write(_bytes(tensor))
+                    bar.update(tensor.nbytes)
+                shard.flush()
+                os.fsync(shard.fileno())  # whole on disk before the directory gets its name
+                _advise(shard, "POSIX_FADV_DONTNEED")
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -1036,7 +1078,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--lora_alpha", type=float, default=16.0, help="the original's --lora_alpha; not in the file")
     parser.add_argument("--keep_lora", action="store_true", help="write adapter/ for PEFT instead of merging")
-    parser.add_argument("--max_shard_size", default="1GB", help="also what is held in memory")
+    parser.add_argument("--max_shard_size", default="5GB", help="of each file of weights")
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload the result")
     parser.add_argument("--reverse", action="store_true", help="our directory to a .bin of the original's layout")
     parser.add_argument(
@@ -1045,8 +1087,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _keep_freed_memory() -> None:
+    """Tensors pass through the same memory: asked of the system anew, page by page, each would cost as much as its copy."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # glibc; the numbers are those of its malloc.h
+        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor,
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: and up to 1 GB of what is free stays
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    _keep_freed_memory()
     try:
         summary = reverse(args) if args.reverse else convert(args)
     except (ValueError, OSError, ImportError) as error:

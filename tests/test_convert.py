@@ -380,12 +380,28 @@ def test_shards_have_an_index_and_the_asked_size(original, tmp_path):
 
 def test_files_are_reopened_so_that_mapped_pages_are_given_back(original, tmp_path, monkeypatch):
     opened = []
-    real = convert_checkpoint._torch_load
+    real = convert_checkpoint.safe_open
     monkeypatch.setattr(convert_checkpoint, "_REOPEN_BYTES", 10_000)
-    monkeypatch.setattr(convert_checkpoint, "_torch_load", lambda path: opened.append(path) or real(path))
-    ours = run(original, original / "full.pt", tmp_path / "out")
+    monkeypatch.setattr(convert_checkpoint, "safe_open", lambda path, kind: opened.append(path) or real(path, kind))
+    state = torch.load(original / "full.pt", weights_only=True)
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "full.safetensors")
+    ours = run(original, tmp_path / "full.safetensors", tmp_path / "out")
     assert_equal(ours, expected(original, merged=False))
-    assert opened.count(original / "full.pt") > 10
+    assert opened.count(tmp_path / "full.safetensors") > 10
+
+
+def test_pieces_of_larger_storages_are_read_as_they_lie(original, tmp_path):
+    """A state dict may hold transposed tensors and parts of others; each is read from its own place in the file."""
+    state = torch.load(original / "full.pt", weights_only=True)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    state[name] = state[name].t().contiguous().t()
+    joined = torch.cat([state["model.layers.0.self_attn.k_proj.weight"], state["model.layers.0.self_attn.v_proj.weight"]])
+    half = len(joined) // 2
+    state |= {f"model.layers.0.self_attn.{k}_proj.weight": part for k, part in zip("kv", (joined[:half], joined[half:]))}
+    torch.save(state, tmp_path / "gsva.bin")
+    torch.save(state, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    for file in ("gsva.bin", "old.bin"):
+        assert_equal(run(original, tmp_path / file, tmp_path / f"from {file}"), expected(original, merged=False))
 
 
 def test_the_directory_loads_and_answers(original, tmp_path):
