@@ -24,6 +24,7 @@ from .configuration_gsva import GsvaConfig
 from .image_processing_gsva import upscale_mask_logits
 from .pipeline_gsva import CUSTOM_PIPELINES
 from .sam_attention_gsva import use_chunked_attention
+from .sam_decoder_gsva import share_images, used_by_weight
 
 # Constants of the original's losses (model/llava/model/modeling_lisa_gsva.py): the areas of the dice loss are divided by
 # 1000 and smoothed by 1e-6, the mean over masks by 1e-8.
@@ -547,6 +548,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(hidden_size, config.text_config.vocab_size, bias=False)
         self.sam = AutoModel.from_config(config.sam_config)
         use_chunked_attention(self.sam)
+        share_images(self.sam)
         prompt_size = config.sam_config.prompt_encoder_config.hidden_size
         # text_hidden_fcs of the original
         self.mask_projector = nn.Sequential(
@@ -596,20 +598,19 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
             Low-resolution mask logits (slots, 4 height, 4 width) and the decoder's IoU estimates (slots,).
         """
         sam, decoder_dtype = self.sam, self.sam.dtype
-        prompts = self.mask_projector(slot_states).to(decoder_dtype)[:, None, None]  # (S, 1 prompt, 1 token, C)
-        tokens = sam.mask_decoder.iou_token, sam.mask_decoder.mask_tokens
-        with _onloaded(sam.prompt_encoder.no_mask_embed, sam.shared_image_embedding, *tokens):
+        prompts = self.mask_projector(slot_states).to(decoder_dtype)[:, None]  # (S, 1 token, C)
+        with _onloaded(sam.prompt_encoder.no_mask_embed, sam.shared_image_embedding, *used_by_weight(sam.mask_decoder)):
             no_mask = sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-            positions = sam.get_image_wide_positional_embeddings().to(decoder_dtype)
             # By position: peft's wrapper of a fully trained module takes its first argument so.
             masks, iou = sam.mask_decoder(
-                sam_embeddings.to(decoder_dtype)[slot_images.to(sam_embeddings.device)],
-                positions.expand(prompts.shape[0], -1, -1, -1),
+                sam_embeddings.to(decoder_dtype),
+                sam.get_image_wide_positional_embeddings().to(decoder_dtype),
                 prompts,  # sparse
                 no_mask,  # dense
                 False,  # multimask_output
+                slot_images.to(sam_embeddings.device),
             )
-        return masks[:, 0, 0], iou[:, 0, 0]
+        return masks[:, 0], iou[:, 0]
 
     def _decode_nothing(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The masks of one state (1, hidden) in an empty picture, for what has to take part in the loss with no weight."""

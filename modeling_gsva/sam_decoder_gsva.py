@@ -1,0 +1,138 @@
+"""SAM's mask decoder for many prompts of the same image: what depends on the image alone is computed once."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.sam.modeling_sam import SamAttention, SamMaskDecoder, SamTwoWayAttentionBlock
+
+# Slots decoded at a time. On a CPU the 4 MB maps of one have to stay in its cache (and below the 32 MB from which the C
+# library asks the system for new memory every time); a GPU takes many, but each holds some 40 MB.
+SLOTS_AT_A_TIME = {"cpu": 1, "default": 64}
+
+
+def _attend(attention: SamAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention of projected (N, length, C) tensors, with the output projection."""
+    heads = (x.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2) for x in (query, key, value))
+    output = F.scaled_dot_product_attention(*heads, scale=attention.scaling)  # (N, heads, length, C / heads)
+    return attention.out_proj(output.transpose(1, 2).flatten(2))
+
+
+def _project(
+    layer: SamTwoWayAttentionBlock, pixels: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a layer needs of the image: key and value for the tokens that look at it, and its own query for the tokens."""
+    placed = pixels + positions
+    look = layer.cross_attn_token_to_image
+    return look.k_proj(placed), look.v_proj(pixels), layer.cross_attn_image_to_token.q_proj(placed)
+
+
+def _spread(convolution: nn.ConvTranspose2d, pixels: torch.Tensor) -> torch.Tensor:
+    """A transposed convolution of kernel and stride 2 on a list of pixels: (..., C) → (..., 4, channels), row by row."""
+    spread = torch.einsum("...i,iohw->...hwo", pixels, convolution.weight)
+    return spread.flatten(-3, -2) + convolution.bias
+
+
+class SharedImageMaskDecoder(SamMaskDecoder):
+    """
+    SAM's mask decoder that takes the slots of several images at once.
+
+    Parameters and results are those of transformers' class, whose forward repeats the image for every prompt. Here the
+    first layer's projections of an image, three of the ten large ones a slot needs, serve all its slots.
+    """
+
+    def forward(
+        self,
+        image_embeddings: torch.Tensor,
+        image_positional_embeddings: torch.Tensor,
+        sparse_prompt_embeddings: torch.Tensor,
+        dense_prompt_embeddings: torch.Tensor,
+        multimask_output: bool,
+        slot_images: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            image_embeddings: (images, C, height, width).
+            image_positional_embeddings: (1, C, height, width).
+            sparse_prompt_embeddings: (slots, prompts, C).
+            dense_prompt_embeddings: (1, C, 1, 1) or (1, C, height, width).
+            multimask_output: three masks per slot instead of one.
+            slot_images: (slots,) the image of each slot. Without it the arguments are those of transformers' class.
+
+        Returns:
+            Mask logits (slots, masks, 4 height, 4 width) and IoU estimates (slots, masks).
+        """
+        if slot_images is None:
+            return super().forward(
+                image_embeddings, image_positional_embeddings, sparse_prompt_embeddings, dense_prompt_embeddings,
+                multimask_output, **kwargs,
+            )  # fmt: skip
+        size = image_embeddings.shape[-2:]
+        pixels = (image_embeddings + dense_prompt_embeddings).flatten(2).transpose(1, 2).contiguous()  # (I, P, C)
+        positions = image_positional_embeddings.flatten(2).transpose(1, 2).contiguous()  # (1, P, C)
+        of_image = (pixels, *_project(self.transformer.layers[0], pixels, positions))
+        own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        tokens = torch.cat([own.expand(len(slot_images), -1, -1), sparse_prompt_embeddings], 1).to(own.dtype)
+        step = SLOTS_AT_A_TIME.get(tokens.device.type, SLOTS_AT_A_TIME["default"])
+        pieces = []
+        for some, images in zip(tokens.split(step), slot_images.split(step)):
+            rows = images.tolist()
+            if len(set(rows)) == 1:  # one image needs no copies
+                taken = [values[rows[0]].expand(len(some), -1, -1) for values in of_image]
+            else:
+                taken = [values[images] for values in of_image]
+            pieces.append(self._decode(some, taken, positions, size))
+        masks, iou = (torch.cat(parts) for parts in zip(*pieces))
+        kept = slice(1, None) if multimask_output else slice(0, 1)
+        return masks[:, kept], iou[:, kept]
+
+    def _decode(self, tokens, of_image, positions, size):
+        """(N, tokens, C), and (N, P, C) pixels with what `_project` made of them → N × all masks, N × all IoU estimates."""
+        pixels, key, value, query = of_image
+        states = tokens
+        for number, layer in enumerate(self.transformer.layers):
+            if number:
+                key, value, query = _project(layer, pixels, positions)
+            placed = states if layer.skip_first_layer_pe else states + tokens
+            mixed = self._among_tokens(layer.self_attn, placed, states)
+            states = layer.layer_norm1(mixed if layer.skip_first_layer_pe else states + mixed)
+
+            look = layer.cross_attn_token_to_image
+            states = layer.layer_norm2(states + _attend(look, look.q_proj(states + tokens), key, value))
+            states = layer.layer_norm3(states + layer.mlp(states))
+
+            look = layer.cross_attn_image_to_token
+            pixels = pixels + _attend(look, query, look.k_proj(states + tokens), look.v_proj(states))
+            pixels = layer.layer_norm4(pixels)
+        look = self.transformer.final_attn_token_to_image
+        seen = _attend(look, look.q_proj(states + tokens), look.k_proj(pixels + positions), look.v_proj(pixels))
+        states = self.transformer.layer_norm_final_attn(states + seen)
+
+        # Both transposed convolutions (kernel and stride 2) and all between them work on each pixel by itself: the pixels
+        # stay a list, and only the finished masks are laid out.
+        upscaled = _spread(self.upscale_conv1, pixels)  # (N, P, 4, C / 4)
+        norm = self.upscale_layer_norm
+        upscaled = self.activation(F.layer_norm(upscaled, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
+        upscaled = self.activation(_spread(self.upscale_conv2, upscaled))  # (N, P, 4, 4, C / 8)
+        weights = torch.stack([mlp(states[:, 1 + n]) for n, mlp in enumerate(self.output_hypernetworks_mlps)], 1)
+        masks = weights @ upscaled.flatten(1, 3).transpose(1, 2)  # (N, masks, P · 16)
+        masks = masks.unflatten(2, (*size, 2, 2, 2, 2)).permute(0, 1, 2, 4, 6, 3, 5, 7)
+        masks = masks.reshape(*masks.shape[:2], 4 * size[0], 4 * size[1])
+        return masks, self.iou_prediction_head(states[:, 0])
+
+    @staticmethod
+    def _among_tokens(attention, placed, states):
+        return _attend(attention, attention.q_proj(placed), attention.k_proj(placed), attention.v_proj(states))
+
+
+def used_by_weight(decoder: SamMaskDecoder) -> list[nn.Module]:
+    """Its submodules whose weights are read without calling them, so that hooks on their calls see nothing."""
+    return [
+        decoder.iou_token, decoder.mask_tokens, decoder.upscale_conv1, decoder.upscale_layer_norm, decoder.upscale_conv2,
+    ]  # fmt: skip
+
+
+def share_images(sam: nn.Module) -> None:
+    """Gives SAM's mask decoder the forward above, in place."""
+    if type(sam.mask_decoder) is SamMaskDecoder:
+        sam.mask_decoder.__class__ = SharedImageMaskDecoder  # the same parameters, so checkpoints and hooks stay valid
