@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, SamConfig
+from transformers.models.sam.modeling_sam import SamMaskDecoder
 
 from data_scripts.schema import encode_mask
 from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration, GsvaImageProcessor, GsvaProcessor
@@ -46,8 +47,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return wrapped
 
 
+class PlainMaskDecoder(SamMaskDecoder):
+    """Transformers' mask decoder, to which the image is repeated for every slot."""
+
+    def forward(self, embeddings, positions, prompts, no_mask, multimask_output, slot_images):
+        masks, iou = super().forward(
+            embeddings[slot_images], positions.expand(len(prompts), -1, -1, -1), prompts[:, None], no_mask, multimask_output
+        )
+        return masks[:, 0], iou[:, 0]
+
+
 def make_models() -> tuple[GsvaForConditionalGeneration, GsvaForConditionalGeneration, GsvaProcessor]:
-    """The model of workload M as it is, the same weights with transformers' eager SAM attention, and the processor."""
+    """The model of workload M as it is, the same weights with transformers' eager SAM attention and mask decoder, and the processor."""
     processor = GsvaProcessor(GsvaImageProcessor(), make_tokenizer(), patch_size=14)
     config = GsvaConfig(
         vision_config=CLIPVisionConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
@@ -75,6 +86,7 @@ def make_models() -> tuple[GsvaForConditionalGeneration, GsvaForConditionalGener
         ours.lm_head.weight[[processor.seg_token_id, processor.rej_token_id]] = 20 * (weights + mean / mean.norm())
     plain = GsvaForConditionalGeneration._from_config(config, attn_implementation={"sam_config": "eager"}).eval()
     plain.load_state_dict(ours.state_dict())
+    plain.sam.mask_decoder.__class__ = PlainMaskDecoder
     return ours, plain, processor
 
 
