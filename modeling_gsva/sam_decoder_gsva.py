@@ -114,11 +114,12 @@ class SharedImageMaskDecoder(SamMaskDecoder):
         norm = self.upscale_layer_norm
         upscaled = self.activation(F.layer_norm(upscaled, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
         upscaled = self.activation(_spread(self.upscale_conv2, upscaled))  # (N, P, 4, 4, C / 8)
-        weights = torch.stack([mlp(states[:, 1 + n]) for n, mlp in enumerate(self.output_hypernetworks_mlps)], 1)
+        # Of all tokens, though one is used: a product with a single row would round by where its weights lie in memory.
+        weights = torch.stack([mlp(states)[:, 1 + n] for n, mlp in enumerate(self.output_hypernetworks_mlps)], 1)
         masks = weights @ upscaled.flatten(1, 3).transpose(1, 2)  # (N, masks, P · 16)
         masks = masks.unflatten(2, (*size, 2, 2, 2, 2)).permute(0, 1, 2, 4, 6, 3, 5, 7)
         masks = masks.reshape(*masks.shape[:2], 4 * size[0], 4 * size[1])
-        return masks, self.iou_prediction_head(states[:, 0])
+        return masks, self.iou_prediction_head(states)[:, 0]
 
     @staticmethod
     def _among_tokens(attention, placed, states):
