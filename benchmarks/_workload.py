@@ -50,7 +50,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 class PlainMaskDecoder(SamMaskDecoder):
     """Transformers' mask decoder, to which the image is repeated for every slot."""
 
-    def forward(self, embeddings, positions, prompts, no_mask, multimask_output, slot_images):
+    def forward(self, embeddings, positions, prompts, no_mask, multimask_output, slot_images=None):
+        if slot_images is None:
+            return super().forward(embeddings, positions, prompts, no_mask, multimask_output)
         masks, iou = super().forward(
             embeddings[slot_images], positions.expand(len(prompts), -1, -1, -1), prompts[:, None], no_mask, multimask_output
         )

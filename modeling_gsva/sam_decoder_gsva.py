@@ -72,16 +72,18 @@ class SharedImageMaskDecoder(SamMaskDecoder):
         positions = image_positional_embeddings.flatten(2).transpose(1, 2).contiguous()  # (1, P, C)
         of_image = (pixels, *_project(self.transformer.layers[0], pixels, positions))
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        tokens = torch.cat([own.expand(len(slot_images), -1, -1), sparse_prompt_embeddings], 1).to(own.dtype)
-        step = SLOTS_AT_A_TIME.get(tokens.device.type, SLOTS_AT_A_TIME["default"])
-        pieces = []
-        for some, images in zip(tokens.split(step), slot_images.split(step)):
-            rows = images.tolist()
-            if len(set(rows)) == 1:  # one image needs no copies
-                taken = [values[rows[0]].expand(len(some), -1, -1) for values in of_image]
-            else:
-                taken = [values[images] for values in of_image]
-            pieces.append(self._decode(some, taken, positions, size))
+        tokens = torch.cat([own.expand(slot_images.shape[0], -1, -1), sparse_prompt_embeddings], 1).to(own.dtype)
+        if torch.compiler.is_compiling():  # a graph is for any number of slots, and cannot look at which images they have
+            pieces = [self._decode(tokens, [values[slot_images] for values in of_image], positions, size)]
+        else:
+            pieces = []
+            step = SLOTS_AT_A_TIME.get(tokens.device.type, SLOTS_AT_A_TIME["default"])
+            for some, images in zip(tokens.split(step), slot_images.split(step)):
+                if (images == images[0]).all():  # one image needs no copies
+                    taken = [values[int(images[0])].expand(len(some), -1, -1) for values in of_image]
+                else:
+                    taken = [values[images] for values in of_image]
+                pieces.append(self._decode(some, taken, positions, size))
         masks, iou = (torch.cat(parts) for parts in zip(*pieces))
         kept = slice(1, None) if multimask_output else slice(0, 1)
         return masks[:, kept], iou[:, kept]
