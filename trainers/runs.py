@@ -1,5 +1,6 @@
 """The stages of a run, in the order in which `run_gres.py` calls them."""
 
+import copy
 import json
 import logging
 import math
@@ -210,9 +211,13 @@ def train(processor, model, model_args, data_args, training_args):
     if state.is_main_process:
         print(parts_table(model), flush=True)
     before = snapshot(model)
+    # What is published is the finished model (`push`). Trainer would publish checkpoints, and leave their adapters in the
+    # output folder, where from_pretrained puts them on top of the merged weights.
+    trainer_args = copy.copy(training_args)
+    trainer_args.push_to_hub = False
     trainer = GsvaTrainer(
         model=model,
-        args=training_args,
+        args=trainer_args,
         train_dataset=dataset,
         data_collator=GsvaCollator(processor, data_args.max_length),
         processing_class=processor,
