@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 from datasets.exceptions import DatasetGenerationError
 
 from . import schema
-from .schema import SEGMENTATION_FEATURES
+from .schema import SEGMENTATION_FEATURES, check_size, shown
 
 
 def require(path: Path, purpose: str) -> Path:
@@ -30,17 +33,108 @@ def require(path: Path, purpose: str) -> Path:
     raise FileNotFoundError(f"{path} is missing ({purpose}). The folder {parent} holds: {shown}.")
 
 
+def inside(folder: Path, name: Any) -> Path:
+    """`folder / name`, for a name that stands in a file: it must not lead out of the folder, by links neither.
+
+    Links are followed into the folders that `GSVA_LINKED_FOLDERS` lists (separated as PATH is), for pictures that are
+    kept elsewhere; the folder itself may be a link.
+
+    Raises:
+        ValueError: The name is no string, is empty or absolute, or leads out of the folder.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"a file name must be a string with a name in it, got {shown(name)}")
+    path = os.path.join(folder, name)
+    real, root = os.path.realpath(path), os.path.realpath(folder)
+    allowed = [root, *filter(None, os.environ.get("GSVA_LINKED_FOLDERS", "").split(os.pathsep))]
+    if os.path.isabs(name) or ".." in Path(name).parts or real == root:
+        raise ValueError(f"the file name {name!r} leads out of {folder}; correct it to one relative to that folder")
+    if not any(real.startswith(os.path.join(os.path.realpath(place), "")) for place in allowed):
+        raise ValueError(
+            f"the file {path} is a link to {real}, out of its folder; put the file there, or name the folder it links "
+            f"to in GSVA_LINKED_FOLDERS if you trust it"
+        )
+    return Path(path)
+
+
+# what a field must be -> how an error says it
+_KINDS = {str: "a string", int: "a whole number", float: "a number", list: "a list", tuple: "a list", dict: "an object", bool: "true or false"}
+
+
+def expect(record: Any, where: str, /, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
+    """`record`, if it is an object whose fields are of these kinds; others are not looked at.
+
+    >>> expect({"id": "7"}, "a.json: image 0", id=int)
+    Traceback (most recent call last):
+    ValueError: a.json: image 0: id must be a whole number, got '7'; correct it or download the file again.
+
+    Raises:
+        ValueError: It is no object, or lacks a field, or has one of another kind.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: an object with {', '.join(kinds)} belongs here, got {shown(record)}; download it again.")
+    if missing := [name for name in kinds if name not in record]:
+        raise ValueError(f"{where} lacks {', '.join(sorted(missing))}; download it again.")
+    for name, kind in kinds.items():
+        allowed = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(record[name], allowed) or (isinstance(record[name], bool) and bool not in allowed):
+            raise ValueError(
+                f"{where}: {name} must be {' or '.join(dict.fromkeys(_KINDS[one] for one in allowed))}, got {shown(record[name])}; "
+                f"correct it or download the file again."
+            )
+    return record
+
+
+def entries(
+    record: Any, name: str, where: str, /, **kinds: type | tuple[type, ...]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where it stands and what it says, for every entry of the list `name` of a record. Raises what `expect` does."""
+    for number, entry in enumerate(expect(record, where, **{name: list})[name]):
+        yield (place := f"{where}: {name}[{number}]"), expect(entry, place, **kinds)
+
+
+@contextmanager
+def at(where: str) -> Iterator[None]:
+    """Puts where it happened before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+# what a COCO file says of a picture
+IMAGE = {"id": (int, str), "file_name": str, "height": int, "width": int}
+
+
+def picture_of(image: dict[str, Any], folder: Path, where: str) -> str:
+    """The path of a picture that a COCO file names. Raises ValueError when it leads out of `folder` or states no size."""
+    with at(f"{where}: picture {shown(image['id'])}"):
+        check_size((image["height"], image["width"]))
+        return str(inside(folder, image["file_name"]))
+
+
+def parse_json(text: str | bytes, where: str, advice: str = "download it again.") -> Any:
+    """The value of a JSON text, UTF-8 if bytes; ValueError says where it stands when it is none."""
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # half of a pair, which no file can hold, or an emoji
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError(f"{where} is not JSON in UTF-8 ({error}); {advice}") from None
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file in UTF-8; ValueError names the file when it is not JSON."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            return json.load(file)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not JSON in UTF-8 ({error}); download it again.") from None
+    return parse_json(path.read_bytes(), str(path))
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, strings and numbers, and nothing that could run code."""
+class _PlainUnpickler(pickle._Unpickler):
+    """Reads lists, dicts, strings and numbers, and nothing that could run code.
+
+    The one in Python: that in C lets eight bytes of a file ask for tens of gigabytes (an index of its memo).
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("builtins", "__builtin__") and name in ("set", "frozenset"):
@@ -54,14 +148,15 @@ def read_plain_pickle(path: Path) -> Any:
     Pickles are programs, and these come from strangers: one that asks for any class or function is refused with a
     ValueError naming it. Byte strings of Python 2 are read as UTF-8.
     """
-    with open(path, "rb") as file:
+    with io.BytesIO(path.read_bytes()) as file:  # which reads no more than there is
         try:
             return _PlainUnpickler(file, encoding="utf-8").load()
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"{path} is not a pickle of plain data: {error}. Do not use this file; download it again."
             ) from None
-        except (EOFError, UnicodeDecodeError, ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
+        except (EOFError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, MemoryError,
+                RecursionError) as error:  # fmt: skip  # what the bytes of a damaged one may ask for
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); download it again.") from None
 
 
@@ -124,7 +219,12 @@ class RowBuilder(datasets.GeneratorBasedBuilder):
         try:
             self.download_and_prepare(num_proc=num_proc)
         except DatasetGenerationError as error:
-            raise (error.__cause__ or error) from None
+            cause = error.__cause__ or error
+            if isinstance(cause, (ValueError, OSError)) and not isinstance(cause, (UnicodeError, pyarrow.ArrowException)):
+                raise cause from None
+            raise ValueError(
+                f"{self.title} in {self.root} cannot be built: {cause} ({type(cause).__name__}); download its files again."
+            ) from cause
         return self
 
     def load(self, split: str, num_proc: int | None = None) -> datasets.Dataset:

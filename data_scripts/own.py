@@ -11,7 +11,6 @@ DATA_DIR.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from functools import cached_property
@@ -19,35 +18,43 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from .builder import RowBuilder, read_json
-from .schema import empty_mask, encode_mask, expression, mask_area, merge_masks, segmentation_to_rle
-from .transforms import read_image
+from .builder import RowBuilder, at, entries, inside, parse_json, read_json
+from .schema import empty_mask, encode_mask, expression, mask_area, merge_masks, segmentation_to_rle, shown
+from .transforms import open_image, read_image
 
 Record = tuple[str, dict[str, Any]]  # where it stands, and what it says
 
 EXAMPLE = '{"image": "a.jpg", "expressions": [{"text": "the left cat", "mask": [10, 10, 90, 10, 90, 80]}]}'
+# fields of an expression that may be left out, beside its masks
+OPTIONAL = {
+    "num_targets": (int, "a whole number of annotations"),
+    "is_sentence": (bool, "true or false"),
+    "part": (str, "a text"),
+    "explanation": (str, "a text"),
+}
 
 
 def _read_lines(path: Path) -> Iterator[Record]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                try:
-                    yield f"{path}, line {number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error}); a line is {EXAMPLE}") from None
+                where = f"{path}, line {number}"
+                yield where, parse_json(line, where, f"a line is {EXAMPLE}")
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
     import pyarrow.parquet
 
     number = 0
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256):
-        for record in batch.to_pylist():
-            number += 1
-            yield f"{path}, row {number}", record
+    try:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(256)
+        while batch := next(batches, None):
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", record
+    except (pyarrow.ArrowException, OSError, MemoryError) as error:
+        raise ValueError(f"{path} is not a parquet file, or damaged after row {number} ({error}).") from None
 
 
 def _read_coco(path: Path) -> Iterator[Record]:
@@ -55,17 +62,19 @@ def _read_coco(path: Path) -> Iterator[Record]:
     content = read_json(path)
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
         raise ValueError(f"{path} lacks images or annotations: a .json file must be COCO's; else use .jsonl, {EXAMPLE}")
-    captions: dict[Any, dict[str, list]] = {image["id"]: {} for image in content["images"]}
-    for annotation in content["annotations"]:
-        where = f"{path}, annotation {annotation.get('id')!r}"
-        if annotation.get("image_id") not in captions:
-            raise ValueError(f"{where}: there is no picture with id {annotation.get('image_id')!r}; add it to images.")
+    images = [image for _, image in entries(content, "images", str(path), id=(int, str), file_name=str)]
+    captions: dict[Any, dict[str, list]] = {image["id"]: {} for image in images}
+    for _, annotation in entries(content, "annotations", str(path), image_id=(int, str)):
+        where = f"{path}, annotation {shown(annotation.get('id'))}"
+        if annotation["image_id"] not in captions:
+            raise ValueError(f"{where}: there is no picture with id {annotation['image_id']!r}; add it to images.")
         texts = annotation.get("caption")
-        if not texts:
+        named = [texts] if isinstance(texts, str) else texts
+        if not texts or not isinstance(named, list) or not all(isinstance(text, str) for text in named):
             raise ValueError(f"{where}: it lacks a caption, a text or a list of texts; add it or take it out.")
-        for text in [texts] if isinstance(texts, str) else texts:
+        for text in named:
             captions[annotation["image_id"]].setdefault(text, []).append(annotation.get("segmentation"))
-    for image in content["images"]:
+    for image in images:
         expressions = [
             {"text": text, "masks": [mask for mask in masks if mask]} for text, masks in captions[image["id"]].items()
         ]
@@ -105,47 +114,59 @@ class OwnBuilder(RowBuilder):
         for where, record in READERS[path.suffix](path):
             try:
                 yield self.row(record)
-            except (ValueError, TypeError, KeyError, OSError) as error:
-                text = f"it lacks {error}" if isinstance(error, KeyError) else error
-                raise ValueError(f"{where}: {text}") from None
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{where}: {error}") from None
 
     def row(self, record: dict[str, Any]) -> dict[str, Any]:
-        """The row of one record. Raises ValueError, KeyError or TypeError, with the fix, where the record is wrong."""
+        """The row of one record. Raises ValueError, with the fix, where the record is wrong."""
         if not isinstance(record, dict) or not isinstance(record.get("expressions"), list):
-            raise ValueError(
-                f"a record needs an 'image' and a list 'expressions', as in {EXAMPLE}"
-            )
+            raise ValueError(f"a record needs an 'image' and a list 'expressions', as in {EXAMPLE}")
+        if "image" not in record:
+            raise ValueError(f"it lacks 'image'; a record is as in {EXAMPLE}")
         image = record["image"]
-        if isinstance(image, str):
-            image = {"path": str(self.root / image), "bytes": None}
+        embedded = image.get("bytes") if isinstance(image, dict) else None
+        name = image.get("path") if isinstance(image, dict) else image
+        if embedded is None:
+            image = {"path": str(inside(self.root, name)), "bytes": None}
+        else:
+            image = {"path": Path(name).name if isinstance(name, str) else None, "bytes": embedded}
         width, height = read_image(image).size
         expressions = []
         for number, entry in enumerate(record["expressions"]):
-            try:
+            with at(f"expression {number}"):
                 expressions.append(self.expression(entry, height, width))
-            except (ValueError, TypeError, KeyError) as error:
-                text = f"it lacks {error}" if isinstance(error, KeyError) else error
-                raise ValueError(f"expression {number}: {text}") from None
+        image_id = record.get("image_id", Path(image["path"] or "picture").stem)
+        if not isinstance(image_id, (str, int)):
+            raise ValueError(f"its image_id is {shown(image_id)}; give a text or a number, or leave it out.")
         return {
             "image": image,
-            "image_id": str(record.get("image_id", Path(image["path"] or "picture").stem)),
+            "image_id": str(image_id),
             "height": height,
             "width": width,
             "expressions": expressions,
         }
 
     def expression(self, entry: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+        if not isinstance(entry, dict) or "text" not in entry or not {"mask", "masks"} & entry.keys():
+            missing = [name for name in ("text", "mask") if not isinstance(entry, dict) or name not in entry]
+            raise ValueError(f"it lacks {missing[0]!r}; it must be as in {EXAMPLE}")
         text = entry["text"]
         if not isinstance(text, str) or not text.strip(" ."):
-            raise ValueError(f"its text is {text!r}; give it words or take it out.")
+            raise ValueError(f"its text is {shown(text)}; give it words or take it out.")
+        for name, (kind, meaning) in OPTIONAL.items():
+            value = entry.get(name)
+            if value is not None and (not isinstance(value, kind) or (kind is int and not 0 <= value < 2**31)):
+                raise ValueError(f"its {name} is {shown(value)}; give {meaning}, or leave it out.")
         masks = entry["masks"] if "masks" in entry else [entry["mask"]]
+        if not isinstance(masks, list):
+            raise ValueError(f"its masks are {shown(masks)}; give a list.")
         masks = [self.mask(mask, height, width) for mask in masks if mask is not None]
         ignore = entry.get("ignore_mask")
         return expression(
             text,
             merge_masks(masks) if masks else empty_mask(height, width),
-            num_targets=entry.get("num_targets", len(masks)),
-            is_sentence=entry.get("is_sentence", False),
+            num_targets=len(masks) if entry.get("num_targets") is None else entry["num_targets"],
+            is_sentence=bool(entry.get("is_sentence")),
             ignore_mask=None if ignore is None else self.mask(ignore, height, width),
             part=entry.get("part"),
             explanation=entry.get("explanation"),
@@ -154,10 +175,13 @@ class OwnBuilder(RowBuilder):
     def mask(self, mask: Any, height: int, width: int) -> dict[str, Any]:
         """The encoding of a mask in any form. Raises ValueError when it is empty or of another size."""
         if isinstance(mask, str) and mask.lstrip()[:1] in ("[", "{"):  # a parquet column holds one type only
-            mask = json.loads(mask)
+            mask = parse_json(mask, f"its mask {shown(mask)}", "correct it.")
         if isinstance(mask, str):
-            with Image.open(self.root / mask) as file:
-                array = np.array(file)
+            try:
+                with open_image(inside(self.root, mask)) as file:
+                    array = np.array(file)
+            except (OSError, SyntaxError) as error:
+                raise ValueError(f"its mask {mask!r} cannot be read ({error}); make the file anew.") from None
             rle = encode_mask(array.any(axis=2) if array.ndim == 3 else array)
         else:
             flat = isinstance(mask, list) and bool(mask) and not isinstance(mask[0], (list, dict))

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from functools import cached_property
@@ -15,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from .builder import RowBuilder, read_json, require
+from .builder import RowBuilder, entries, expect, inside, parse_json, read_json, require
 from .polygons import fill_polygon
-from .schema import encode_mask, expression
+from .schema import encode_mask, expression, shown
 from .transforms import read_image
 
 logger = logging.getLogger(__name__)
@@ -34,11 +33,10 @@ def read_annotation(path: Path) -> dict[str, Any]:
             text = content.decode("cp1252")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is neither UTF-8 nor cp1252 ({error}); download it again.") from None
-    try:
-        record = json.loads(text)
-        return {"shapes": record["shapes"], "text": list(record["text"]), "is_sentence": bool(record["is_sentence"])}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} lacks shapes, text or is_sentence, or is not JSON ({error!r}).") from None
+    record = expect(parse_json(text, str(path)), str(path), shapes=list, text=list, is_sentence=(bool, int))
+    if wrong := [one for one in record["text"] if not isinstance(one, str)]:
+        raise ValueError(f"{path}: text must be a list of strings, got {shown(wrong[0])} in it; download it again.")
+    return {"shapes": record["shapes"], "text": record["text"], "is_sentence": bool(record["is_sentence"])}
 
 
 def draw_shapes(shapes: list[dict], height: int, width: int) -> np.ndarray:
@@ -50,8 +48,11 @@ def draw_shapes(shapes: list[dict], height: int, width: int) -> np.ndarray:
     for shape in shapes:
         label = shape["label"].lower()
         if label != "flag" and len(shape["points"]):
-            inside = fill_polygon(np.array(shape["points"]).astype(np.int32), height, width) > 0
-            drawn.append((int(inside.sum()), inside, IGNORE if "ignore" in label else TARGET))
+            points = np.array(shape["points"], dtype=np.float64)
+            if not (abs(points) < 2**30).all():  # of NaN, too
+                raise ValueError("a point lies beyond any picture")
+            covered = fill_polygon(points.astype(np.int32), height, width) > 0
+            drawn.append((int(covered.sum()), covered, IGNORE if "ignore" in label else TARGET))
     labels = np.zeros((height, width), np.uint8)
     # largest first; of two equally large shapes the later one is painted first, as in the original (Q48)
     for number in sorted(range(len(drawn)), key=lambda number: (-drawn[number][0], -number)):
@@ -91,7 +92,9 @@ class ReasonSegBuilder(RowBuilder):
         if not self.explanations_path.exists():
             logger.warning("%s is missing: no picture has an explanation.", self.explanations_path)
             return {}
-        return {record["image"]: record["outputs"] for record in read_json(self.explanations_path)}
+        path = str(self.explanations_path)
+        records = entries({"records": read_json(self.explanations_path)}, "records", path, image=str, outputs=str)
+        return {record["image"]: record["outputs"] for _, record in records}
 
     def split_names(self) -> list[str]:
         return list(self.pictures)
@@ -99,10 +102,10 @@ class ReasonSegBuilder(RowBuilder):
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
         for path in self.pictures[split]:
             record = read_annotation(path.with_suffix(".json"))
-            width, height = read_image({"path": str(path), "bytes": None}).size
+            width, height = read_image({"path": str(inside(path.parent, path.name)), "bytes": None}).size
             try:
                 labels = draw_shapes(record["shapes"], height, width)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
+            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
                 raise ValueError(
                     f"{path.with_suffix('.json')}: a shape needs a label and points [[x, y], ...] ({error!r})."
                 ) from None

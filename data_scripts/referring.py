@@ -8,15 +8,24 @@ Each is a file of *refs* (which annotations a few sentences name) beside COCO's 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .builder import RowBuilder, read_json, read_plain_pickle, require
-from .schema import empty_mask, expression, merge_masks, segmentation_to_rle
+from .builder import IMAGE, RowBuilder, at, entries, expect, picture_of, read_json, read_plain_pickle, require
+from .schema import empty_mask, expression, merge_masks, segmentation_to_rle, shown
 
+# the fields of a ref that are read
+REF = {
+    "ref_id": (int, str),
+    "ann_id": (int, str, list, tuple),
+    "image_id": (int, str),
+    "split": str,
+    "sentences": list,
+}
 TRAIN2014 = "refer_seg/images/mscoco/images/train2014"
 
 
@@ -92,11 +101,12 @@ class ReferringBuilder(RowBuilder):
             )
         refs: dict[str, dict[Any, list[dict]]] = {}
         for number, record in enumerate(records):
-            missing = {"ref_id", "ann_id", "image_id", "split", "sentences"} - set(
-                record if isinstance(record, dict) else ()
-            )
-            if missing:
-                raise ValueError(f"{path}: record {number} lacks {', '.join(sorted(missing))}; download it again.")
+            where = f"{path}: record {number}"
+            expect(record, where, **REF)
+            for _ in entries(record, "sentences", where, sent=str):
+                pass
+            if not re.fullmatch(r"\w{1,64}", record["split"]) or record["split"] == "all":  # as `datasets` wants them
+                raise ValueError(f"{where}: split is {shown(record['split'])}; it must be a word of letters and digits.")
             for split in splits_of(record["split"], self.layout.letters):
                 refs.setdefault(split, {}).setdefault(record["image_id"], []).append(record)
         return refs
@@ -106,13 +116,9 @@ class ReferringBuilder(RowBuilder):
         """Image id -> image record, annotation id -> annotation record of instances.json."""
         path = self.folder / "instances.json"
         content = read_json(path)
-        tables = []
-        for part in ("images", "annotations"):
-            try:
-                tables.append({record["id"]: record for record in content[part]})
-            except (KeyError, TypeError) as error:
-                raise ValueError(f"{path} lacks {error} in or under {part!r}; download it again.") from None
-        return tables[0], tables[1]
+        images = {record["id"]: record for _, record in entries(content, "images", str(path), **IMAGE)}
+        kinds = {"id": (int, str), "segmentation": object}
+        return images, {record["id"]: record for _, record in entries(content, "annotations", str(path), **kinds)}
 
     @cached_property
     def pictures(self) -> dict[str, Path]:
@@ -124,9 +130,11 @@ class ReferringBuilder(RowBuilder):
                     found.setdefault(path.name, path)
         return found
 
-    def picture(self, file_name: str) -> str:
-        default = self.root / self.layout.pictures[0] / file_name
-        return str(self.pictures.get(file_name, default) if len(self.layout.pictures) > 1 else default)
+    def picture(self, image: dict[str, Any]) -> str:
+        folder = self.root / self.layout.pictures[0]
+        if len(self.layout.pictures) > 1 and image["file_name"] in self.pictures:
+            folder = self.pictures[image["file_name"]].parent
+        return picture_of(image, folder, str(self.folder / "instances.json"))
 
     def split_names(self) -> list[str]:
         return list(self.refs)
@@ -134,20 +142,20 @@ class ReferringBuilder(RowBuilder):
     def mask_of(self, ref: dict, image: dict, cache: dict) -> tuple[dict, int]:
         """The union of a ref's annotations and how many there are."""
         ids = ref["ann_id"] if isinstance(ref["ann_id"], (list, tuple)) else [ref["ann_id"]]
+        if wrong := [number for number in ids if not isinstance(number, (int, str))]:
+            raise ValueError(f"{self.refs_path}: ref {shown(ref['ref_id'])} names annotation {shown(wrong[0])}, no number.")
         ids = [number for number in ids if number != -1]  # gRefCOCO writes "no target" as [-1], Ref-ZOM as []
         for number in ids:
             if number in cache:
                 continue
-            try:
-                annotation = self.instances[1][number]
-                cache[number] = segmentation_to_rle(annotation["segmentation"], image["height"], image["width"])
-            except KeyError:
+            if number not in self.instances[1]:
                 raise ValueError(
                     f"{self.refs_path}: ref {ref['ref_id']} names annotation {number!r}, which "
                     f"{self.folder / 'instances.json'} does not have; take both files from one release."
-                ) from None
-            except ValueError as error:
-                raise ValueError(f"{self.folder / 'instances.json'}: annotation {number!r}: {error}") from None
+                )
+            with at(f"{self.folder / 'instances.json'}: annotation {number!r}"):
+                segmentation = self.instances[1][number]["segmentation"]
+                cache[number] = segmentation_to_rle(segmentation, image["height"], image["width"])
         if not ids:
             return empty_mask(image["height"], image["width"]), 0
         try:
@@ -157,20 +165,21 @@ class ReferringBuilder(RowBuilder):
 
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
         images = self.instances[0]
-        for image_id, refs in sorted(self.refs[split].items()):
+        for image_id, refs in sorted(self.refs[split].items(), key=lambda item: (isinstance(item[0], str), item[0])):
             image = images.get(image_id)
             if image is None:
                 raise ValueError(
                     f"{self.refs_path}: ref {refs[0]['ref_id']} names picture {image_id!r}, which "
                     f"{self.folder / 'instances.json'} does not have; take both files from one release."
                 )
+            path = self.picture(image)
             cache: dict[Any, dict] = {}
             expressions = []
             for ref in refs:
                 mask, num_targets = self.mask_of(ref, image, cache)
                 expressions += [expression(sentence["sent"], mask, num_targets) for sentence in ref["sentences"]]
             yield {
-                "image": {"path": self.picture(image["file_name"]), "bytes": None},
+                "image": {"path": path, "bytes": None},
                 "image_id": str(image_id),
                 "height": image["height"],
                 "width": image["width"],

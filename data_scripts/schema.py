@@ -7,15 +7,21 @@ without any pixel means that the expression has nothing in the picture (no-targe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
+from reprlib import repr as shown  # short, and safe for what is nested deeply or in itself
 from typing import Any
 
 import numpy as np
 from datasets import Features, Image, List, Value
+from PIL import Image as PillowImage
 from pycocotools import mask as coco_mask
 
 RLE = {"size": List(Value("int32"), length=2), "counts": Value("string")}
+
+# how far outside a picture a polygon may reach, in its longest sides; the data sets' own stay within a pixel or two
+OUTSIDE = 10
 
 SEGMENTATION_FEATURES = Features(
     {
@@ -71,6 +77,82 @@ def expression(
     }
 
 
+def max_image_pixels() -> int:
+    """The largest number of pixels a picture or mask may have: `GSVA_MAX_IMAGE_PIXELS`, else Pillow's own limit.
+
+    A few bytes can state any size, and memory is asked for by the size. Pillow warns above 89,478,485 pixels (a quarter
+    of a gigabyte in RGB, `PIL.Image.MAX_IMAGE_PIXELS`) and refuses at twice that; here, more than the limit is refused.
+
+    Raises:
+        ValueError: The variable is no whole number above 0.
+    """
+    said = os.environ.get("GSVA_MAX_IMAGE_PIXELS", "").strip()
+    if not said:
+        return PillowImage.MAX_IMAGE_PIXELS or 1024**3 // 4 // 3
+    if not said.isdecimal() or int(said) < 1:
+        raise ValueError(f"GSVA_MAX_IMAGE_PIXELS={said!r} must be a number of pixels, 1 or more.")
+    return int(said)
+
+
+def check_size(size: Any) -> tuple[int, int]:
+    """(height, width) of a picture or mask. Raises ValueError when it is none, or beyond `max_image_pixels`."""
+    sides = list(size) if isinstance(size, (list, tuple)) else []
+    if len(sides) != 2 or any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in sides):
+        raise ValueError(f"a size must be [height, width] in pixels, two whole numbers, got {shown(size)}")
+    if sides[0] * sides[1] > (limit := max_image_pixels()):
+        raise ValueError(
+            f"a size of {sides[0]} x {sides[1]} (height x width) is more than {limit} pixels; correct it, or set "
+            f"GSVA_MAX_IMAGE_PIXELS if pictures are that large"
+        )
+    return sides[0], sides[1]
+
+
+def _run_lengths(counts: str) -> np.ndarray:
+    """The run lengths behind `counts`; an array with a negative number where it is no encoding.
+
+    Each is a little-endian number of 5 bits per character, "P" to "o" where another follows and "0" to "O" at its end;
+    from the fourth on, it is the difference to the last but one (pycocotools, maskApi.c: rleToString).
+    """
+    codes = np.frombuffer(counts.encode("ascii", "replace"), np.uint8) - np.uint8(48)
+    ends = np.flatnonzero(codes < 32)
+    starts = np.append(0, ends + 1)
+    digits = np.diff(starts)
+    if not len(ends) or starts[-1] != len(codes) or codes.max() > 63 or digits.max() > 7:  # 7 x 5 bits hold any size
+        return np.array([-1])
+    runs = np.where(codes & 48 == 16, codes.astype(np.int64) - 32, codes & 31)
+    if len(ends) < len(codes):
+        runs = np.add.reduceat(runs << 5 * (np.arange(len(codes)) - np.repeat(starts[:-1], digits)), starts[:-1])
+    runs[1::2] = runs[1::2].cumsum()
+    runs[2::2] = runs[2::2].cumsum()
+    return runs
+
+
+def check_rle(rle: Any) -> dict[str, Any]:
+    """A compressed run-length encoding from a file, once it is sure that pycocotools can decode it.
+
+    pycocotools reads and writes beyond its memory when an encoding is empty, cut, or of another length than its size.
+
+    >>> check_rle({"size": [3, 3], "counts": "0130"})
+    Traceback (most recent call last):
+    ValueError: a mask's run lengths do not make the 9 pixels of its size [3, 3]: '0130'
+
+    Raises:
+        ValueError: It lacks size or counts, its size is none or too large, or its run lengths do not fill its size.
+    """
+    if not isinstance(rle, dict) or not {"size", "counts"} <= rle.keys():
+        raise ValueError(f"a run-length encoding needs 'size' and 'counts', got {shown(rle)}")
+    height, width = check_size(rle["size"])
+    counts = rle["counts"].decode("ascii", "replace") if isinstance(rle["counts"], bytes) else rle["counts"]
+    if not isinstance(counts, str):
+        raise ValueError(f"a mask's counts must be a string, got {shown(counts)}")
+    runs = _run_lengths(counts)
+    if runs.min() < 0 or runs.sum() != height * width:
+        raise ValueError(
+            f"a mask's run lengths do not make the {height * width} pixels of its size {[height, width]}: {shown(counts)}"
+        )
+    return {"size": [height, width], "counts": counts}
+
+
 def _plain(rle: dict) -> dict[str, Any]:
     counts = rle["counts"]
     return {
@@ -93,8 +175,11 @@ def decode_mask(rle: dict) -> np.ndarray:
 
     >>> decode_mask({"size": [3, 3], "counts": "013000"}).tolist()
     [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+
+    Raises:
+        ValueError: It is no such encoding (see `check_rle`).
     """
-    return coco_mask.decode(rle)
+    return coco_mask.decode(check_rle(rle))
 
 
 def mask_area(rle: dict) -> int:
@@ -158,24 +243,47 @@ def segmentation_to_rle(segmentation: Any, height: int, width: int) -> dict[str,
     8
 
     Raises:
-        ValueError: The value has none of these forms, or the sizes of encodings differ.
+        ValueError: The value has none of these forms, the sizes of encodings differ, an encoding is damaged, or a size
+            or coordinate is absurd.
     """
+    check_size([height, width])
     if segmentation is None or (isinstance(segmentation, (list, tuple)) and not len(segmentation)):
         return empty_mask(height, width)
     pieces = [segmentation] if isinstance(segmentation, dict) else segmentation
     rles, polygons = [], []
     for piece in pieces if isinstance(pieces, (list, tuple)) else [pieces]:
         if isinstance(piece, dict) and {"size", "counts"} <= piece.keys():
-            uncompressed = isinstance(piece["counts"], list)
-            rles.append(coco_mask.frPyObjects(piece, *piece["size"]) if uncompressed else piece)
+            rles.append(check_rle(_compressed(piece) if isinstance(piece["counts"], list) else piece))
         elif isinstance(piece, (list, tuple)) and all(isinstance(number, (int, float)) for number in piece):
+            _check_polygon(piece, max(height, width))
             if len(piece) >= 6 and len(piece) % 2 == 0:
                 polygons.append(piece)
         else:
             raise ValueError(
                 f"A mask must be a list of polygons [x0, y0, x1, y1, ...] or a run-length encoding with 'size' and "
-                f"'counts', got {str(segmentation)[:80]!r}"
+                f"'counts', got {shown(segmentation)}"
             )
     if polygons:
         rles.extend(coco_mask.frPyObjects(polygons, height, width))
     return merge_masks(rles) if rles else empty_mask(height, width)
+
+
+def _compressed(rle: dict) -> dict[str, Any]:
+    """An uncompressed encoding (`counts` a list of run lengths) as a compressed one."""
+    height, width = check_size(rle["size"])
+    runs = rle["counts"]
+    if any(not isinstance(run, int) or run < 0 for run in runs) or sum(runs) != height * width:
+        raise ValueError(
+            f"a mask's run lengths do not make the {height * width} pixels of its size {[height, width]}: {shown(runs)}"
+        )
+    return _plain(coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width))
+
+
+def _check_polygon(numbers: Sequence[float], side: int) -> None:
+    """pycocotools draws every pixel of an outline, inside the picture or not, into memory of the outline's length."""
+    far = OUTSIDE * max(side, 1)
+    if any(not -far <= number <= far for number in numbers):  # of NaN, too
+        raise ValueError(
+            f"a polygon's coordinates must be numbers within {OUTSIDE} times the picture's longest side ({side} pixels), "
+            f"got {shown(list(numbers))}"
+        )

@@ -16,11 +16,11 @@ from typing import Any
 
 import datasets
 import numpy as np
-from PIL import Image
 
-from .builder import RowBuilder, read_json, require
+from .builder import IMAGE, RowBuilder, at, entries, inside, picture_of, read_json, require
 from .class_names import ADE20K, COCO_STUFF
-from .schema import encode_labels, expression, mask_area, segmentation_to_rle
+from .schema import encode_labels, expression, mask_area, segmentation_to_rle, shown
+from .transforms import open_image
 
 
 class LabelMapBuilder(RowBuilder):
@@ -47,6 +47,9 @@ class LabelMapBuilder(RowBuilder):
     def split_names(self) -> list[str]:
         return ["train"]
 
+    def rows(self, split: str) -> Iterator[dict[str, Any]]:
+        yield from (self.row(*pair) for pair in self.pairs())
+
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
         # a list among the arguments is what `num_proc` shares among processes
         return [datasets.SplitGenerator("train", gen_kwargs={"split": "train", "pairs": self.pairs()})]
@@ -56,9 +59,10 @@ class LabelMapBuilder(RowBuilder):
 
     def row(self, picture: Path, label: Path) -> dict[str, Any]:
         try:
-            with Image.open(label) as file:
+            with open_image(inside(label.parent, label.name)) as file:
                 labels = np.array(file)  # of a palette picture: the indices
-        except OSError as error:
+            inside(picture.parent, picture.name)
+        except (OSError, ValueError, SyntaxError) as error:
             raise ValueError(f"The label map {label} cannot be read ({error}); download it again.") from None
         if labels.ndim != 2:
             raise ValueError(f"The label map {label} must have one channel, got an array of shape {labels.shape}.")
@@ -133,7 +137,9 @@ class MapillaryBuilder(LabelMapBuilder):
 
     @cached_property
     def classes(self) -> dict[int, str | None]:
-        return {value: label["readable"].lower() for value, label in enumerate(read_json(self.config_path)["labels"])}
+        path = self.config_path
+        labels = entries(read_json(path), "labels", str(path), readable=str)
+        return {value: label["readable"].lower() for value, (_, label) in enumerate(labels)}
 
 
 class PartsBuilder(RowBuilder):
@@ -167,26 +173,30 @@ class PartsBuilder(RowBuilder):
         return pieces[0], pieces[1] if len(pieces) > 1 else None
 
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
-        content = read_json(self.path)
-        try:
-            names = {category["id"]: self.object_and_part(category["name"]) for category in content["categories"]}
-            annotations: dict[Any, list[dict]] = {image["id"]: [] for image in content["images"]}
-            for annotation in content["annotations"]:
-                annotations[annotation["image_id"]].append(annotation)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} lacks {error}, which its records need; download it again.") from None
-        for image in content["images"]:
+        path, content = str(self.path), read_json(self.path)
+        names = {
+            category["id"]: self.object_and_part(category["name"])
+            for _, category in entries(content, "categories", path, id=(int, str), name=str)
+        }
+        images = [image for _, image in entries(content, "images", path, **IMAGE)]
+        annotations: dict[Any, list[dict]] = {image["id"]: [] for image in images}
+        kinds = {"image_id": (int, str), "category_id": (int, str)}
+        for where, annotation in entries(content, "annotations", path, segmentation=object, **kinds):
+            for field, known in (("image_id", annotations), ("category_id", names)):
+                if annotation[field] not in known:
+                    raise ValueError(f"{where}: there is no {field} {annotation[field]!r}; download it again.")
+            annotations[annotation["image_id"]].append(annotation)
+        folder = self.root / self.LAYOUTS[self.title][1]
+        for image in images:
             expressions = []
             for annotation in annotations[image["id"]]:
-                try:
+                with at(f"{path}: annotation {shown(annotation.get('id'))}"):
                     mask = segmentation_to_rle(annotation["segmentation"], image["height"], image["width"])
-                    title, part = names[annotation["category_id"]]
-                except (KeyError, ValueError) as error:
-                    raise ValueError(f"{self.path}: annotation {annotation.get('id')!r}: {error}") from None
+                title, part = names[annotation["category_id"]]
                 if mask_area(mask):
                     expressions.append(expression(title, mask, part=part))
             yield {
-                "image": {"path": str(self.root / self.LAYOUTS[self.title][1] / image["file_name"]), "bytes": None},
+                "image": {"path": picture_of(image, folder, path), "bytes": None},
                 "image_id": str(image["id"]),
                 "height": image["height"],
                 "width": image["width"],

@@ -15,14 +15,15 @@ from __future__ import annotations
 import io
 import os
 import re
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from .schema import decode_mask, mask_area
+from .schema import check_size, decode_mask, mask_area, shown
 
 Example = dict[str, Any]
 
@@ -157,6 +158,27 @@ class ReasoningWording:
     )
 
 
+def open_image(source: str | os.PathLike | bytes) -> Image.Image:
+    """A picture whose header has been read and whose pixels have not, from a path or its bytes.
+
+    Raises:
+        FileNotFoundError: The file is not there.
+        ValueError: It is no picture, or one of more pixels than `schema.max_image_pixels`.
+    """
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(str(error) or type(error).__name__) from None
+    try:
+        check_size((image.height, image.width))
+    except ValueError:
+        image.close()
+        raise
+    return image
+
+
 def read_image(image: Any, size: tuple[int, int] | None = None) -> Image.Image | None:
     """A row's `image` field (None, a PIL picture, or `{"path", "bytes"}`) as an upright RGB picture.
 
@@ -174,12 +196,19 @@ def read_image(image: Any, size: tuple[int, int] | None = None) -> Image.Image |
     name = getattr(image, "filename", "") or "a picture"
     try:
         if isinstance(image, dict):
-            name = image["path"] or name
-            image = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+            name = image.get("path") or name
+            source = image.get("bytes") if image.get("bytes") is not None else image.get("path")
+            if not isinstance(source, (str, bytes)):
+                raise ValueError(f"neither its path nor its bytes are given: {shown(image)}")
+            image = open_image(source)
+        elif isinstance(image, Image.Image):
+            check_size((image.height, image.width))
+        else:
+            raise ValueError(f"a picture is a path and bytes, got {shown(image)}")
         image = ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise PictureError(f"The picture {name} is missing; put it there or take its record out.") from None
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, struct.error) as error:
         raise PictureError(f"The picture {name} cannot be read ({error}); download it again.") from None
     if size is not None and image.size != (size[1], size[0]):
         raise PictureError(

@@ -11,8 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .builder import RowBuilder, read_json, require
-from .schema import VQA_FEATURES
+from .builder import RowBuilder, at, entries, inside, read_json, require
+from .schema import VQA_FEATURES, shown
 
 ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -33,14 +33,14 @@ class ConversationBuilder(RowBuilder):
         return ["train"]
 
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
-        for number, record in enumerate(read_json(self.path)):
-            where = f"{self.path}: record {number} (id {record.get('id')!r})"
+        for number, (_, record) in enumerate(entries({"records": read_json(self.path)}, "records", str(self.path))):
+            where = f"{self.path}: record {number} (id {shown(record.get('id'))})"
             turns = []
-            for turn in record.get("conversations", ()):
-                if turn.get("from") not in ROLES or not isinstance(turn.get("value"), str):
+            for _, turn in entries({"conversations": [], **record}, "conversations", where):
+                if turn.get("from") not in tuple(ROLES) or not isinstance(turn.get("value"), str):
                     raise ValueError(
                         f"{where}: a turn needs a 'value' and 'from', one of {', '.join(ROLES)}, got "
-                        f"{turn.get('from')!r}; correct the record or take it out."
+                        f"{shown(turn.get('from'))}; correct the record or take it out."
                     )
                 turns.append({"role": ROLES[turn["from"]], "text": turn["value"]})
             if any(one["role"] == other["role"] for one, other in pairwise(turns)):
@@ -48,7 +48,8 @@ class ConversationBuilder(RowBuilder):
             image = record.get("image")
             if image is None and any("<image>" in turn["text"] for turn in turns):
                 raise ValueError(f"{where}: it speaks of <image> but names no 'image'; add it or take the record out.")
-            path = str(self.root / "coco" / "train2017" / image) if image else None
+            with at(where):
+                path = str(inside(self.root / "coco" / "train2017", image)) if image else None
             yield {
                 "image": path and {"path": path, "bytes": None},
                 "image_id": str(record.get("id", number)),
