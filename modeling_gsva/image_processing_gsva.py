@@ -1,10 +1,13 @@
 """GsvaImageProcessor: one picture → the CLIP tensor and the SAM tensor, and masks back to the picture's own size."""
 
+import base64
+import io
 import os
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub.utils import httpx
 from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature, get_size_dict
@@ -13,7 +16,6 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
     PILImageResampling,
     SizeDict,
-    load_image,
 )
 from transformers.processing_utils import ImagesKwargs
 
@@ -23,11 +25,13 @@ class GsvaImageProcessorKwargs(ImagesKwargs, total=False):
     sam_size (`dict[str, int]`): `{"longest_edge": int}`, the side of the square SAM input in pixels.
     sam_image_mean (`list[float]`): mean of the SAM input per channel, in units of 0-255.
     sam_image_std (`list[float]`): standard deviation of the SAM input per channel, in units of 0-255.
+    max_image_pixels (`int`): pictures with more pixels are refused before they are decoded; None: Pillow alone decides.
     """
 
     sam_size: dict[str, int]
     sam_image_mean: list[float]
     sam_image_std: list[float]
+    max_image_pixels: int | None
 
 
 class GsvaImageProcessor(PilBackend):
@@ -45,7 +49,7 @@ class GsvaImageProcessor(PilBackend):
     3) or (3, height, width), paths or URLs.
 
     Raises:
-        ValueError: a picture that is none, cannot be decoded, or has a side of zero pixels.
+        ValueError: a picture that is none, cannot be decoded, has a side of zero pixels or more than `max_image_pixels`.
     """
 
     # openai/clip-vit-large-patch14, preprocessor_config.json
@@ -64,6 +68,8 @@ class GsvaImageProcessor(PilBackend):
     sam_size = {"longest_edge": 1024}
     sam_image_mean = [123.675, 116.28, 103.53]
     sam_image_std = [58.395, 57.12, 57.375]
+    # PIL.Image.MAX_IMAGE_PIXELS: a quarter of a gigabyte in RGB. Pillow itself only warns there, and refuses at twice that.
+    max_image_pixels = 1024**3 // 4 // 3
     valid_kwargs = GsvaImageProcessorKwargs
     model_input_names = ["pixel_values", "sam_pixel_values", "original_sizes", "reshaped_input_sizes"]
 
@@ -86,9 +92,12 @@ class GsvaImageProcessor(PilBackend):
             name = getattr(image_url_or_urls, "filename", image_url_or_urls)
             try:
                 if isinstance(image_url_or_urls, Image.Image):
-                    image_url_or_urls.load()  # Pillow opens lazily: a truncated file shows only here
-                    return image_url_or_urls
-                return load_image(os.fspath(image_url_or_urls), timeout)
+                    image = image_url_or_urls
+                else:
+                    image = self._open(os.fspath(image_url_or_urls), timeout)
+                self._check_pixels(image)
+                image.load()  # Pillow opens lazily: a truncated file shows only here
+                return image
             except Exception as error:
                 raise ValueError(
                     f"{str(name)!r} cannot be read as an image ({error}). Give the path or URL of a picture that Pillow can "
@@ -102,6 +111,25 @@ class GsvaImageProcessor(PilBackend):
         if image_url_or_urls.ndim not in (2, 3, 4):  # 4: a batch
             self._raise_shape(image_url_or_urls)
         return image_url_or_urls[None] if image_url_or_urls.ndim == 2 else image_url_or_urls  # grey: (height, width)
+
+    @staticmethod
+    def _open(source: str, timeout: float | None) -> Image.Image:
+        """A path, a URL or base64 as a picture of which only the header is read (`load_image` decodes at once)."""
+        if source.startswith(("http://", "https://")):
+            return Image.open(io.BytesIO(httpx.get(source, follow_redirects=True, timeout=timeout).raise_for_status().content))
+        if os.path.isfile(source):
+            return Image.open(source)
+        try:
+            return Image.open(io.BytesIO(base64.b64decode("".join(source.rpartition(",")[2].split()), validate=True)))
+        except ValueError:
+            raise FileNotFoundError("there is no such file") from None
+
+    def _check_pixels(self, image: Image.Image) -> None:
+        if self.max_image_pixels is not None and image.width * image.height > self.max_image_pixels:
+            raise ValueError(
+                f"it is {image.height} x {image.width} (height x width), more than max_image_pixels="
+                f"{self.max_image_pixels} of the image processor; raise that if it is right"
+            )
 
     def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs) -> np.ndarray:
         """
