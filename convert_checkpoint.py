@@ -18,13 +18,16 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shown  # short, and safe for what is nested deeply
 from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -51,21 +54,38 @@ _PROBES = (
 
 
 def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """The object in a JSON file, `{}` where there is none. Raises ValueError, naming the file, when it holds none."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON in UTF-8 ({error}); download it again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object, got {shown(content)}; download it again.")
+    return content
 
 
 def _base_added_tokens(directory: Path) -> dict[str, int]:
     """Tokens a base directory has beside the sentencepiece vocabulary, `{text: id}`."""
-    tokens = {
-        entry["content"]: int(i)
-        for i, entry in _read_json(directory / "tokenizer_config.json").get("added_tokens_decoder", {}).items()
-    }
-    return tokens | _read_json(directory / "added_tokens.json")
+    try:
+        tokens = {
+            entry["content"]: int(i) if i.isdecimal() else i
+            for i, entry in _read_json(directory / "tokenizer_config.json").get("added_tokens_decoder", {}).items()
+        } | _read_json(directory / "added_tokens.json")
+        if wrong := [(t, i) for t, i in tokens.items() if not isinstance(t, str) or type(i) is not int or not 0 <= i < 2**31]:
+            raise TypeError(f"a token and its id are {shown(wrong[0])}")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{directory}: added_tokens.json or added_tokens_decoder in tokenizer_config.json does not map tokens to ids "
+            f"({error}); download them again."
+        ) from None
+    return tokens
 
 
 def _refuse_non_legacy(directory: Path) -> None:
     config = _read_json(directory / "tokenizer_config.json")
-    name = config.get("tokenizer_class") or "LlamaTokenizer"
+    name = str(config.get("tokenizer_class") or "LlamaTokenizer")
     why = None
     if name.removesuffix("Fast") != "LlamaTokenizer":
         why = f"tokenizer_class is {name!r}, not 'LlamaTokenizer'"
@@ -342,7 +362,7 @@ class _File:
         except Exception as error:
             raise ValueError(
                 f"{self.path} cannot be read as tensors alone (weights_only=True). A pickle that runs code is never "
-                f"opened; write the state dict again with torch.save. ({str(error).splitlines()[0]})"
+                f"opened; write the state dict again with torch.save. ({(str(error) or type(error).__name__).splitlines()[0]})"
             ) from error
         for wrapper in ("state_dict", "module", "model"):
             if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
@@ -368,7 +388,12 @@ class _File:
 def _weight_files(path: Path, required: bool = True) -> list[Path]:
     """The files with weights behind a file, an index or a directory, `[]` for a directory without any."""
     if path.name.endswith(".index.json"):
-        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        names = _read_json(path).get("weight_map")
+        names = list(names.values()) if isinstance(names, dict) else [names]
+        # a bare name: what leads elsewhere is none of this checkpoint's files
+        if odd := [name for name in names if not isinstance(name, str) or Path(name).name != name or "\0" in name or len(name) > 255]:
+            raise ValueError(f"{path}: weight_map must name files beside it, got {shown(odd[0])}; download it again.")
+        names = sorted(set(names))
         missing = [name for name in names if not (path.parent / name).is_file()]
         if missing:
             raise FileNotFoundError(
@@ -522,7 +547,43 @@ def _add_delta(llama: Source, delta: Source) -> Source:
 _SELECTED = {"patch": "default", "cls_patch": "full"}  # mm_vision_select_feature of LLaVA: without or with class token
 
 
-def _llama_config(directory: Path, vocab_size: int):
+# A size that config.json states and a tensor that has it, in which dimension; None: the number of layers.
+_LLAMA_SIZES = {
+    "hidden_size": ("norm.weight", 0),
+    "intermediate_size": ("layers.0.mlp.gate_proj.weight", 0),
+    "num_hidden_layers": None,
+}
+_CLIP_SIZES = {
+    "hidden_size": ("embeddings.patch_embedding.weight", 0),
+    "patch_size": ("embeddings.patch_embedding.weight", 2),
+    "intermediate_size": ("encoder.layers.0.mlp.fc1.weight", 0),
+    "num_hidden_layers": None,
+}
+
+
+def _check_sizes(path: Path, config: dict, shapes: dict[str, tuple[int, ...]], prefix: str, sizes: dict) -> None:
+    """Compares before a model of these sizes is made: one of a million layers would take for ever."""
+    layers = {m[1] for name in shapes if (m := re.match(re.escape(prefix) + r"(?:encoder\.)?layers\.(\d+)\.", name))}
+    for name, place in sizes.items():
+        shape = () if place is None else shapes.get(prefix + place[0], ())
+        has = len(layers) if place is None else shape[place[1]] if len(shape) > place[1] else None
+        if name in config and has is not None and config[name] != has:
+            raise ValueError(
+                f"{path} says {name} is {shown(config[name])}, the tensors say {has}; pass the directory of the base the "
+                "checkpoint was made from."
+            )
+
+
+@contextmanager
+def _naming(path: Path | str) -> Iterator[None]:
+    """Names the file behind an error that transformers raises for what is in it."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        raise ValueError(f"{path} does not describe a model ({error}); download it again.") from error
+
+
+def _llama_config(directory: Path, vocab_size: int, shapes: dict[str, tuple[int, ...]]):
     from transformers import LlamaConfig
 
     original = _read_json(directory / "config.json")
@@ -546,8 +607,10 @@ def _llama_config(directory: Path, vocab_size: int):
         "eos_token_id",
     )
     values = {name: original[name] for name in kept if original.get(name) is not None}
+    _check_sizes(directory / "config.json", values, shapes, "model.language_model.", _LLAMA_SIZES)
     # The original pads with <unk> (main.py: tokenizer.pad_token = tokenizer.unk_token), whatever the base says.
-    return LlamaConfig(**values, vocab_size=vocab_size, pad_token_id=0), original
+    with _naming(directory / "config.json"):
+        return LlamaConfig(**values, vocab_size=vocab_size, pad_token_id=0), original
 
 
 # openai/clip-vit-large-patch14, config.json: the tower of every published GSVA checkpoint.
@@ -574,6 +637,9 @@ def _clip_config(directory: Path | None, shapes: dict[str, tuple[int, ...]]):
                 f"{directory / 'config.json'} is missing: CLIP's head count cannot be read from tensors."
             )
         config = config.get("vision_config", config)
+        if not isinstance(config, dict):
+            raise ValueError(f"{directory / 'config.json'}: vision_config must be an object, got {shown(config)}.")
+        _check_sizes(directory / "config.json", config, shapes, "model.vision_tower.", _CLIP_SIZES)
     elif shapes.get("model.vision_tower.embeddings.patch_embedding.weight", (1024, 3, 14, 14)) == (1024, 3, 14, 14):
         config = _CLIP_LARGE
     else:
@@ -582,7 +648,8 @@ def _clip_config(directory: Path | None, shapes: dict[str, tuple[int, ...]]):
             "config.json is enough where the checkpoint has the weights)."
         )
     known = {*_CLIP_LARGE, "num_channels", "attention_dropout", "initializer_range", "initializer_factor"}
-    return CLIPVisionConfig(**{name: value for name, value in config.items() if name in known})
+    with _naming((directory or Path()) / "config.json"):
+        return CLIPVisionConfig(**{name: value for name, value in config.items() if name in known})
 
 
 def _sam_config(shapes: dict[str, tuple[int, ...]]):
@@ -809,6 +876,17 @@ def _image_processor(clip: Path | None, image_size: int, sam_size: int):
 
     said = _read_json(clip / "preprocessor_config.json") if clip else {}
     options = {name: said[name] for name in ("image_mean", "image_std", "resample") if name in said}
+    for name, value in options.items():
+        numbers = [value] if name == "resample" else value
+        known = range(6) if name == "resample" else None  # PIL.Image.Resampling
+        if (
+            not isinstance(numbers, list)
+            or len(numbers) != (1 if known else 3)
+            or any(type(number) not in (int, float) or not -1e3 < number < 1e3 for number in numbers)
+            or (known and value not in known)
+            or (name == "image_std" and min(numbers) <= 0)
+        ):
+            raise ValueError(f"{clip}/preprocessor_config.json: {name} is {shown(value)}; download it again.")
     return GsvaImageProcessor(
         size={"shortest_edge": image_size},
         crop_size={"height": image_size, "width": image_size},
@@ -894,22 +972,29 @@ def convert(args: argparse.Namespace) -> dict:
                 f"{rows} ([SEG] is {tokenizer.convert_tokens_to_ids('[SEG]')}). Pass the base the checkpoint was trained from"
                 + (", and a checkpoint that holds its trained embedding." if where is not checkpoint else ".")
             )
-    text_config, llava_config = _llama_config(language_dir, rows)
+    text_config, llava_config = _llama_config(language_dir, rows, shapes)
     vision_config, sam_config = _clip_config(clip_dir, shapes), _sam_config(shapes)
     dtype = checkpoint_dtype(checkpoint) if args.dtype == "auto" else getattr(torch, args.dtype)
-    config = GsvaConfig(
-        text_config=text_config,
-        vision_config=vision_config,
-        sam_config=sam_config,
-        image_token_id=image_id,
-        seg_token_id=tokenizer.convert_tokens_to_ids("[SEG]"),
-        rej_token_id=tokenizer.convert_tokens_to_ids("[REJ]"),
-        vision_feature_layer=llava_config.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy=_SELECTED[llava_config.get("mm_vision_select_feature", "patch")],
-        architectures=["GsvaForConditionalGeneration"],
-        dtype=dtype,
-    )
-    with torch.device("meta"), no_init_weights():
+    feature = llava_config.get("mm_vision_select_feature", "patch")
+    if not isinstance(feature, str) or feature not in _SELECTED:
+        raise ValueError(
+            f"{language_dir / 'config.json'}: mm_vision_select_feature is {shown(feature)}; known are {', '.join(_SELECTED)}."
+        )
+    described = " and ".join(str(folder / "config.json") for folder in (language_dir, clip_dir) if folder)
+    with _naming(described):
+        config = GsvaConfig(
+            text_config=text_config,
+            vision_config=vision_config,
+            sam_config=sam_config,
+            image_token_id=image_id,
+            seg_token_id=tokenizer.convert_tokens_to_ids("[SEG]"),
+            rej_token_id=tokenizer.convert_tokens_to_ids("[REJ]"),
+            vision_feature_layer=llava_config.get("mm_vision_select_layer", -2),
+            vision_feature_select_strategy=_SELECTED[feature],
+            architectures=["GsvaForConditionalGeneration"],
+            dtype=dtype,
+        )
+    with _naming(described), torch.device("meta"), no_init_weights():
         model = GsvaForConditionalGeneration(config)
     tied = set(model.all_tied_weights_keys)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}

@@ -36,7 +36,7 @@ def require(path: Path, purpose: str) -> Path:
 def inside(folder: Path, name: Any) -> Path:
     """`folder / name`, for a name that stands in a file: it must not lead out of the folder, by links neither.
 
-    Links are followed into the folders that `GSVA_LINKED_FOLDERS` lists (separated as PATH is), for pictures that are
+    Links are followed into the folders that `GSVA_TRUSTED_FOLDERS` lists (separated as PATH is), for pictures that are
     kept elsewhere; the folder itself may be a link.
 
     Raises:
@@ -46,13 +46,13 @@ def inside(folder: Path, name: Any) -> Path:
         raise ValueError(f"a file name must be a string with a name in it, got {shown(name)}")
     path = os.path.join(folder, name)
     real, root = os.path.realpath(path), os.path.realpath(folder)
-    allowed = [root, *filter(None, os.environ.get("GSVA_LINKED_FOLDERS", "").split(os.pathsep))]
+    allowed = [root, *filter(None, os.environ.get("GSVA_TRUSTED_FOLDERS", "").split(os.pathsep))]
     if os.path.isabs(name) or ".." in Path(name).parts or real == root:
         raise ValueError(f"the file name {name!r} leads out of {folder}; correct it to one relative to that folder")
     if not any(real.startswith(os.path.join(os.path.realpath(place), "")) for place in allowed):
         raise ValueError(
             f"the file {path} is a link to {real}, out of its folder; put the file there, or name the folder it links "
-            f"to in GSVA_LINKED_FOLDERS if you trust it"
+            f"to in GSVA_TRUSTED_FOLDERS if you trust it"
         )
     return Path(path)
 

@@ -1,8 +1,11 @@
 """GsvaProcessor: every string of GSVA (prompts, chat templates, answers), their tokens and labels, and answers back to results."""
 
+import operator
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from reprlib import repr as shown  # short, and safe for what is nested deeply or in itself
 
 import numpy as np
 import torch
@@ -141,6 +144,65 @@ class StreamedAnswer:
         return self._results.result()
 
 
+def _files_named(part) -> Iterator[str]:
+    """Everything in a part of a chat message that transformers would open as a path."""
+    if isinstance(part, (str, os.PathLike)):
+        if not str(part).startswith(("http://", "https://")) and os.path.exists(part):
+            yield os.fspath(part)
+    elif isinstance(part, Mapping):
+        for name, value in part.items():
+            if name not in ("type", "text"):
+                yield from _files_named(value)
+    elif isinstance(part, (list, tuple)):
+        for value in part:
+            yield from _files_named(value)
+
+
+def _check_chat_files(conversation) -> None:
+    """
+    Chats are often written by somebody else: a path in one must lead into the working directory, or into a folder that the
+    environment's `GSVA_TRUSTED_FOLDERS` lists (separated as PATH is; `/` for all).
+    """
+    messages = [conversation]
+    while messages and isinstance(messages[0], (list, tuple)):
+        messages = [message for one in messages for message in one]
+    trusted = [os.getcwd(), *filter(None, os.environ.get("GSVA_TRUSTED_FOLDERS", "").split(os.pathsep))]
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for file in _files_named(content if isinstance(content, (list, tuple)) else []):
+            real = os.path.realpath(file)
+            if not any(real.startswith(os.path.join(os.path.realpath(folder), "")) for folder in trusted):
+                raise ValueError(
+                    f"A message names the file {file!r}, which leads out of the working directory. Pass the picture itself, "
+                    f"or list folders that chats may name in the environment variable GSVA_TRUSTED_FOLDERS."
+                )
+
+
+def _check_messages(messages, where: str) -> None:
+    """Raises ValueError for what is no list of {"role", "content"}, contents strings or lists of parts."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"{where} is {shown(messages)}; give a list of messages {{'role': ..., 'content': ...}}.")
+    for n, message in enumerate(messages):
+        role, content = (message.get(k) for k in ("role", "content")) if isinstance(message, Mapping) else (None, None)
+        is_known = role in ("user", "assistant") or (role == "system" and n == 0) if isinstance(role, str) else False
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not is_known or not isinstance(parts, (list, tuple)) or any(
+            not isinstance(part, Mapping)
+            or part.get("type") not in ("text", "image")
+            or (part["type"] == "text" and not _is_text(part.get("text")))
+            for part in parts
+        ):  # fmt: skip
+            raise ValueError(
+                f"{where}, message {n}, is {shown(message)}; it needs a 'role', user or assistant (or system, of the first), "
+                f"and a 'content', a text or a list of parts of type text or image."
+            )
+
+
+def _is_text(text) -> bool:
+    """A string that can be written as UTF-8 (halves of surrogate pairs cannot)."""
+    return isinstance(text, str) and text == text.encode("utf-8", "ignore").decode("utf-8")
+
+
 class GsvaProcessor(ProcessorMixin):
     r"""
     Turns pictures and expressions (or conversations) into model inputs, and segmentation outputs into results.
@@ -156,7 +218,16 @@ class GsvaProcessor(ProcessorMixin):
 
     def __init__(self, image_processor=None, tokenizer=None, patch_size=14, chat_template=None, prompts=None, **kwargs):
         self.patch_size = patch_size
+        if not isinstance(prompts, (Mapping, type(None))):
+            raise ValueError(f"prompts is {shown(prompts)}; give wordings by their names, as in PROMPTS.")
         self.prompts = {**PROMPTS, **(prompts or {})}
+        for name, wording in self.prompts.items():
+            if not isinstance(wording, Mapping) or any(
+                type(wording.get(field)) is not type(value) for field, value in PROMPTS["refer"].items()
+            ):
+                raise ValueError(
+                    f"prompts[{name!r}] is {shown(wording)}; it needs {', '.join(PROMPTS['refer'])}, as in PROMPTS."
+                )
         self.image_token = IMAGE_TOKEN
         if tokenizer is not None:
             vocabulary = tokenizer.get_vocab()
@@ -197,10 +268,15 @@ class GsvaProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation, chat_template=None, **kwargs):
         """
         As everywhere in transformers. Prompts to be answered (`add_generation_prompt`) are padded on the left unless
-        `processor_kwargs` says otherwise.
+        `processor_kwargs` says otherwise. A message may name its picture by URL or path; paths are followed inside the
+        working directory and the folders that the environment variable `GSVA_TRUSTED_FOLDERS` lists.
+
+        Raises:
+            ValueError: an empty conversation, or a message that names a file elsewhere.
         """
         if not len(conversation):
             raise ValueError("The conversation is empty; ask something.")
+        _check_chat_files(conversation)
         if kwargs.get("add_generation_prompt"):
             kwargs["processor_kwargs"] = {"padding_side": "left", **(kwargs.get("processor_kwargs") or {})}
         return super().apply_chat_template(conversation, chat_template, **kwargs)
@@ -214,8 +290,8 @@ class GsvaProcessor(ProcessorMixin):
         Raises:
             ValueError: an expression that is no string, is empty, or holds a special token.
         """
-        if not isinstance(expression, str):
-            raise ValueError(f"Expression {expression!r} is a {type(expression).__name__}; give a string.")
+        if not _is_text(expression):
+            raise ValueError(f"Expression {shown(expression)} is a {type(expression).__name__}; give a string of UTF-8.")
         text = expression.strip()
         if self.prompts[prompt]["lower"]:
             text = text.lower().strip(".")
@@ -238,7 +314,7 @@ class GsvaProcessor(ProcessorMixin):
         Args:
             no_targets: which expressions are answered by `[REJ]`; by default none.
         """
-        if prompt not in self.prompts:
+        if not isinstance(prompt, str) or prompt not in self.prompts:
             raise ValueError(f"prompt={prompt!r} is not known; choose one of {sorted(self.prompts)}.")
         if not expressions:
             raise ValueError("A list of expressions is empty; give at least one expression for each prompt.")
@@ -248,12 +324,12 @@ class GsvaProcessor(ProcessorMixin):
         wording = self.prompts[prompt]
         texts = [self.normalize_expression(expression, prompt) for expression in expressions]
         slots = [
-            wording["slot"].format(expression=text, token=REJ_TOKEN if absent else SEG_TOKEN)
+            wording["slot"].replace("{token}", REJ_TOKEN if absent else SEG_TOKEN).replace("{expression}", text)
             for text, absent in zip(texts, no_targets)
         ]
         return [
-            {"role": "user", "content": wording["question"].format(expressions=", ".join(texts))},
-            {"role": "assistant", "content": wording["answer"].format(slots=wording["separator"].join(slots))},
+            {"role": "user", "content": wording["question"].replace("{expressions}", ", ".join(texts))},
+            {"role": "assistant", "content": wording["answer"].replace("{slots}", wording["separator"].join(slots))},
         ]
 
     def encode_conversations(
@@ -342,6 +418,8 @@ class GsvaProcessor(ProcessorMixin):
         if expressions is not None:
             if not images:
                 raise ValueError(f"No image was given for {len(expressions)} list(s) of expressions; pass images=[...].")
+            if not isinstance(expressions, (list, tuple)):
+                raise ValueError(f"expressions is {shown(expressions)}; give a list of strings for each image.")
             if expressions and all(isinstance(expression, str) for expression in expressions):
                 expressions = [expressions]
             if len(images) != len(expressions):
@@ -349,12 +427,18 @@ class GsvaProcessor(ProcessorMixin):
                     f"{len(images)} images but {len(expressions)} lists of expressions; give one list for each image."
                 )
             no_targets = [None] * len(images) if no_targets is None else no_targets
+            if not isinstance(no_targets, (list, tuple)):
+                raise ValueError(f"no_targets is {shown(no_targets)}; give a list with true or false for each image.")
             if len(no_targets) != len(images):
                 raise ValueError(f"{len(images)} images but {len(no_targets)} lists of no_targets; give one for each image.")
             asked, answered, image_index = [], [], []
             for index, (texts, absent) in enumerate(zip(expressions, no_targets)):
                 if isinstance(texts, str):
                     raise ValueError(f"expressions[{index}] is the string {texts!r}; give a list of strings for each image.")
+                if not isinstance(texts, (list, tuple)):
+                    raise ValueError(f"expressions[{index}] is {shown(texts)}; give a list of strings for each image.")
+                if not isinstance(absent, (list, tuple, np.ndarray, type(None))):
+                    raise ValueError(f"no_targets[{index}] is {shown(absent)}; give a list with true or false for each.")
                 absent = [False] * len(texts) if absent is None else list(absent)
                 if len(absent) != len(texts):
                     raise ValueError(f"{len(texts)} expressions but {len(absent)} no_targets; give one for each.")
@@ -372,11 +456,22 @@ class GsvaProcessor(ProcessorMixin):
             data["input_ids"], data["attention_mask"] = self._pad(prompts, side="left")
             data["answer_ids"], data["answer_attention_mask"] = self._pad(answers)
         else:
+            if not isinstance(conversations, (list, tuple)) or not conversations:
+                raise ValueError(f"conversations is {shown(conversations)}; give a list of conversations, one at least.")
+            for index, messages in enumerate(conversations):
+                _check_messages(messages, f"Conversation {index}")
             image_index = list(range(len(conversations))) if image_index is None and images else image_index
-            image_index = [-1] * len(conversations) if image_index is None else list(image_index)
+            try:
+                image_index = [-1] * len(conversations) if image_index is None else [operator.index(n) for n in image_index]
+            except TypeError:
+                raise ValueError(
+                    f"image_index is {shown(image_index)}; give for each conversation the number of its image, or -1."
+                ) from None
             self._check_conversations(conversations, image_index, len(images))
             encoded = self.encode_conversations(conversations)
             if max_length is not None:
+                if not isinstance(max_length, int) or max_length < 1:
+                    raise ValueError(f"max_length={max_length!r} must be a number of tokens, 1 or more.")
                 for index, (ids, _) in enumerate(encoded):
                     if self.image_token_id in ids[max_length:]:
                         raise ValueError(
@@ -389,12 +484,14 @@ class GsvaProcessor(ProcessorMixin):
         data["image_index"] = image_index
         if images:
             data.update(self.image_processor(images, **kwargs))
+            if len(data["original_sizes"]) != len(images):
+                raise ValueError(
+                    f"{len(images)} entries of images hold {len(data['original_sizes'])} pictures; give one picture each."
+                )
             if masks is not None:
                 data["mask_labels"] = self._check_masks(masks, image_index, data["original_sizes"])
-        elif masks is not None and any(len(mask) for mask in masks):
-            raise ValueError("Masks were given without images; pass images=[...].")
         elif masks is not None:
-            data["mask_labels"] = [torch.zeros(0, 1, 1, dtype=torch.uint8) for _ in masks]
+            data["mask_labels"] = self._check_masks(masks, image_index, [])
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["expressions", "mask_labels"])
 
     def _call_with_text(self, images, text, **kwargs) -> BatchFeature:
@@ -441,12 +538,23 @@ class GsvaProcessor(ProcessorMixin):
                 )
 
     def _check_masks(self, masks, image_index, original_sizes):
+        if not hasattr(masks, "__len__") or isinstance(masks, (str, bytes, Mapping)):
+            raise ValueError(f"masks is {shown(masks)}; give for each conversation an array (slots, height, width).")
         if len(masks) != len(image_index):
             raise ValueError(f"{len(image_index)} conversations but {len(masks)} entries in masks; give one each.")
         checked = []
         for index, (mask, image) in enumerate(zip(masks, image_index)):
-            mask = torch.as_tensor(np.asarray(mask))
+            try:
+                mask = torch.as_tensor(np.asarray(mask))
+                if mask.ndim == 0 or mask.is_complex():
+                    raise TypeError("a single number" if mask.ndim == 0 else "complex numbers")
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ValueError(
+                    f"masks[{index}] is {shown(mask)}, no array (slots, height, width) of 0 and 1 ({error})."
+                ) from None
             size = tuple(int(side) for side in original_sizes[image]) if image >= 0 else None
+            if len(mask) and not len(original_sizes):
+                raise ValueError("Masks were given without images; pass images=[...].")
             if len(mask) and size is None:
                 raise ValueError(
                     f"masks[{index}] has shape {tuple(mask.shape)}, but conversation {index} has no image; give an empty list."

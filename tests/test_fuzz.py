@@ -6,15 +6,22 @@ and a change that leaves the input as it was is drawn again.
 """
 
 import copy
+import io
 import json
+import math
 import pickle
 import shutil
 
 import data_trees as trees
-import pyarrow
+import numpy as np
+import pyarrow.parquet
 import pytest
+import safetensors.torch
+import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from test_convert import original, sentencepiece_model  # noqa: F401 (fixtures)
 
 import data_scripts
 from data_scripts.schema import check_rle
@@ -216,3 +223,272 @@ def test_data_sets(name, make, files, tmp_path, monkeypatch):
     check()
     assert tried >= EXAMPLES and refused > EXAMPLES // 10
     shutil.rmtree(root)
+
+
+# ---- metric ----------------------------------------------------------------------------------------------------------
+ROW = {"dataset": "d", "split": "val", "protocol": "slots", "image_id": "1", "expression": "a cat", "is_no_target": False,
+       "is_rejected": False, "score": 1.5, "intersection": 3, "union": 4, "num_targets": 1, "is_malformed": False}  # fmt: skip
+ROWS = [ROW, {**ROW, "is_no_target": True, "intersection": 0, "num_targets": 0, "score": -0.5, "is_rejected": True}]
+RLES = {"prediction": {"size": [3, 3], "counts": "013000"}, "reference": {"size": [3, 3], "counts": "013000"}}
+
+
+def in_unit(metrics):
+    assert all(math.isnan(value) or 0 <= value <= 1 for value in metrics.values())
+
+
+@fuzz
+@given(mutated(ROWS))
+def test_metric_rows(rows):
+    from metrics.gres.functions import gres_metrics, report
+
+    try:
+        in_unit(gres_metrics(rows))
+        report(rows, resamples=2)
+    except (ValueError, TypeError) as error:
+        assert str(error).startswith(("row ", "expected rows", "these rows")), error
+
+
+@fuzz
+@given(mutated(RLES))
+def test_metric_masks(pair):
+    from metrics.gres.functions import check_row, row_from_masks
+
+    try:
+        prediction, reference = pair["prediction"], pair["reference"]
+    except (KeyError, TypeError):
+        return  # not this function's business
+    try:
+        check_row(row_from_masks(prediction, reference, False))
+    except ValueError as error:
+        assert str(error).startswith("row: "), error
+
+
+@fuzz
+@given(st.one_of(files_of(to_json_lines(ROWS), LINES).map(lambda content: (".jsonl", content)), st.deferred(lambda: parquet)))
+def test_metric_files(tmp_path_factory, file):
+    """Through the command line, which must end with one line and status 1."""
+    from metrics.gres.__main__ import main
+
+    suffix, content = file
+    path = tmp_path_factory.getbasetemp() / f"rows{suffix}"
+    path.write_bytes(content)
+    try:
+        main([str(path), "--json", "--bootstrap", "2"])
+    except SystemExit as end:
+        assert str(end.code).startswith("error: ") and (path.name in str(end.code) or "these rows" in str(end.code)), end.code
+
+
+def _parquet() -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), sink)
+    return sink.getvalue().to_pybytes()
+
+
+parquet = damaged(_parquet()).map(lambda content: (".parquet", content))
+
+
+# ---- processor -------------------------------------------------------------------------------------------------------
+TALK = [[{"role": "user", "content": "<image>\nWhere?"}, {"role": "assistant", "content": "It is [SEG]."}],
+        [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "assistant", "content": "Hi."}]]  # fmt: skip
+
+
+def processes(processor, **inputs):
+    try:
+        outputs = processor(return_tensors="pt", **inputs)
+    except ValueError as error:
+        assert type(error) is ValueError and str(error), error
+        return
+    shape = outputs["input_ids"].shape
+    assert shape == outputs["attention_mask"].shape and len(outputs["image_index"]) == len(shape and outputs["input_ids"])
+    if "pixel_values" in outputs:
+        assert int(outputs["image_index"].max()) < len(outputs["pixel_values"])
+
+
+ARRAYS = st.one_of(
+    JUNK,
+    st.builds(
+        lambda shape, kind: np.zeros(shape, kind),
+        st.lists(st.integers(0, 5), max_size=5),
+        st.sampled_from(["uint8", "float32", "bool", "complex64", "int64", "U3"]),
+    ),
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+@fuzz
+@given(images=st.one_of(ARRAYS, st.lists(ARRAYS, max_size=3)))
+def test_processor_images(processor, images):
+    processes(processor, images=images, expressions=[["a cat"]])
+
+
+def _picture(kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((20, 16)).save(file, format=kind)
+    return file.getvalue()
+
+
+@fuzz
+@given(damaged(_picture("PNG")) | damaged(_picture("JPEG")))
+@pytest.mark.filterwarnings("ignore")
+def test_processor_picture_files(processor, tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "picture"
+    path.write_bytes(content)
+    processes(processor, images=[str(path)], expressions=[["a cat"]])
+
+
+@fuzz
+@given(data=mutated({"expressions": [["a cat", "two dogs"], ["it"]], "no_targets": [[True, False], [False]], "prompt": "refer"}))
+def test_processor_expressions(processor, make_picture, data):
+    if isinstance(data, dict) and data.keys() <= CALL and data.get("expressions") is not None:
+        processes(processor, images=[make_picture(0), make_picture(1)], **data)
+
+
+CALL = {"expressions", "no_targets", "prompt", "conversations", "image_index", "masks", "max_length"}
+
+
+@fuzz
+@given(data=mutated({"conversations": TALK, "image_index": [0, -1], "masks": [[[[1, 0], [0, 1]]], []], "max_length": 300}))
+def test_processor_conversations(processor, make_picture, data):
+    if isinstance(data, dict) and data.keys() <= CALL and data.get("conversations") is not None:
+        processes(processor, images=[make_picture(0, 2, 2)], **data)
+
+
+@fuzz
+@given(prompts=mutated({"mine": {"question": "<image>\n{expressions}?", "answer": "{slots}", "slot": "{token}", "separator": ", ",
+                                 "lower": True}}))  # fmt: skip
+def test_processor_wordings(make_processor, make_picture, prompts):
+    try:
+        processor = make_processor(prompts=prompts)
+    except ValueError as error:
+        assert "prompts" in str(error)
+        return
+    for name in prompts or ():
+        processes(processor, images=[make_picture()], expressions=[["a cat"]], prompt=name)
+
+
+# ---- converter -------------------------------------------------------------------------------------------------------
+def torch_file(tensors) -> bytes:
+    file = io.BytesIO()
+    torch.save(tensors, file)
+    return file.getvalue()
+
+
+TENSORS = {f"model.layers.{n}.self_attn.q_proj.weight": torch.arange(16.0).reshape(4, 4) for n in range(3)}
+CHECKPOINTS = {
+    ".bin": torch_file(TENSORS),
+    ".safetensors": safetensors.torch.save(TENSORS),
+    ".pth": pickle.dumps({"a": [1, 2], "b": {"c": "d"}}),
+}
+
+
+@pytest.mark.parametrize("suffix", CHECKPOINTS)
+def test_converter_checkpoints(tmp_path, suffix):
+    from convert_checkpoint import Source
+
+    path = tmp_path / f"weights{suffix}"
+
+    @fuzz
+    @given(damaged(CHECKPOINTS[suffix]))
+    def check(content):
+        path.write_bytes(content)
+        try:
+            for entry in Source("--checkpoint", path).tensors.values():
+                assert entry.read().shape == entry.shape
+        except ValueError as error:
+            assert str(path) in str(error), error
+
+    check()
+
+
+@fuzz
+@given(
+    st.one_of(
+        files_of(to_json({"metadata": {}, "weight_map": {"a": "weights.bin", "b": "weights.bin"}}), JSON),
+        JUNK.map(lambda name: to_json({"weight_map": {"a": name}})),
+    )
+)
+def test_converter_index(tmp_path_factory, content):
+    from convert_checkpoint import _weight_files
+
+    path = tmp_path_factory.getbasetemp() / "pytorch_model.bin.index.json"
+    path.with_name("weights.bin").write_bytes(b"")
+    path.write_bytes(content)
+    try:
+        assert all(file.parent == path.parent for file in _weight_files(path))
+    except (ValueError, FileNotFoundError) as error:
+        assert str(path) in str(error), error
+
+
+class Accepted(Exception):
+    """Nothing was found wrong, and writing would begin."""
+
+
+@pytest.mark.parametrize("file", ["llava/config.json", "clip/config.json"])
+def test_converter_configurations(original, tmp_path, monkeypatch, file):  # noqa: F811
+    """Through the command line, which must end with one line and status 1."""
+    import convert_checkpoint
+
+    def accept(**options):
+        raise Accepted
+
+    monkeypatch.setattr(convert_checkpoint.tempfile, "mkdtemp", accept)
+    root = tmp_path / "original"
+    shutil.copytree(original, root)
+
+    @fuzz
+    @given(files_of((root / file).read_bytes(), JSON))
+    def check(content):
+        (root / file).write_bytes(content)
+        options = {"checkpoint": root / "full.pt", "output": tmp_path / "out", "llava": root / "llava", "clip": root / "clip"}
+        try:
+            convert_checkpoint.main([part for name, value in options.items() for part in (f"--{name}", str(value))])
+        except Accepted:
+            return
+        except SystemExit as end:
+            assert str(end.code).startswith("error: ") and (str(root) in end.code or "config.json files" in end.code), end.code
+
+    check()
+
+
+SMALL_FILES = {
+    "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": {"320": {"content": "x"}}},
+    "added_tokens.json": {"[PAD]": 320, "x": 321},
+    "preprocessor_config.json": {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "resample": 3},
+}
+
+
+@pytest.mark.parametrize("file", SMALL_FILES)
+def test_converter_small_files(tmp_path, file):
+    import convert_checkpoint
+
+    @fuzz
+    @given(files_of(to_json(SMALL_FILES[file]), JSON))
+    def check(content):
+        (tmp_path / file).write_bytes(content)
+        try:
+            convert_checkpoint._refuse_non_legacy(tmp_path)
+            assert all(isinstance(i, int) for i in convert_checkpoint._base_added_tokens(tmp_path).values())
+            picture = Image.new("RGB", (8, 8))
+            pixels = convert_checkpoint._image_processor(tmp_path, 8, 8)(picture, return_tensors="pt")["pixel_values"]
+            assert torch.isfinite(pixels).all()
+        except ValueError as error:
+            assert str(tmp_path) in str(error), error
+
+    check()
+
+
+def test_converter_tokenizers(sentencepiece_model, tmp_path):  # noqa: F811
+    from convert_checkpoint import build_llama_tokenizer
+
+    path = tmp_path / "tokenizer.model"
+
+    @fuzz
+    @given(damaged(sentencepiece_model.read_bytes()))
+    def check(content):
+        path.write_bytes(content)
+        try:
+            build_llama_tokenizer(path)
+        except ValueError as error:
+            assert str(path) in str(error), error
+
+    check()

@@ -16,6 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
+from reprlib import repr as shown  # short, and safe for what is nested deeply or in itself
 from typing import Any
 
 import numpy as np
@@ -93,14 +94,14 @@ def check_row(row: Mapping[str, Any], where: str = "row", required: Iterable[str
     """
     required = tuple(required)
     if not isinstance(row, Mapping):
-        raise TypeError(f"{where}: expected an object with named fields, got {row!r}")
+        raise TypeError(f"{where}: expected an object with named fields, got {shown(row)}")
     missing = [name for name in required if row.get(name) is None]
     if missing:
         raise ValueError(f"{where}: missing {', '.join(missing)}; a row needs {', '.join(required)}")
     for name, (is_right, expected) in FIELDS.items():
         value = row.get(name)
         if value is not None and not is_right(value):
-            raise ValueError(f"{where}: {name} is {value!r} ({type(value).__name__}), expected {expected}")
+            raise ValueError(f"{where}: {name} is {shown(value)} ({type(value).__name__}), expected {expected}")
     if row["intersection"] > row["union"]:
         raise ValueError(
             f"{where}: intersection {row['intersection']} is larger than union {row['union']}; "
@@ -121,6 +122,8 @@ _Columns = dict[str, np.ndarray]
 
 def _columns(rows: Iterable[Mapping[str, Any]]) -> _Columns:
     """Checked rows as one array per field; fields that may be absent are object arrays with None."""
+    if not isinstance(rows, Iterable):
+        raise TypeError(f"expected rows, one mapping for each expression, got {shown(rows)}")
     rows = list(rows)
     for index, row in enumerate(rows):
         check_row(row, f"row {index}")
@@ -473,6 +476,27 @@ def to_json(value: Any, **kwargs: Any) -> str:
     return json.dumps(clean(value), allow_nan=False, **kwargs)
 
 
+def _is_whole_rle(size: Any, counts: Any) -> bool:
+    """Whether pycocotools can work on an encoding: it crashes or hangs on one that is empty, cut or of another length.
+
+    Run lengths are little-endian numbers of 5 bits per character, from the fourth on differences to the last but one
+    (maskApi.c: rleToString). `data_scripts.schema.check_rle` does the same for files; this module stands alone.
+    """
+    if not isinstance(counts, str) or len(size) != 2 or not all(_is_whole(side, 1) for side in size):
+        return False
+    codes = np.frombuffer(counts.encode("ascii", "replace"), np.uint8) - np.uint8(48)
+    ends = np.flatnonzero(codes < 32)
+    starts = np.append(0, ends + 1)
+    digits = np.diff(starts)
+    if not len(ends) or starts[-1] != len(codes) or codes.max() > 63 or digits.max() > 7:
+        return False
+    runs = np.where(codes & 48 == 16, codes.astype(np.int64) - 32, codes & 31)
+    runs = np.add.reduceat(runs << 5 * (np.arange(len(codes)) - np.repeat(starts[:-1], digits)), starts[:-1])
+    runs[1::2] = runs[1::2].cumsum()
+    runs[2::2] = runs[2::2].cumsum()
+    return bool(runs.min() >= 0 and runs.max() < 2**32 and runs.sum() == size[0] * size[1])
+
+
 def row_from_masks(
     prediction: Mapping[str, Any], reference: Mapping[str, Any], is_rejected: bool, where: str = "row"
 ) -> dict[str, Any]:
@@ -491,8 +515,11 @@ def row_from_masks(
 
     for name, rle in {"prediction": prediction, "reference": reference}.items():
         size = rle.get("size") if isinstance(rle, Mapping) else None
-        if size is None or len(size) != 2 or not isinstance(rle.get("counts"), str):
-            raise ValueError(f"{where}: {name} is {rle!r}, expected {{'size': [height, width], 'counts': str}}")
+        if not isinstance(size, (list, tuple)) or not _is_whole_rle(size, rle.get("counts")):
+            raise ValueError(
+                f"{where}: {name} is {shown(rle)}, expected {{'size': [height, width], 'counts': str}}, a COCO run-length "
+                "encoding of that size"
+            )
     if list(prediction["size"]) != list(reference["size"]):
         raise ValueError(
             f"{where}: the prediction's size is {list(prediction['size'])}, the reference's {list(reference['size'])}; "

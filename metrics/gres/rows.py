@@ -16,7 +16,7 @@ def _parsed(path: Path) -> Iterable[tuple[str, Any]]:
 
         try:
             table = pyarrow.parquet.read_table(path)
-        except pyarrow.ArrowInvalid as error:
+        except (pyarrow.ArrowException, OSError, MemoryError) as error:
             raise ValueError(f"{path}: not a parquet file ({error})") from None
         yield from ((f"{path} row {n}", row) for n, row in enumerate(table.to_pylist(), 1))
         return
@@ -24,7 +24,7 @@ def _parsed(path: Path) -> Iterable[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"{path} line {number}", json.loads(line)
-            except ValueError as error:  # bad JSON, or bytes that are no text
+            except (ValueError, RecursionError) as error:  # bad JSON, or bytes that are no text
                 raise ValueError(
                     f"{path} line {number}: not a JSON object ({error}); a run that was killed while writing leaves "
                     "half a line: remove it, and let the run finish"
