@@ -9,6 +9,7 @@ from reprlib import repr as shown  # short, and safe for what is nested deeply o
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from transformers import TextIteratorStreamer
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
@@ -339,13 +340,16 @@ class GsvaProcessor(ProcessorMixin):
         Renders and tokenizes conversations: per conversation the ids, `<image>` expanded, and the labels, -100
         wherever the assistant does not speak. Supervised are exactly the answers with their end-of-sequence token.
         """
-        texts, spans = render_jinja_template(
-            conversations=conversations,
-            chat_template=self.chat_template,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=add_generation_prompt,
-            **self.tokenizer.special_tokens_map,
-        )
+        try:
+            texts, spans = render_jinja_template(
+                conversations=conversations,
+                chat_template=self.chat_template,
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=add_generation_prompt,
+                **self.tokenizer.special_tokens_map,
+            )
+        except TemplateError as error:
+            raise ValueError(f"The chat template does not take these conversations: {error}") from None
         encoded = self.tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False)
         results = []
         for ids, offsets, answer_spans in zip(encoded["input_ids"], encoded["offset_mapping"], spans):
