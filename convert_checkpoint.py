@@ -884,7 +884,7 @@ def _image_processor(clip: Path | None, image_size: int, sam_size: int):
             or len(numbers) != (1 if known else 3)
             or any(type(number) not in (int, float) or not -1e3 < number < 1e3 for number in numbers)
             or (known and value not in known)
-            or (name == "image_std" and min(numbers) <= 0)
+            or (name == "image_std" and min(numbers) < 1e-3)
         ):
             raise ValueError(f"{clip}/preprocessor_config.json: {name} is {shown(value)}; download it again.")
     return GsvaImageProcessor(
