@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test test-slow conformance base lint clean
+.PHONY: demo test test-slow conformance base lint types clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/accelerate launch run_gres.py configs/demo.yaml
@@ -25,6 +25,9 @@ base: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
+
+types: $(VENV)/installed
+	$(RUN) -m mypy
 
 $(VENV)/installed: setup.cfg pyproject.toml configs/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (transformers 5.23 \
