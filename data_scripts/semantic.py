@@ -74,7 +74,7 @@ class LabelMapBuilder(RowBuilder):
             if value not in self.classes:
                 raise ValueError(
                     f"The label map {label} holds the value {value}, which is no class of {self.title} "
-                    f"(0 to {max(self.classes)}); take pictures and class list from one release."
+                    f"(0 to {max(self.classes, default='none')}); take pictures and class list from one release."
                 )
             if self.classes[value] is not None:
                 expressions.append(expression(self.classes[value], mask))

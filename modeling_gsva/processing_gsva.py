@@ -340,16 +340,13 @@ class GsvaProcessor(ProcessorMixin):
         Renders and tokenizes conversations: per conversation the ids, `<image>` expanded, and the labels, -100
         wherever the assistant does not speak. Supervised are exactly the answers with their end-of-sequence token.
         """
-        try:
-            texts, spans = render_jinja_template(
-                conversations=conversations,
-                chat_template=self.chat_template,
-                return_assistant_tokens_mask=True,
-                add_generation_prompt=add_generation_prompt,
-                **self.tokenizer.special_tokens_map,
-            )
-        except TemplateError as error:
-            raise ValueError(f"The chat template does not take these conversations: {error}") from None
+        texts, spans = render_jinja_template(
+            conversations=conversations,
+            chat_template=self.chat_template,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=add_generation_prompt,
+            **self.tokenizer.special_tokens_map,
+        )
         encoded = self.tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False)
         results = []
         for ids, offsets, answer_spans in zip(encoded["input_ids"], encoded["offset_mapping"], spans):
@@ -472,7 +469,10 @@ class GsvaProcessor(ProcessorMixin):
                     f"image_index is {shown(image_index)}; give for each conversation the number of its image, or -1."
                 ) from None
             self._check_conversations(conversations, image_index, len(images))
-            encoded = self.encode_conversations(conversations)
+            try:
+                encoded = self.encode_conversations(conversations)
+            except TemplateError as error:
+                raise ValueError(f"The chat template does not take these conversations: {error}") from None
             if max_length is not None:
                 if not isinstance(max_length, int) or max_length < 1:
                     raise ValueError(f"max_length={max_length!r} must be a number of tokens, 1 or more.")
