@@ -1,8 +1,10 @@
 """Turn checkpoints of the original GSVA code into a directory that the Auto classes load, and back.
 
     python convert_checkpoint.py --checkpoint gsva-7b-ft-gres.bin --llava LLAVA_DIR --clip CLIP_DIR --output gsva-7b
+    python convert_checkpoint.py --llava LLAVA_DIR --clip CLIP_DIR --sam sam_vit_h_4b8939.pth --output gsva-7b-start
     python convert_checkpoint.py --checkpoint gsva-7b --reverse --output gsva-7b.bin
 
+The second is where the original's training starts: no checkpoint yet, and what GSVA adds is drawn at random (`--seed`).
 The checkpoint is a file, a sharded one's index or a directory; what it lacks comes from `--llava` (or `--llama` with
 `--llava_delta`), `--clip` and `--sam`. Tensors are read and written one at a time, so that memory stays at a few tensors,
 however big the checkpoint.
@@ -21,6 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from reprlib import repr as shown  # short, and safe for what is nested deeply
 from typing import TYPE_CHECKING
@@ -441,7 +444,7 @@ class Source:
 
     Args:
         option: the option, for messages.
-        path: file, index or directory.
+        path: file, index or directory; None for tensors that come from no file.
         place: what stands before each key to make it a full name of the original ("model.visual_model." for SAM).
 
     Attributes:
@@ -453,14 +456,14 @@ class Source:
         ValueError: a key that is neither mapped nor dropped, listed with the others of its kind; one name in two files.
     """
 
-    def __init__(self, option: str, path: Path, place: str = "", required: bool = True):
+    def __init__(self, option: str, path: Path | None, place: str = "", required: bool = True):
         self.option, self.path = option, path
         self.tensors: dict[str, Entry] = {}
         self.lora: dict[str, dict[str, Entry]] = {}
         self.dropped: dict[str, str] = {}
         unknown, twice, adapters = [], {}, set()
         origin: dict[tuple, Path] = {}
-        for file in _weight_files(path, required):
+        for file in _weight_files(path, required) if path else ():
             handle = _File(file)
             for key, (shape, dtype) in handle.tensors().items():
                 entry = Entry(shape, dtype, lambda handle=handle, key=key: handle.read(key))
@@ -727,17 +730,56 @@ _PARTS = {
 
 def _check_whole(tensors: dict[str, Entry], checkpoint: Source) -> None:
     """Names every part that no option supplies, before any configuration is read."""
+    is_start = checkpoint.path is None
     missing = [
-        f"  {to_original(part + sign).removesuffix(sign)}*: pass it with {option}"
+        f"  {to_original(part + sign).removesuffix(sign)}*: pass it with "
+        + (_PARTS["model.language_model."][1] if is_start and option == "--checkpoint" else option)
         for part, (sign, option) in _PARTS.items()
-        if part + sign not in tensors
+        if part + sign not in tensors and not (is_start and part == "mask_projector.")
     ]
     if missing:
         trained = "model.language_model.norm.weight" not in checkpoint.tensors
+        has = f"{checkpoint.path} has {'only the trained parameters' if trained else 'not all parameters'}"
         raise ValueError(
-            f"{checkpoint.path} has {'only the trained parameters' if trained else 'not all parameters'}; missing are\n"
-            + "\n".join(missing)
+            ("Without --checkpoint every part comes from an option" if is_start else has) + "; missing are\n" + "\n".join(missing)
         )
+
+
+def _beginnings(tensors: dict[str, Entry], rows: int, new: list[str], std: float, seed: int) -> dict[str, Entry]:
+    """What GSVA adds to LLaVA and SAM, drawn as the original draws it before its training.
+
+    Rows of the new tokens in the embedding and in the language head: normal with the configuration's
+    `initializer_range` (prepare_model_tokenizer.py: `resize_token_embeddings` of transformers 4.44.2). The mask
+    projector: `torch.nn.Linear`'s own uniform numbers (modeling_lisa_gsva.py: init_seg_and_proj).
+
+    Raises:
+        ValueError: the base's embedding has other rows than its tokenizer has tokens.
+    """
+
+    def generator(number: int) -> torch.Generator:  # each tensor its own, in whatever order they are written
+        return torch.Generator().manual_seed(seed * 10 + number)
+
+    def grown(base: Entry, number: int) -> torch.Tensor:
+        added = torch.randn(len(new), base.shape[1], generator=generator(number)) * std
+        return torch.cat([base.read(), added.to(base.dtype)])
+
+    def uniform(shape: tuple[int, ...], number: int) -> torch.Tensor:  # the weight's and the bias' bound is 1 / sqrt(inputs)
+        return (torch.rand(shape, generator=generator(number)) * 2 - 1) / hidden**0.5
+
+    made = {}
+    for number, name in enumerate(("model.language_model.embed_tokens.weight", "lm_head.weight")):
+        base = tensors[name]
+        if base.shape[0] + len(new) != rows:
+            raise ValueError(
+                f"{to_original(name)} has {base.shape[0]} rows, and its tokenizer {rows - len(new)} tokens before GSVA adds "
+                f"{', '.join(new)}: --llava is not whole (added_tokens.json, perhaps), or not a LLaVA of the paper's kind."
+            )
+        made[name] = Entry((rows, base.shape[1]), base.dtype, partial(grown, base, number))
+    hidden, prompt = base.shape[1], tensors["sam.mask_decoder.mask_tokens.weight"].shape[1]
+    shapes = {"0.weight": (hidden, hidden), "0.bias": (hidden,), "2.weight": (prompt, hidden), "2.bias": (prompt,)}
+    for number, (name, shape) in enumerate(shapes.items(), start=2):
+        made[f"mask_projector.{name}"] = Entry(shape, torch.float32, partial(uniform, shape, number))
+    return made
 
 
 def _check_filled(expected: dict[str, tuple[int, ...]], tensors: dict[str, Entry], given: list[str]) -> None:
@@ -904,7 +946,7 @@ tags: [gsva, referring-expression-segmentation, image-segmentation]
 # {name}
 
 GSVA (CVPR 2024): segments every expression of a question, or rejects it when nothing in the image fits.
-Converted from a checkpoint of the original code (LeapLabTHU/GSVA) with `convert_checkpoint.py`.
+{origin}
 
 | | |
 | --- | --- |
@@ -923,8 +965,13 @@ The weights derive from LLaMA, CLIP and SAM: their licences apply, LLaMA's among
 """
 
 
+_CONVERTED = "Converted from a checkpoint of the original code (LeapLabTHU/GSVA) with `convert_checkpoint.py`."
+_START = """Where training starts: LLaVA, CLIP and SAM put together with `convert_checkpoint.py`. What GSVA adds to them is drawn at
+random, so that this model has not learned to segment anything yet."""
+
+
 def convert(args: argparse.Namespace) -> dict:
-    """Checkpoint of the original → directory of ours. Returns the summary that is printed."""
+    """Checkpoint of the original, or only the bases it starts from → directory of ours. Returns the summary that is printed."""
     from transformers.initialization import no_init_weights
 
     from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration, GsvaProcessor
@@ -939,14 +986,18 @@ def convert(args: argparse.Namespace) -> dict:
     if (llama_dir is None) != (delta_dir is None) or (llava_dir and delta_dir):
         raise ValueError("Pass either --llava, or --llama together with --llava_delta.")
 
-    checkpoint = Source("--checkpoint", Path(args.checkpoint))
+    is_start = args.checkpoint is None
+    if is_start:
+        checkpoint = Source("drawn at random", None)
+    else:
+        checkpoint = Source("--checkpoint", Path(args.checkpoint))
     sources = [checkpoint]
     if clip_dir:
-        sources.append(Source("--clip", clip_dir, "clip.", required=False))
+        sources.append(Source("--clip", clip_dir, "clip.", required=is_start))
     if args.sam:
         sources.append(Source("--sam", Path(args.sam), "model.visual_model."))
     if llava_dir:
-        sources.append(Source("--llava", llava_dir, required=False))
+        sources.append(Source("--llava", llava_dir, required=is_start))
         _check_not_delta(sources[-1])
     elif delta_dir:
         sources.append(_add_delta(Source("--llama", llama_dir), Source("--llava_delta", delta_dir)))
@@ -959,11 +1010,17 @@ def convert(args: argparse.Namespace) -> dict:
         raise ValueError(
             "--llava is missing: its config.json and tokenizer.model are needed (not its weights, which the checkpoint has)."
         )
-    shapes = {name: entry.shape for name, entry in tensors.items()}
-
-    tokenizer = build_llama_tokenizer(args.tokenizer or language_dir, added_tokens=_base_added_tokens(language_dir))
+    known = _base_added_tokens(language_dir)
+    tokenizer = build_llama_tokenizer(args.tokenizer or language_dir, added_tokens=known)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     rows = image_id if image_id == len(tokenizer) - 1 else len(tokenizer)
+    shapes = {name: entry.shape for name, entry in tensors.items()}
+    text_config, llava_config = _llama_config(language_dir, rows, shapes)
+    if is_start:
+        new = [token for token in ORDINARY_TOKENS + SPECIAL_TOKENS if token not in known]
+        checkpoint.tensors = _beginnings(tensors, rows, new, text_config.initializer_range, args.seed)
+        tensors |= checkpoint.tensors
+        shapes |= {name: entry.shape for name, entry in checkpoint.tensors.items()}
     for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
         if name in shapes and shapes[name][0] != rows:
             where = next(source for source in sources if name in source.tensors)
@@ -972,9 +1029,8 @@ def convert(args: argparse.Namespace) -> dict:
                 f"{rows} ([SEG] is {tokenizer.convert_tokens_to_ids('[SEG]')}). Pass the base the checkpoint was trained from"
                 + (", and a checkpoint that holds its trained embedding." if where is not checkpoint else ".")
             )
-    text_config, llava_config = _llama_config(language_dir, rows, shapes)
     vision_config, sam_config = _clip_config(clip_dir, shapes), _sam_config(shapes)
-    dtype = checkpoint_dtype(checkpoint) if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype = checkpoint_dtype(sources[-1] if is_start else checkpoint) if args.dtype == "auto" else getattr(torch, args.dtype)
     feature = llava_config.get("mm_vision_select_feature", "patch")
     if not isinstance(feature, str) or feature not in _SELECTED:
         raise ValueError(
@@ -998,7 +1054,7 @@ def convert(args: argparse.Namespace) -> dict:
         model = GsvaForConditionalGeneration(config)
     tied = set(model.all_tied_weights_keys)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
-    _check_filled(expected, tensors, [f"{source.option} {source.path}" for source in sources])
+    _check_filled(expected, tensors, [f"{source.option} {source.path}" for source in sources if source.path])
     for source in sources[1:]:
         if source.lora:
             raise ValueError(f"{source.option} {source.path} holds LoRA weights; only those of --checkpoint are used.")
@@ -1051,7 +1107,7 @@ def convert(args: argparse.Namespace) -> dict:
             f"| {key} | {json.dumps(value) if isinstance(value, dict) else value} |" for key, value in summary.items()
         )
         (aside / "README.md").write_text(
-            _CARD.format(name=args.push_to_hub or output.name, rows=card), encoding="utf-8"
+            _CARD.format(name=args.push_to_hub or output.name, rows=card, origin=_START if is_start else _CONVERTED), encoding="utf-8"
         )
         _open_up(aside)
         if output.exists():
@@ -1139,8 +1195,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint",
-        required=True,
-        help=".bin, .safetensors, an index or a directory of the original; with --reverse a directory of ours",
+        help=".bin, .safetensors, an index or a directory of the original; with --reverse a directory of ours; without it "
+        "the result is where training starts",
     )
     parser.add_argument("--output", required=True, help="directory to write; with --reverse a .bin")
     parser.add_argument("--llava", help="LLaVA base: config.json, tokenizer.model, and weights the checkpoint lacks")
@@ -1161,6 +1217,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=["auto", "float32", "float16", "bfloat16"],
         help="of the result; auto: the checkpoint's own",
     )
+    parser.add_argument("--seed", type=int, default=0, help="without --checkpoint: of what GSVA adds to the bases")
     parser.add_argument("--lora_alpha", type=float, default=16.0, help="the original's --lora_alpha; not in the file")
     parser.add_argument("--keep_lora", action="store_true", help="write adapter/ for PEFT instead of merging")
     parser.add_argument("--max_shard_size", default="5GB", help="of each file of weights")
@@ -1169,7 +1226,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--peft_names", action="store_true", help="with --reverse: PEFT's prefix, for training with LoRA"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.reverse and args.checkpoint is None:
+        parser.error("--reverse needs --checkpoint, a directory that this program wrote")
+    return args
 
 
 def _keep_freed_memory() -> None:

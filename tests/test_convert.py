@@ -242,6 +242,64 @@ def test_delta_is_added_and_refused_as_a_base(original, tmp_path, capsys):
         main([*rest, "--output", str(tmp_path / "refused"), "--llava_delta", str(tmp_path / "delta")])
 
 
+def start(original: Path, output: Path, *options: str) -> dict[str, torch.Tensor]:
+    """The command line without a checkpoint: where training starts."""
+    main(["--output", str(output), "--llava", str(original / "llava"), "--clip", str(original / "clip"), "--sam",
+          str(original / "sam.pth"), *options])  # fmt: skip
+    return load_file(output / "model.safetensors")
+
+
+def test_training_starts_from_the_bases_alone(original, tmp_path, capsys):
+    """The bases' tensors as they are; what GSVA adds is drawn as the original draws it, the same for the same seed."""
+    ours = start(original, tmp_path / "out")
+    assert "'drawn at random': 6" in capsys.readouterr().out
+    llava, clip, sam = (torch.load(original / file, weights_only=True)
+                        for file in ("llava/pytorch_model.bin", "clip/pytorch_model.bin", "sam.pth"))  # fmt: skip
+    bases = {to_ours(key): value for key, value in llava.items() if "inv_freq" not in key}
+    bases |= {to_ours(f"model.visual_model.{key}"): value for key, value in sam.items()}
+    bases |= {to_ours(f"model.vision_tower.vision_tower.{key}"): value for key, value in clip.items()
+              if key.startswith("vision_model") and "position_ids" not in key}  # fmt: skip
+    made = {name for name in ours if name.startswith("mask_projector.")}
+    assert set(ours) == set(bases) | made and len(made) == 4
+    for name, value in bases.items():
+        assert torch.equal(ours[name][: len(value)], value), name  # the embedding and the head have four rows more
+    grown = [ours[name] for name in ("model.language_model.embed_tokens.weight", "lm_head.weight")]
+    assert [rows.shape for rows in grown] == [(324, 32)] * 2
+    added = torch.cat([rows[320:] for rows in grown])
+    assert added.std() == pytest.approx(0.02, rel=0.2) and abs(added.mean()) < 0.005  # LlamaConfig.initializer_range
+    assert len(added.unique()) == added.numel()
+    for name in made:  # torch.nn.Linear(32, ...)
+        assert 0.8 * 32**-0.5 < ours[name].abs().max() <= 32**-0.5, name
+    again, other = start(original, tmp_path / "again"), start(original, tmp_path / "other", "--seed", "1")
+    assert all(torch.equal(again[name], value) for name, value in ours.items())
+    assert {name for name, value in ours.items() if not torch.equal(other[name], value)} == {
+        "model.language_model.embed_tokens.weight", "lm_head.weight", *made}  # fmt: skip
+    model, processor = load(tmp_path / "out")
+    assert model.segment(**sample_inputs(processor)).scores[0].isfinite().all()
+    assert "not learned to segment" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda words, base: words.remove("--sam"), r"every part comes from an option.*pos_embed\*: pass it with --sam"),
+    (lambda words, base: words.remove("--clip"), r"vision_model\.\*: pass it with --clip"),
+    (lambda words, base: words.remove("--llava"), r"embed_tokens\.\*: pass it with --llava \(or"),
+    (lambda words, base: (base / "added_tokens.json").write_text('{"[PAD]": 320}'), r"320 rows, and its tokenizer 321 tokens"),
+    (lambda words, base: (base / "pytorch_model.bin").unlink(), r"no \.bin"),
+])  # fmt: skip
+def test_a_start_that_is_not_whole_is_refused(change, message, original, tmp_path):
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(original / "llava", base)
+    given = {"--llava": base, "--clip": original / "clip", "--sam": original / "sam.pth"}
+    options = list(given)
+    change(options, base)
+    with pytest.raises(SystemExit) as error:
+        main(["--output", str(tmp_path / "out"), *(str(word) for name in options for word in (name, given[name]))])
+    assert re.search(message, str(error.value), re.DOTALL), error.value
+    assert not (tmp_path / "out").exists()
+
+
 def broken(original: Path, change) -> dict[str, torch.Tensor]:
     state = peft_names(original)
     change(state)
