@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         if training_args.do_predict:
             runs.predict(processor, model, data_args, training_args)
         if training_args.push_to_hub:
-            runs.push(processor, model, training_args)
+            runs.push(training_args)
         runs.summary(training_args)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         if "debug" in (sys.argv if argv is None else argv):  # --log_level debug

@@ -7,6 +7,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import BitsAndBytesConfig
+from transformers.utils.peft_utils import find_adapter_config_file
 
 ADAPTER = "adapter"
 
@@ -29,8 +30,12 @@ def quantization_config(kind: str, dtype: str) -> BitsAndBytesConfig:
     )
 
 
-def is_adapter(directory: str | Path) -> bool:
-    return (Path(directory) / "adapter_config.json").is_file()
+def is_adapter(name: str | Path) -> bool:
+    """Whether a directory, or a repository of the Hub, holds an adapter instead of a model."""
+    try:
+        return find_adapter_config_file(str(name)) is not None
+    except OSError:  # neither; whoever loads it says so
+        return False
 
 
 def base_of(directory: str | Path) -> str:

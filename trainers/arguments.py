@@ -34,6 +34,9 @@ class ModelArguments:
     """Which model, and which of its parts learn."""
 
     model: str = field(default="assets/tiny_gsva", metadata={"help": "Directory or Hub id of a GSVA model."})
+    base_model: str | None = field(
+        default=None, metadata={"help": "Where `model` is an adapter: its base, if not where it was trained."}
+    )
     dtype: str = field(default="float32", metadata={"help": "Type of the loaded weights: float32, bfloat16, auto ..."})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa or flash_attention_2."})
     train_language_model: str = field(
@@ -168,6 +171,9 @@ class GsvaTrainingArguments(TrainingArguments):
     )
     validation_pictures: int = field(
         default=4, metadata={"help": "Pictures that each evaluation in training draws to output_dir/validation; 0: none."}
+    )
+    hub_adapter_id: str | None = field(
+        default=None, metadata={"help": "--push_to_hub: also the adapter alone, to this repository."}
     )
     feature_cache: str | None = field(
         default=None, metadata={"help": "Folder that keeps what the frozen towers see, so that they look once."}

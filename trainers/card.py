@@ -13,6 +13,7 @@ from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
 from .pictures import write_text
 
 CARD = "README.md"
+TRAINING = "training.json"  # what a run notes for its card: pictures it could draw from, seconds it took
 METRICS = ("gIoU", "cIoU", "N_acc", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9")
 # What the paper's models are built from, for a base whose own card names no licence.
 BASES = """The weights may derive from these; their licences apply:
@@ -36,8 +37,22 @@ CITATION = """```bibtex
 USE = """```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
-model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)
+inputs = processor(images=[image], expressions=[["the man in red", "the unicorn"]], return_tensors="pt")
+results = processor.post_process_segmentation(model.segment(**inputs), inputs)
+```"""
+
+
+USE_ADAPTER = """This is the adapter alone (LoRA and the parts that were trained in full); it needs its base.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("{base}", trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained("{base}", trust_remote_code=True)
+model = PeftModel.from_pretrained(model, "{name}").merge_and_unload()
 inputs = processor(images=[image], expressions=[["the man in red", "the unicorn"]], return_tensors="pt")
 results = processor.post_process_segmentation(model.segment(**inputs), inputs)
 ```"""
@@ -48,9 +63,17 @@ def _table(rows: dict[str, Any]) -> str:
 
 
 def _licence_of(base: str) -> str | None:
-    """The licence that a local base's own card names."""
+    """The licence that the base's own card names."""
     path = Path(base) / CARD
-    return ModelCard.load(path).data.get("license") if path.is_file() else None
+    try:
+        return ModelCard.load(path if Path(base).is_dir() else base).data.get("license")
+    except (OSError, ValueError):  # no card, or no Hub to ask
+        return None
+
+
+def _named(base: str) -> str:
+    """A base as a reader knows it: a Hub id or a relative path as it is, of any other path the last part."""
+    return Path(base).name if Path(base).is_absolute() else base
 
 
 def _trained_on(data: DataArguments) -> str:
@@ -59,15 +82,17 @@ def _trained_on(data: DataArguments) -> str:
     return f"mixture of {data.mixture or 'the original data sets'}, rates {data.mixture_rates or '9, 3, 3, 1'}"
 
 
-def _training(model: ModelArguments, data: DataArguments, training: GsvaTrainingArguments, history: list[dict]) -> str:
+def _training(
+    model: ModelArguments, data: DataArguments, training: GsvaTrainingArguments, history: list[dict], facts: dict[str, Any]
+) -> str:
     learns = {"lora": f"LoRA, rank {model.lora_r}, alpha {model.lora_alpha}, dropout {model.lora_dropout}"}
     rows = {
-        "base": f"`{model.model}`",
+        "base": f"`{_named(model.model)}`",
         "language model": learns.get(model.train_language_model, model.train_language_model)
         + (f", over a base in {model.quantization}" if model.quantization else ""),
         "data": _trained_on(data),
         "split": data.train_split,
-        "pictures": data.max_train_samples or "all",
+        "pictures": f"{facts['pictures']:,}" if "pictures" in facts else data.max_train_samples or "all",
         "expressions per picture": data.num_expressions,
         "wording": data.wording,
         "steps": max((entry.get("step", 0) for entry in history), default=0),
@@ -79,6 +104,7 @@ def _training(model: ModelArguments, data: DataArguments, training: GsvaTraining
         f"{training.warmup_steps:g} warm-up steps, gradients clipped at {training.max_grad_norm:g}",
         "precision": "bfloat16" if training.bf16 else "float16" if training.fp16 else model.dtype,
         "seed": training.seed,
+        "time": f"{facts['seconds']:.0f} s of the last start" if "seconds" in facts else "not recorded",
         "transformers": transformers_version,
     }
     return _table(rows)
@@ -99,15 +125,15 @@ def _results(records: list[dict]) -> str:
 
 def write_card(model: ModelArguments, data: DataArguments, training: GsvaTrainingArguments) -> Path:
     """
-    Writes `OUTPUT_DIR/README.md` from the arguments and from what the run left: results.json, log_history.json and
-    pictures. Numbers that are not there are not in it.
+    Writes `OUTPUT_DIR/README.md`, and beside an adapter its own, from the arguments and from what the run left:
+    results.json, training.json, log_history.json and pictures. Numbers that are not there are not in it.
     """
     output_dir = Path(training.output_dir)
 
-    def read(name: str) -> list[dict]:
+    def read(name: str) -> Any:
         return json.loads((output_dir / name).read_text()) if (output_dir / name).is_file() else []
 
-    records, licence = read("results.json"), _licence_of(model.model)
+    records, licence, base = read("results.json"), _licence_of(model.model), _named(model.model)
     evaluated = [
         EvalResult(
             task_type="image-segmentation",
@@ -123,39 +149,44 @@ def write_card(model: ModelArguments, data: DataArguments, training: GsvaTrainin
         for name in METRICS
         if record["metrics"].get(name) is not None
     ]
-    front = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-segmentation",
-        tags=["gsva", "referring-expression-segmentation"],
-        license=licence or "other",
-        model_name=output_dir.name,
-        eval_results=evaluated or None,
-    )
-    files = [path for path in sorted(output_dir.glob("*.png")) if path.name == "curves.png"]
-    pages = sorted(path.name for path in output_dir.glob("*.html"))
-    introduction = (
-        "GSVA segments what an expression names and rejects the expressions whose thing is not in the picture: "
-        f"`{model.model}` after training on {data.dataset}."
-    )
-    sections = [
-        f"---\n{front.to_yaml()}\n---",
-        f"# {output_dir.name}",
-        introduction,
-        f"## Use\n\n{USE}",
-        f"## Results\n\n{_results(records)}",
-        f"## Training\n\n{_training(model, data, training, read('log_history.json'))}",
-        *(f"![{path.stem}]({path.name})" for path in files),
-        *(["Pictures: " + ", ".join(f"[{name}]({name})" for name in pages) + "."] if pages else []),
-        f"## Licences\n\nThe base's card states `{licence}`." if licence else f"## Licences\n\n{BASES}",
-        f"## Citation\n\n{CITATION}",
-    ]
-    told = {**asdict(data), **asdict(model)}
+    told = {**asdict(data), **asdict(model), "model": base}
     for private in ("data_dir", "image", "expressions"):  # of the machine, not of the model
         told.pop(private)
+    told["dataset_options"] = {name: value for name, value in data.options.items() if name != "cache_dir"} or None
     options = {name: value for name, value in told.items() if value not in (None, [], "")}
-    sections.append(
-        "<details><summary>All arguments of data and model</summary>\n\n```json\n"
-        f"{json.dumps(options, indent=1, default=str)}\n```\n</details>"
+    told_as_json = json.dumps(options, indent=1, default=str)
+    facts = (
+        f"## Results\n\n{_results(records)}",
+        f"## Training\n\n{_training(model, data, training, read('log_history.json'), dict(read(TRAINING)))}",
     )
-    write_text(output_dir / CARD, "\n\n".join(sections) + "\n")
+    sources = (
+        f"## Licences\n\nThe base's card states `{licence}`." if licence else f"## Licences\n\n{BASES}",
+        f"## Citation\n\n{CITATION}",
+        f"<details><summary>All arguments of data and model</summary>\n\n```json\n{told_as_json}\n```\n</details>",
+    )
+
+    def write(folder: Path, name: str, library: str, use: str, pictures: list[str]) -> None:
+        front = ModelCardData(
+            library_name=library,
+            pipeline_tag="image-segmentation",
+            tags=["gsva", "referring-expression-segmentation"],
+            license=licence or "other",
+            base_model=None if Path(model.model).exists() else model.model,  # the Hub takes ids of its own
+            model_name=name,
+            eval_results=evaluated or None,
+        )
+        introduction = (
+            "GSVA segments what an expression names and rejects the expressions whose thing is not in the picture: "
+            f"`{base}` after training on {_trained_on(data)}."
+        )
+        head = (f"---\n{front.to_yaml()}\n---", f"# {name}", introduction, f"## Use\n\n{use.format(name=name, base=base)}")
+        write_text(folder / CARD, "\n\n".join([*head, *facts, *pictures, *sources]) + "\n")
+
+    shown = [path.name for path in sorted(output_dir.glob("*.png")) if path.name.startswith(("curves", "pictures_after"))]
+    pages = sorted(path.name for path in output_dir.glob("*.html"))
+    pictures = [f"![{Path(name).stem}]({name})" for name in shown]
+    pictures += ["Pictures: " + ", ".join(f"[{name}]({name})" for name in pages) + "."] if pages else []
+    write(output_dir, training.hub_model_id or output_dir.name, "transformers", USE, pictures)
+    if (adapter := output_dir / "adapter").is_dir():
+        write(adapter, training.hub_adapter_id or f"{output_dir.name}/adapter", "peft", USE_ADAPTER, [])
     return output_dir / CARD

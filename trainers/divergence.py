@@ -81,7 +81,7 @@ class DivergenceWatch:
         message = f"Step {step}: {wrong}. {where}"
         if not math.isfinite(loss) and self.mode == "stop":
             raise FloatingPointError(
-                f"{message} The weights are those of step {step}; resume from the last checkpoint with a lower "
+                f"{message} The weights are still those after step {step - 1}; resume from the last checkpoint with a lower "
                 "--learning_rate, or look at the batch. --divergence warn goes on regardless."
             )
         logger.warning("%s", message)

@@ -85,6 +85,16 @@ def snapshot(model: nn.Module) -> dict[str, tuple[float, float]]:
         }
 
 
+def moved_table(model: nn.Module, before: dict) -> str:
+    """For each part that is trained, how many of its parameter tensors are others than they were at `before`."""
+    still, counts = set(unmoved(model, before)), {}
+    for name in before:
+        of_part = counts.setdefault(_part_of(name), [0, 0])
+        of_part[0] += name not in still
+        of_part[1] += 1
+    return "\n".join(["trained tensors that moved:", *(f"{part:<40}{moved:>7} of {n}" for part, (moved, n) in counts.items())])
+
+
 def unmoved(model: nn.Module, before: dict) -> list[str]:
     """Names of trained parameters that are still what they were at `before`."""
     after = snapshot(model)

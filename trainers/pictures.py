@@ -83,6 +83,18 @@ def labelled_overlay(image: Image.Image, results: Sequence[dict[str, Any]]) -> I
     return sheet
 
 
+def contact_sheet(images: Sequence[Image.Image], columns: int = 3, width: int = 360) -> Image.Image:
+    """Pictures in rows of `columns`, each scaled to `width` pixels, on one white sheet."""
+    scaled = [image.resize((width, max(round(image.height * width / image.width), 1))) for image in images]
+    rows = [scaled[n : n + columns] for n in range(0, len(scaled), columns)]
+    heights = [max(image.height for image in row) + 8 for row in rows]
+    sheet = Image.new("RGB", (min(columns, max(len(scaled), 1)) * (width + 8), sum(heights) or 1), "white")
+    for number, row in enumerate(rows):
+        for column, image in enumerate(row):
+            sheet.paste(image, (column * (width + 8), sum(heights[:number])))
+    return sheet
+
+
 def _caption(result: dict[str, Any]) -> str:
     said = "rejected" if result["is_rejected"] else f"{int(np.asarray(result['mask']).sum())} px"
     score = "no slot" if np.isnan(result["score"]) else f"score {result['score']:+.2f}"

@@ -32,7 +32,7 @@ from .adapters import (
     save_adapter,
 )
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
-from .card import CARD, write_card
+from .card import CARD, TRAINING, write_card
 from .collator import GsvaCollator
 from .data import load_rows, pictures_in, training_data
 from .evaluation import (
@@ -47,12 +47,17 @@ from .evaluation import (
     record,
 )
 from .kept_rows import KeptRows
-from .parts import merged, parts_table, prepare_for_training, snapshot, unmoved
-from .pictures import labelled_overlay, prediction_page, replacing, training_curves, write_text
+from .parts import merged, moved_table, parts_table, prepare_for_training, snapshot, unmoved
+from .pictures import contact_sheet, labelled_overlay, prediction_page, replacing, training_curves, write_text
 from .report import RESULTS, exhibits, read_run, report_page
 from .trainer import GsvaTrainer, last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
+
+SHOWN = 6  # pictures of an evaluation on its contact sheet, which the card shows
+# What a run publishes: nothing that names folders of this machine, and no file that others have put beside it.
+PUBLISHED = ("*.safetensors", "*.json", "*.jinja", "*.py", CARD, "curves.png", "pictures_*", f"{ADAPTER}/*")
+UNPUBLISHED = ("checkpoint-*", ".*", "*/.*", "divergence/*", "rows_*", "predictions*", "results.json", TRAINING, "*.pictures.json")
 
 
 class ProcessorWording(Wording):
@@ -88,7 +93,11 @@ def load_model(args: ModelArguments) -> tuple[GsvaProcessor, GsvaForConditionalG
                 f"model={args.model!r} is an adapter, which cannot be merged into a quantized base: train from the merged "
                 "model in the folder above it."
             )
-        processor, model = load_model(replace(args, model=base_of(args.model)))
+        base = args.base_model or base_of(args.model)
+        try:
+            processor, model = load_model(replace(args, model=base, base_model=None))
+        except ValueError as error:
+            raise ValueError(f"model={args.model!r} is an adapter; name its base with --base_model: {error}") from error
         return processor, merge(model, args.model)
     options: dict[str, Any] = {"dtype": args.dtype}
     if args.quantization:
@@ -190,7 +199,11 @@ def evaluate(processor, model, model_args, data_args, training_args, stage: str)
             pictures = [(row, as_results(rows)) for row, rows in zip(asked, result.pictures)]
             title = f"{plan.dataset} {plan.split}, {protocol}, {stage if stage == 'as loaded' else stage + ' training'}"
             page = prediction_page(title, results_table(records), pictures)
-            write_text(output_dir / name.replace("rows_", "pictures_", 1).replace(".jsonl", ".html"), page)
+            page_file = output_dir / name.replace("rows_", "pictures_", 1).replace(".jsonl", ".html")
+            write_text(page_file, page)
+            sheet = contact_sheet([labelled_overlay(read_image(row["image"]), found) for row, found in pictures[:SHOWN]])
+            with replacing(page_file.with_suffix(".png")) as temporary:
+                sheet.save(temporary)
         done = [entry for entry in done if _key(entry) not in wanted] + records
         write_text(output_dir / RESULTS, json.dumps(done, indent=1))
         KeptRows(plan.rows_file).close()
@@ -235,8 +248,10 @@ def train(processor, model, model_args, data_args, training_args):
         checkpoint = last_complete_checkpoint(output_dir)
     with cpu_threads(training_threads(training_args)):
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step and (still := unmoved(trainer.model, before)) and checkpoint is None:
-        logger.warning("%d trained parameters did not move: %s", len(still), ", ".join(still[:8]))
+    if trainer.state.global_step and state.is_main_process:
+        print(moved_table(trainer.model, before), flush=True)
+        if still := unmoved(trainer.model, before):
+            logger.warning("%d trained parameters did not move: %s", len(still), ", ".join(still[:8]))
     model = trainer.accelerator.unwrap_model(trainer.model)
     if state.is_main_process and isinstance(model, PeftModel):
         save_adapter(model, output_dir)
@@ -250,6 +265,8 @@ def train(processor, model, model_args, data_args, training_args):
         if state.is_main_process:
             save(processor, model, output_dir)
     if state.is_main_process:
+        facts = {"pictures": pictures_in(dataset), "seconds": result.metrics["train_runtime"]}
+        write_text(output_dir / TRAINING, json.dumps(facts))
         write_text(output_dir / "log_history.json", json.dumps(trainer.state.log_history, indent=1))
         training_curves(trainer.state.log_history, output_dir / "curves.png")
         print(f"trained {trainer.state.global_step} steps in {result.metrics['train_runtime']:.0f} s", flush=True)
@@ -355,19 +372,27 @@ def describe(model_args: ModelArguments, data_args: DataArguments, training_args
         write_card(model_args, data_args, training_args)
 
 
-def push(processor, model, args: GsvaTrainingArguments) -> None:
-    """Uploads model and processor to `hub_model_id` (by default the name of output_dir)."""
+def push(args: GsvaTrainingArguments) -> None:
+    """
+    Uploads what lies in output_dir, each repository in one commit: the model with processor, card and pictures to
+    `hub_model_id` (by default the name of output_dir), and the adapter alone to `hub_adapter_id`, if it is named.
+
+    Raises:
+        FileNotFoundError: there is no trained model, or no adapter, in output_dir.
+    """
     if not PartialState().is_main_process:
         return
-    name = args.hub_model_id or Path(args.output_dir).name
-    if isinstance(model, PeftModel):  # QLoRA: what is published is the merged model
-        model = GsvaForConditionalGeneration.from_pretrained(args.output_dir, dtype="auto")
-    model.push_to_hub(name, private=args.hub_private_repo, token=args.hub_token)
-    processor.push_to_hub(name, private=args.hub_private_repo, token=args.hub_token)
-    if (card := Path(args.output_dir) / CARD).is_file():
-        hub = HfApi(token=args.hub_token)
+    output_dir, hub = Path(args.output_dir), HfApi(token=args.hub_token)
+    uploads = {args.hub_model_id or output_dir.name: (output_dir, PUBLISHED, UNPUBLISHED)}
+    if args.hub_adapter_id:
+        uploads[args.hub_adapter_id] = (output_dir / ADAPTER, None, None)
+    for folder, sign in zip((folder for folder, *_ in uploads.values()), ("config.json", "adapter_config.json")):
+        if not (folder / sign).is_file():
+            raise FileNotFoundError(f"There is nothing to push: {folder} has no {sign}; give --do_train, and LoRA for an adapter.")
+    for name, (folder, wanted, unwanted) in uploads.items():
         repository = hub.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
-        hub.upload_file(path_or_fileobj=card, path_in_repo=CARD, repo_id=repository)
+        hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=wanted, ignore_patterns=unwanted)
+        print(f"pushed {folder} to {repository}", flush=True)
 
 
 _COLUMNS = ("gIoU", "cIoU", "N_acc", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9", "malformed")

@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from PIL import Image
 from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.trainer_utils import sort_checkpoints
 
 from .divergence import DivergenceWatch
 from .evaluation import EvaluationPlan, evaluate_rows
@@ -46,7 +48,7 @@ class EpochSampler(Sampler[int]):
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest `checkpoint-N` whose state, written last, is whole: one that a killed run left half-written is not."""
+    """The newest `checkpoint-N` whose state, written last, is whole: a folder copied in half, say, is not."""
     folders = sorted(
         (int(folder.name.rpartition("-")[2]), folder)
         for folder in Path(output_dir).glob("checkpoint-*")
@@ -81,6 +83,7 @@ class GsvaTrainer(Trainer):
 
     def __init__(self, *args, evaluation: EvaluationPlan | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self._aside: Path | None = None
         self.evaluation = evaluation
         self.watch = DivergenceWatch(
             self.args.output_dir,
@@ -116,6 +119,45 @@ class GsvaTrainer(Trainer):
         # accelerate does not reach the sampler when several processes resume within an epoch.
         self._sampler.set_epoch(kwargs["epoch"])
         super()._run_epoch(**kwargs)
+
+    def _get_output_dir(self, trial=None) -> str:
+        return str(self._aside or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Written aside, and renamed when every process has written its part: a `checkpoint-N` is whole or not there."""
+        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        aside, old = folder / ".checkpoint", folder / ".old-checkpoint"
+        if self.args.should_save:
+            for left_by_a_kill in (aside, old):
+                shutil.rmtree(left_by_a_kill, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._aside = aside
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._aside = None
+        self.accelerator.wait_for_everyone()
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == aside:
+            self.state.best_model_checkpoint = best = str(folder / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(aside / name / "trainer_state.json"))
+        if not self.args.should_save:
+            return
+
+        def remove(checkpoint: Path) -> None:  # renamed first: one that is deleted in half is not there either
+            checkpoint.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+
+        if (folder / name).exists():
+            remove(folder / name)
+        (aside / name).rename(folder / name)
+        aside.rmdir()
+        if limit := self.args.save_total_limit:
+            checkpoints = sort_checkpoints(str(folder), use_mtime=True)
+            unprotected = [checkpoint for checkpoint in checkpoints[:-1] if checkpoint != best]
+            for checkpoint in unprotected[: max(len(checkpoints) - limit, 0)]:
+                remove(Path(checkpoint))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         begun = time.perf_counter()
