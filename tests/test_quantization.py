@@ -36,6 +36,8 @@ def batch(processor, make_picture):
 class Pictures:
     """A data set of two pictures, with one present and one absent expression each."""
 
+    rows = (0, 1)
+
     def __init__(self, processor, make_picture):
         self.processor, self.make_picture = processor, make_picture
 
