@@ -56,8 +56,8 @@ logger = logging.getLogger(__name__)
 
 SHOWN = 6  # pictures of an evaluation on its contact sheet, which the card shows
 # What a run publishes: nothing that names folders of this machine, and no file that others have put beside it.
-PUBLISHED = ("*.safetensors", "*.json", "*.jinja", "*.py", CARD, "curves.png", "pictures_*", f"{ADAPTER}/*")
-UNPUBLISHED = ("checkpoint-*", ".*", "*/.*", "divergence/*", "rows_*", "predictions*", "results.json", TRAINING, "*.pictures.json")
+PUBLISHED = ("*.safetensors", "*.json", "*.jinja", "*.py", CARD, "curves.png", "pictures_*")
+UNPUBLISHED = ("*/*", ".*", "rows_*", "predictions*", "results.json", TRAINING)  # "*/*": of no folder, checkpoints among them
 
 
 class ProcessorWording(Wording):
@@ -383,7 +383,7 @@ def push(args: GsvaTrainingArguments) -> None:
     if not PartialState().is_main_process:
         return
     output_dir, hub = Path(args.output_dir), HfApi(token=args.hub_token)
-    uploads = {args.hub_model_id or output_dir.name: (output_dir, PUBLISHED, UNPUBLISHED)}
+    uploads = {args.hub_model_id or output_dir.name: (output_dir, list(PUBLISHED), list(UNPUBLISHED))}
     if args.hub_adapter_id:
         uploads[args.hub_adapter_id] = (output_dir / ADAPTER, None, None)
     for folder, sign in zip((folder for folder, *_ in uploads.values()), ("config.json", "adapter_config.json")):
