@@ -52,7 +52,7 @@ REQUIRED_IN_FILES = ("dataset", "split", "protocol", "image_id", "expression", *
 
 def _is_whole(value: Any, at_least: int) -> bool:
     # 2**53: up to there float64 holds every whole number, so sums of areas stay exact
-    return isinstance(value, Integral) and not isinstance(value, bool) and at_least <= value < 2**53
+    return isinstance(value, Integral) and not isinstance(value, bool) and at_least <= int(value) < 2**53
 
 
 _Test = tuple[Callable[[Any], bool], str]
@@ -163,7 +163,7 @@ def _terms(columns: _Columns, convention: str) -> dict[str, tuple[np.ndarray, np
         "N_acc": (no_target & rejected, no_target),
         "T_acc": (target & ~rejected, target),
         **{f"Pr@{x}": (target & (iou >= x), target) for x in PRECISION_AT},
-        "malformed": (malformed.astype(bool), np.not_equal(malformed, None)),  # None, not recorded, is False in both
+        "malformed": (malformed.astype(bool), np.not_equal(malformed, np.array(None))),  # None: not recorded, False in both
     }
 
 
@@ -220,7 +220,7 @@ def _breakdown(columns: _Columns, convention: str) -> dict[str, dict[str, dict[s
         ],
         dtype=object,
     )
-    result = {}
+    result: dict[str, dict[str, dict[str, Any]]] = {}
     for field, values in {"kind": kinds, "num_expressions": columns["num_expressions"]}.items():
         result[field] = {}
         for value in sorted(set(values) - {None}):
@@ -268,15 +268,15 @@ def _bootstrap(
     table = np.add.reduceat(table[order], np.flatnonzero(np.diff(cluster, prepend=-1)), axis=0)
     units = len(table)
     rng = np.random.default_rng(seed)
-    sums = []
+    drawn_sums = []
     chunk = max(1, 2_000_000 // units)  # resamples at a time, to bound memory
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
         drawn = rng.integers(units, size=(size, units)) + units * np.arange(size)[:, None]
         weights = np.bincount(drawn.ravel(), minlength=size * units).reshape(size, units)
         # einsum, not @: BLAS sums in another order with another number of threads
-        sums.append(np.einsum("ru,ut->rt", weights.astype(float), table))
-    sums = np.concatenate(sums)
+        drawn_sums.append(np.einsum("ru,ut->rt", weights.astype(float), table))
+    sums = np.concatenate(drawn_sums)
     tails = [(1 - level) / 2, (1 + level) / 2]
     result = {}
     for index, key in enumerate(terms):
@@ -328,7 +328,7 @@ def _curve(columns: _Columns, max_points: int) -> dict[str, Any]:
     elif not positives:
         reason = UNDEFINED["T_acc"]
     if reason:
-        empty = {"threshold": [], "N_acc": [], "T_acc": []}
+        empty: dict[str, list[float]] = {"threshold": [], "N_acc": [], "T_acc": []}
         return {"area": math.nan, "balance": None, "points": empty, "note": f"not defined here: {reason}"}
     scores = scores.astype(float)
     # A slot is rejected below the threshold: the first threshold rejects nothing, the last one everything.
@@ -440,7 +440,7 @@ def report(
         notes["convention"] = f"the rows were recorded with {recorded}, computed here with {convention}"
     if run.get("protocol") == "teacher_forced":
         notes["protocol"] = "teacher_forced: the gold answers, with gold [SEG] and [REJ], were in the model's input"
-    record = {
+    record: dict[str, Any] = {
         **run,
         "convention": convention,
         "samples": len(rows),

@@ -56,6 +56,8 @@ Example:
 class Gres(evaluate.Metric):
     """The functions above as an `evaluate` module; `config_name` is "rows" (default) or "masks"."""
 
+    config_name: str
+
     def _info(self) -> evaluate.MetricInfo:
         flag, area = datasets.Value("bool"), datasets.Value("int64")
         rle = {"size": datasets.Sequence(datasets.Value("int32")), "counts": datasets.Value("string")}

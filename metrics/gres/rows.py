@@ -42,9 +42,9 @@ def read_rows(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[di
         FileNotFoundError: a file is not there.
         ValueError: a file given twice or without rows, or a row that is wrong, with its line.
     """
-    paths = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
-    seen, rows = set(), []
-    for path in paths:
+    seen: set[Path] = set()
+    rows: list[dict[str, Any]] = []
+    for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such rows file; an evaluation writes one beside its results.json")
         if path.resolve() in seen:
