@@ -79,10 +79,8 @@ class SharedImageMaskDecoder(SamMaskDecoder):
             pieces = []
             step = SLOTS_AT_A_TIME.get(tokens.device.type, SLOTS_AT_A_TIME["default"])
             for some, images in zip(tokens.split(step), slot_images.split(step)):
-                if (images == images[0]).all():  # one image needs no copies
-                    taken = [values[int(images[0])].expand(len(some), -1, -1) for values in of_image]
-                else:
-                    taken = [values[images] for values in of_image]
+                # A single slot needs no copies of its image.
+                taken = [values[int(images)][None] if step == 1 else values[images] for values in of_image]
                 pieces.append(self._decode(some, taken, positions, size))
         masks, iou = (torch.cat(parts) for parts in zip(*pieces))
         kept = slice(1, None) if multimask_output else slice(0, 1)

@@ -38,6 +38,7 @@ from transformers import AutoConfig
 from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration
 from modeling_gsva.modeling_gsva import upscaled_mask_losses
 from modeling_gsva.sam_attention_gsva import BIAS_ELEMENTS
+from modeling_gsva.sam_decoder_gsva import SLOTS_AT_A_TIME
 
 from .adapters import cast_trained
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
@@ -238,13 +239,16 @@ def sizes_of(model: nn.Module, quantization: str | None) -> Sizes:
 
 @contextmanager
 def pieces_as_on_a_card() -> Iterator[None]:
-    """SAM's attention goes through the picture in pieces whose size depends on the device."""
-    usual = BIAS_ELEMENTS["cpu"]
-    BIAS_ELEMENTS["cpu"] = BIAS_ELEMENTS["default"]
+    """SAM's attention and mask decoder go through their work in pieces whose size depends on the device."""
+    sizes = BIAS_ELEMENTS, SLOTS_AT_A_TIME
+    usual = [table["cpu"] for table in sizes]
+    for table in sizes:
+        table["cpu"] = table["default"]
     try:
         yield
     finally:
-        BIAS_ELEMENTS["cpu"] = usual
+        for table, size in zip(sizes, usual):
+            table["cpu"] = size
 
 
 class LiveBytes(TorchDispatchMode):
