@@ -264,7 +264,7 @@ class GsvaPreTrainedModel(PreTrainedModel):
 
     def mark_tied_weights_as_initialized(self, loading_info) -> None:
         """The first that transformers does with a report on loading: kept for `from_pretrained`, which gets only the last."""
-        vars(self).setdefault("_load_reports", []).append(loading_info)
+        self.__dict__.setdefault("_load_reports", []).append(loading_info)
         if loading_info.conversion_errors:  # a quantized weight that lacks a piece: what comes next would break on it
             unreadable = [f"{name} ({why.splitlines()[-1]})" for name, why in loading_info.conversion_errors.items()]
             loading_info.conversion_errors.clear()
@@ -803,8 +803,8 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
                 area = 0.5 * math.prod(original_size) / DICE_SCALE
                 bce_sum, count = bce_sum + number * math.log(2), count + number
                 dice_sum = dice_sum + number * (1 - DICE_EPS / (area + DICE_EPS))
-        count = (count if num_masks is None else num_masks) + MASK_COUNT_EPS
-        bce, dice = self.config.bce_loss_weight * bce_sum / count, self.config.dice_loss_weight * dice_sum / count
+        shared = (count if num_masks is None else num_masks) + MASK_COUNT_EPS
+        bce, dice = self.config.bce_loss_weight * bce_sum / shared, self.config.dice_loss_weight * dice_sum / shared
         return bce, dice, torch.cat(ious)
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs):
@@ -893,6 +893,9 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
             sequences = self.generate(input_ids, attention_mask=attention_mask, **generate_kwargs)
             sequences = sequences if isinstance(sequences, torch.Tensor) else sequences.sequences
             return self.segment_sequences(sequences, attention_mask, **images)
+        assert answer_ids is not None  # seen to above
+        if answer_attention_mask is None:
+            answer_attention_mask = torch.ones_like(answer_ids)
         answer_ids, answer_attention_mask = answer_ids.to(input_ids), answer_attention_mask.to(attention_mask)
         if method == "slots":
             return self._segment_slots(input_ids, attention_mask, answer_ids, answer_attention_mask, threshold, **images)

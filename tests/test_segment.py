@@ -455,6 +455,15 @@ def test_half_precision(make_model, processor, inputs):
         assert len(processor.post_process_segmentation(outputs, inputs)) == 2
 
 
+@pytest.mark.parametrize("method", ["slots", "teacher_forced"])
+def test_answers_of_one_length_need_no_mask(model, processor, pictures, method):
+    inputs = processor(pictures[:1], expressions=EXPRESSIONS[:1], return_tensors="pt")
+    assert inputs["answer_attention_mask"].all()
+    masked = model.segment(**inputs, method=method)
+    bare = model.segment(**{k: v for k, v in inputs.items() if k != "answer_attention_mask"}, method=method)
+    identical(bare, masked)
+
+
 def test_bad_calls_are_named(model, inputs):
     prompt = {k: v for k, v in inputs.items() if not k.startswith("answer_")}
     right = dict(inputs, attention_mask=inputs["attention_mask"].flip(1), input_ids=inputs["input_ids"].roll(-1, 1))
