@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from reprlib import repr as shown  # short, and safe for what is nested deeply
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -289,6 +289,11 @@ def to_original(key: str) -> str | None:
     return _rename(key.replace("model.vision_tower.vision_model.", "model.vision_tower."), _TO_ORIGINAL)
 
 
+def _said(key: str) -> str:
+    """What messages call a tensor of ours: its original name, its own where the original has none."""
+    return to_original(key) or key
+
+
 # ------------------------------------------------------------------------------------------------------------- reading
 # A safetensors file is closed and opened again after so many bytes, which gives its mapped pages back to the system.
 _REOPEN_BYTES = 256 * 2**20
@@ -318,7 +323,8 @@ class _File:
 
     def __init__(self, path: Path):
         self.path = path
-        self.handle, self.given = None, 0  # an open safetensors file, and the bytes it gave
+        self.handle: Any = None  # an open safetensors file
+        self.given = 0  # the bytes it gave
         self.pickled: dict[str, torch.Tensor] = {}  # of another file: tensors that know their place in it
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
@@ -461,12 +467,13 @@ class Source:
         self.tensors: dict[str, Entry] = {}
         self.lora: dict[str, dict[str, Entry]] = {}
         self.dropped: dict[str, str] = {}
-        unknown, twice, adapters = [], {}, set()
+        unknown, adapters = [], set()
+        twice: dict[tuple[str, str], list[str]] = {}
         origin: dict[tuple, Path] = {}
         for file in _weight_files(path, required) if path else ():
             handle = _File(file)
             for key, (shape, dtype) in handle.tensors().items():
-                entry = Entry(shape, dtype, lambda handle=handle, key=key: handle.read(key))
+                entry = Entry(shape, dtype, partial(handle.read, key))
                 name = re.sub(r"^(module\.)*(base_model\.model\.)?", "", key).replace(".base_layer.", ".")
                 if place and not name.startswith(place):
                     name = place + name
@@ -539,7 +546,7 @@ def _add_delta(llama: Source, delta: Source) -> Source:
                 f"{to_original(name)} is {base.shape} in --llama and {change.shape} in --llava_delta: the delta "
                 "belongs to another model."
             )
-        delta.tensors[name] = Entry(change.shape, change.dtype, lambda base=base, change=change: added(base, change))
+        delta.tensors[name] = Entry(change.shape, change.dtype, partial(added, base, change))
     lost = sorted(set(llama.tensors) - set(delta.tensors))
     if lost:
         raise ValueError(f"--llava_delta {delta.path} has no change for {_listed(lost)}; it is not whole.")
@@ -732,7 +739,7 @@ def _check_whole(tensors: dict[str, Entry], checkpoint: Source) -> None:
     """Names every part that no option supplies, before any configuration is read."""
     is_start = checkpoint.path is None
     missing = [
-        f"  {to_original(part + sign).removesuffix(sign)}*: pass it with "
+        f"  {_said(part + sign).removesuffix(sign)}*: pass it with "
         + (_PARTS["model.language_model."][1] if is_start and option == "--checkpoint" else option)
         for part, (sign, option) in _PARTS.items()
         if part + sign not in tensors and not (is_start and part == "mask_projector.")
@@ -787,22 +794,22 @@ def _check_filled(expected: dict[str, tuple[int, ...]], tensors: dict[str, Entry
     for name in expected:
         if name not in tensors:
             option = next(option for part, (_, option) in _PARTS.items() if name.startswith(part))
-            missing.setdefault(option, []).append(to_original(name))
+            missing.setdefault(option, []).append(_said(name))
     if missing:
         lines = [f"  {len(names)} that {option} supplies: {_listed(names, 4)}" for option, names in missing.items()]
         raise ValueError(f"{' '.join(given)} leave parameters of the model unfilled:\n" + "\n".join(lines))
     wrong = [
-        f"{to_original(name)} is {tensors[name].shape}, the configuration says {shape}"
+        f"{_said(name)} is {tensors[name].shape}, the configuration says {shape}"
         for name, shape in expected.items()
         if tensors[name].shape != shape
     ]
     wrong += [
-        f"{to_original(name)} is {entry.dtype}, no floating type (a quantized checkpoint cannot be converted)"
+        f"{_said(name)} is {entry.dtype}, no floating type (a quantized checkpoint cannot be converted)"
         for name, entry in tensors.items()
         if entry.dtype is None or not entry.dtype.is_floating_point
     ]
     wrong += [
-        f"{to_original(name)} {tensors[name].shape} is no parameter of this configuration"
+        f"{_said(name)} {tensors[name].shape} is no parameter of this configuration"
         for name in tensors
         if name not in expected
     ]
@@ -828,7 +835,7 @@ def _merged(base: Entry, pair: dict[str, Entry], alpha: float) -> Entry:
 def _local(path: str | None, patterns: list[str]) -> Path | None:
     """A path as it is, or a repository of the Hub brought here."""
     if path is None or Path(path).exists():
-        return path and Path(path)
+        return Path(path) if path else None
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).parent.exists():
         from huggingface_hub import snapshot_download
 
@@ -848,6 +855,7 @@ def _in_dtype(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tens
 def _safetensors_header(tensors: dict[str, torch.Tensor]) -> bytes:
     """What a safetensors file begins with: the length of a JSON text, and the text (format of safetensors 0.x)."""
     codes = {dtype: code for code, dtype in _SAFETENSORS_DTYPES.items()}
+    header: dict[str, dict[str, Any]]
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
@@ -1143,7 +1151,7 @@ def checkpoint_dtype(checkpoint: Source) -> torch.dtype:
     for entry in checkpoint.tensors.values():
         if entry.dtype is not None and entry.dtype.is_floating_point:
             count[entry.dtype] = count.get(entry.dtype, 0) + torch.Size(entry.shape).numel()
-    return max(count, key=count.get) if count else torch.float32
+    return max(count, key=count.__getitem__) if count else torch.float32
 
 
 def reverse(args: argparse.Namespace) -> dict:
@@ -1170,8 +1178,8 @@ def reverse(args: argparse.Namespace) -> dict:
         with safe_open(adapter / "adapter_model.safetensors", "pt") as handle:
             for key in handle.keys():  # noqa: SIM118 (not a dict)
                 part = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", key)
-                name = part and to_original(f"{part[1]}.weight")
-                if name is None:
+                name = to_original(f"{part[1]}.weight") if part else None
+                if part is None or name is None:
                     raise ValueError(f"{adapter}: {key!r} is no LoRA tensor the original knows.")
                 state[f"{prefix}{name.removesuffix('.weight')}.{part[2]}.default.weight"] = handle.get_tensor(key)
     if output.is_dir():

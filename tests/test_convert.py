@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_sentencepiece import TEXT, train
 
 import convert_checkpoint
-from convert_checkpoint import _sam_config, build_llama_tokenizer, main, to_original, to_ours
+from convert_checkpoint import _check_filled, _sam_config, build_llama_tokenizer, main, to_original, to_ours
 
 KEYS = Path(__file__).parent / "fixtures" / "original_keys.json"
 RANK, ALPHA = 2, 16.0
@@ -532,6 +532,8 @@ def test_table_against_known_names_of_transformers():
     }
     assert {key: to_ours(key) for key in known} == known
     assert to_ours("model.visual_model.unheard_of") is None and to_original("sam.unheard_of") is None
+    with pytest.raises(ValueError, match=r"1 that --sam supplies: sam\.unheard_of"):  # by our name: the original has none
+        _check_filled({"sam.unheard_of": (1,)}, {}, ["--checkpoint"])
 
 
 # ViT-B, L and H of segment-anything's build_sam.py: width, depth, heads, layers with global attention.
