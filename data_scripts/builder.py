@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -57,6 +58,8 @@ def inside(folder: Path, name: Any) -> Path:
     return Path(path)
 
 
+# field -> what it must be
+Kinds = dict[str, type | tuple[type, ...]]
 # what a field must be -> how an error says it
 _KINDS = {str: "a string", int: "a whole number", float: "a number", list: "a list", tuple: "a list", dict: "an object", bool: "true or false"}
 
@@ -103,7 +106,7 @@ def at(where: str) -> Iterator[None]:
 
 
 # what a COCO file says of a picture
-IMAGE = {"id": (int, str), "file_name": str, "height": int, "width": int}
+IMAGE: Kinds = {"id": (int, str), "file_name": str, "height": int, "width": int}
 
 
 def picture_of(image: dict[str, Any], folder: Path, where: str) -> str:
@@ -167,7 +170,7 @@ def fingerprint(paths: Iterable[Path], code: Iterable[str], *facts: Any) -> str:
         stat = os.stat(path)
         digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     for module in code:
-        digest.update(Path(sys.modules[module].__file__).read_bytes())
+        digest.update(Path(inspect.getfile(sys.modules[module])).read_bytes())
     return digest.hexdigest()[:32]
 
 

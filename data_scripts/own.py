@@ -27,7 +27,7 @@ Record = tuple[str, dict[str, Any]]  # where it stands, and what it says
 
 EXAMPLE = '{"image": "a.jpg", "expressions": [{"text": "the left cat", "mask": [10, 10, 90, 10, 90, 80]}]}'
 # fields of an expression that may be left out, beside its masks
-OPTIONAL = {
+OPTIONAL: dict[str, tuple[type, str]] = {
     "num_targets": (int, "a whole number of annotations"),
     "is_sentence": (bool, "true or false"),
     "part": (str, "a text"),
@@ -155,7 +155,7 @@ class OwnBuilder(RowBuilder):
             raise ValueError(f"its text is {shown(text)}; give it words or take it out.")
         for name, (kind, meaning) in OPTIONAL.items():
             value = entry.get(name)
-            if value is not None and (not isinstance(value, kind) or (kind is int and not 0 <= value < 2**31)):
+            if value is not None and (not isinstance(value, kind) or (isinstance(value, int) and not 0 <= value < 2**31)):
                 raise ValueError(f"its {name} is {shown(value)}; give {meaning}, or leave it out.")
         masks = entry["masks"] if "masks" in entry else [entry["mask"]]
         if not isinstance(masks, list):
@@ -182,7 +182,7 @@ class OwnBuilder(RowBuilder):
                     array = np.array(file)
             except (OSError, SyntaxError) as error:
                 raise ValueError(f"its mask {mask!r} cannot be read ({error}); make the file anew.") from None
-            rle = encode_mask(array.any(axis=2) if array.ndim == 3 else array)
+            rle = encode_mask(np.any(array, axis=2) if array.ndim == 3 else array)
         else:
             flat = isinstance(mask, list) and bool(mask) and not isinstance(mask[0], (list, dict))
             rle = segmentation_to_rle([mask] if flat else mask, height, width)

@@ -15,11 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .builder import IMAGE, RowBuilder, at, entries, expect, picture_of, read_json, read_plain_pickle, require
+from .builder import IMAGE, Kinds, RowBuilder, at, entries, expect, picture_of, read_json, read_plain_pickle, require
 from .schema import empty_mask, expression, merge_masks, segmentation_to_rle, shown
 
 # the fields of a ref that are read
-REF = {
+REF: Kinds = {
     "ref_id": (int, str),
     "ann_id": (int, str, list, tuple),
     "image_id": (int, str),
@@ -117,7 +117,7 @@ class ReferringBuilder(RowBuilder):
         path = self.folder / "instances.json"
         content = read_json(path)
         images = {record["id"]: record for _, record in entries(content, "images", str(path), **IMAGE)}
-        kinds = {"id": (int, str), "segmentation": object}
+        kinds: Kinds = {"id": (int, str), "segmentation": object}
         return images, {record["id"]: record for _, record in entries(content, "annotations", str(path), **kinds)}
 
     @cached_property

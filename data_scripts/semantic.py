@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .builder import IMAGE, RowBuilder, at, entries, inside, picture_of, read_json, require
+from .builder import IMAGE, Kinds, RowBuilder, at, entries, inside, picture_of, read_json, require
 from .class_names import ADE20K, COCO_STUFF
 from .schema import encode_labels, expression, mask_area, segmentation_to_rle, shown
 from .transforms import open_image
@@ -54,8 +54,8 @@ class LabelMapBuilder(RowBuilder):
         # a list among the arguments is what `num_proc` shares among processes
         return [datasets.SplitGenerator("train", gen_kwargs={"split": "train", "pairs": self.pairs()})]
 
-    def _generate_examples(self, split: str, pairs: list) -> Iterator[tuple[int, dict[str, Any]]]:
-        yield from ((number, self.row(*pair)) for number, pair in enumerate(pairs))
+    def _generate_examples(self, split: str, pairs: list | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+        yield from ((number, self.row(*pair)) for number, pair in enumerate(self.pairs() if pairs is None else pairs))
 
     def row(self, picture: Path, label: Path) -> dict[str, Any]:
         try:
@@ -76,8 +76,8 @@ class LabelMapBuilder(RowBuilder):
                     f"The label map {label} holds the value {value}, which is no class of {self.title} "
                     f"(0 to {max(self.classes, default='none')}); take pictures and class list from one release."
                 )
-            if self.classes[value] is not None:
-                expressions.append(expression(self.classes[value], mask))
+            if (name := self.classes[value]) is not None:
+                expressions.append(expression(name, mask))
         return {
             "image": {"path": str(picture), "bytes": None},
             "image_id": picture.stem,
@@ -180,7 +180,7 @@ class PartsBuilder(RowBuilder):
         }
         images = [image for _, image in entries(content, "images", path, **IMAGE)]
         annotations: dict[Any, list[dict]] = {image["id"]: [] for image in images}
-        kinds = {"image_id": (int, str), "category_id": (int, str)}
+        kinds: Kinds = {"image_id": (int, str), "category_id": (int, str)}
         for where, annotation in entries(content, "annotations", path, segmentation=object, **kinds):
             for field, known in (("image_id", annotations), ("category_id", names)):
                 if annotation[field] not in known:

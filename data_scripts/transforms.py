@@ -18,7 +18,7 @@ import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -179,6 +179,10 @@ def open_image(source: str | os.PathLike | bytes) -> Image.Image:
     return image
 
 
+@overload
+def read_image(image: None, size: tuple[int, int] | None = None) -> None: ...
+@overload
+def read_image(image: dict | Image.Image, size: tuple[int, int] | None = None) -> Image.Image: ...
 def read_image(image: Any, size: tuple[int, int] | None = None) -> Image.Image | None:
     """A row's `image` field (None, a PIL picture, or `{"path", "bytes"}`) as an upright RGB picture.
 

@@ -1,10 +1,15 @@
 """GsvaConfig: the sizes, token ids and loss weights of a GSVA model."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+
+if TYPE_CHECKING:
+    SubConfig = Any  # what is read: always a configuration
+else:
+    SubConfig = dict | PreTrainedConfig | None  # what may be given
 
 
 @strict
@@ -40,9 +45,9 @@ class GsvaConfig(PreTrainedConfig):
         "sam_config": SubConfigSpec(config_class=AutoConfig, model_type="sam"),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    sam_config: dict | PreTrainedConfig | None = None
+    vision_config: SubConfig = None
+    text_config: SubConfig = None
+    sam_config: SubConfig = None
     image_token_id: int = 32004
     seg_token_id: int = 32000
     rej_token_id: int = 32001

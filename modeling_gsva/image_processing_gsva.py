@@ -20,7 +20,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 
 
-class GsvaImageProcessorKwargs(ImagesKwargs, total=False):
+class GsvaImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict, which mypy cannot see
     r"""
     sam_size (`dict[str, int]`): `{"longest_edge": int}`, the side of the square SAM input in pixels.
     sam_image_mean (`list[float]`): mean of the SAM input per channel, in units of 0-255.

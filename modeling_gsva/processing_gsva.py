@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from reprlib import repr as shown  # short, and safe for what is nested deeply or in itself
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -263,7 +264,7 @@ class GsvaProcessor(ProcessorMixin):
         for noted_on_loading in ("is_local", "local_files_only", "dtype"):  # dtype: by pipelines
             self.tokenizer.init_kwargs.pop(noted_on_loading, None)
         saved = super().save_pretrained(save_directory, **kwargs)
-        vars(self).pop("auto_map", None)
+        self.__dict__.pop("auto_map", None)
         return saved
 
     def apply_chat_template(self, conversation, chat_template=None, **kwargs):
@@ -371,11 +372,11 @@ class GsvaProcessor(ProcessorMixin):
         self,
         images: ImageInput | None = None,
         text: TextInput | list[TextInput] | None = None,
-        expressions: list[list[str]] | None = None,
+        expressions: list[list[str]] | list[str] | None = None,
         conversations: list[list[dict]] | None = None,
         image_index: list[int] | None = None,
         masks: list | None = None,
-        no_targets: list[list[bool]] | None = None,
+        no_targets: list[list[bool] | None] | None = None,
         prompt: str | None = None,
         one_prompt_per_expression: bool | None = None,
         **kwargs: Unpack[ProcessingKwargs],
@@ -415,14 +416,14 @@ class GsvaProcessor(ProcessorMixin):
             raise ValueError("Give only one of text, expressions and conversations.")
         images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
         return_tensors, max_length = kwargs.pop("return_tensors", None), kwargs.pop("max_length", None)
-        data = {}
+        data: dict[str, Any] = {}
         if expressions is not None:
             if not images:
                 raise ValueError(f"No image was given for {len(expressions)} list(s) of expressions; pass images=[...].")
             if not isinstance(expressions, (list, tuple)):
                 raise ValueError(f"expressions is {shown(expressions)}; give a list of strings for each image.")
             if expressions and all(isinstance(expression, str) for expression in expressions):
-                expressions = [expressions]
+                expressions = [cast(list[str], expressions)]
             if len(images) != len(expressions):
                 raise ValueError(
                     f"{len(images)} images but {len(expressions)} lists of expressions; give one list for each image."
@@ -649,8 +650,9 @@ class GsvaProcessor(ProcessorMixin):
         for row, image in enumerate(image_index):
             if image < 0:
                 continue
-            size = tuple(int(side) for side in inputs["original_sizes"][image])
+            height, width = (int(side) for side in inputs["original_sizes"][image])
             answer = outputs.sequences[row, int(outputs.answer_starts[row]) :].tolist()
+            matched: list[int | None]
             slots = self.read_answer(answer)[: len(outputs.scores[row])]  # what stands behind the end is no answer
             if asked_per_conversation is None:
                 asked, matched, malformed = [phrase for phrase, _ in slots], list(range(len(slots))), False
@@ -662,20 +664,20 @@ class GsvaProcessor(ProcessorMixin):
                 matched, malformed = list(range(len(asked))), False
             scores, rejected = outputs.scores[row], outputs.is_rejected[row]
             kept = [n for n in matched if n is not None and outputs.mask_logits is not None]
-            upscaled = {}
+            upscaled: dict[int | None, np.ndarray] = {}
             if kept:
                 logits = upscale_mask_logits(
-                    outputs.mask_logits[row][kept], inputs["reshaped_input_sizes"][image], size, input_size
+                    outputs.mask_logits[row][kept], inputs["reshaped_input_sizes"][image], (height, width), input_size
                 )
                 # The original's threshold in eval_gres is >= 0 (utils: a logit of exactly zero is foreground).
-                upscaled = dict(zip(kept, (logits >= 0).cpu().numpy()))
+                upscaled.update(zip(kept, (logits >= 0).cpu().numpy()))
             for text, n in zip(asked, matched):
                 score = float("nan") if n is None else float(scores[n])
                 is_rejected = n is None or bool(rejected[n] if threshold is None else score < threshold)
                 # A slot that was rejected when it was made has constant zero logits, which are no mask.
                 has_mask = n in upscaled and (not bool(rejected[n]) or outputs.method == "teacher_forced")
                 shown = has_mask and (keep_rejected_masks or not is_rejected)
-                mask = upscaled[n] if shown else np.zeros(size, dtype=bool)
+                mask = upscaled[n] if shown else np.zeros((height, width), dtype=bool)
                 results[image].append(
                     {
                         "text": text,

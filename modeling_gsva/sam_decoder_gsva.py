@@ -12,8 +12,8 @@ SLOTS_AT_A_TIME = {"cpu": 1, "default": 64}
 
 def _attend(attention: SamAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Attention of projected (N, length, C) tensors, with the output projection."""
-    heads = (x.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2) for x in (query, key, value))
-    output = F.scaled_dot_product_attention(*heads, scale=attention.scaling)  # (N, heads, length, C / heads)
+    query, key, value = (x.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2) for x in (query, key, value))
+    output = F.scaled_dot_product_attention(query, key, value, scale=attention.scaling)  # (N, heads, length, C / heads)
     return attention.out_proj(output.transpose(1, 2).flatten(2))
 
 

@@ -47,7 +47,7 @@ class DivergenceWatch:
     ):
         self.folder, self.decode, self.mode, self.rank = Path(output_dir) / "divergence", decode, mode, rank
         self.factor, self.min_slots, self.max_files, self.files = factor, min_slots, max_files, 0
-        self.losses: deque[float] = deque(maxlen=window)
+        self.window, self.losses = window, deque[float](maxlen=window)
         self.slots: deque[tuple[int, int]] = deque(maxlen=window)
         self.is_collapsed = False
 
@@ -69,7 +69,7 @@ class DivergenceWatch:
         loss, wrong = parts["loss"], None
         if not math.isfinite(loss):
             wrong = f"the loss is {loss}"
-        elif 2 * len(self.losses) >= self.losses.maxlen and loss > self.factor * statistics.median(self.losses) > 0:
+        elif 2 * len(self.losses) >= self.window and loss > self.factor * statistics.median(self.losses) > 0:
             wrong = f"the loss jumped to {loss:.4g}, {self.factor:g} times its median {statistics.median(self.losses):.4g}"
         elif self._collapses(inputs, outputs, seg_token_id):
             wrong = f"not one of the last {sum(wanted for wanted, _ in self.slots)} slots that should be [SEG] is: all [REJ]"

@@ -167,7 +167,7 @@ def evaluate_rows(model, processor, plan: EvaluationPlan, on_prediction: Predict
     batches = [range(n, min(n + plan.batch_size, len(plan.rows))) for n in range(0, len(plan.rows), plan.batch_size)]
     kept = KeptRows(plan.rows_file, state.process_index) if plan.rows_file is not None else None
     finished = _begin(kept, model, processor, plan, state) if kept is not None else {}
-    if finished is None:  # complete before
+    if kept is not None and finished is None:  # complete before
         pictures = _by_picture(kept.read(), plan)
         return _result(pictures, plan, begun, len(plan.rows))
     if finished and state.is_main_process:
@@ -222,9 +222,9 @@ def _begin(kept: KeptRows, model, processor, plan: EvaluationPlan, state: Partia
 
 def _by_picture(rows: list[dict[str, Any]], plan: EvaluationPlan) -> list[list[dict[str, Any]]]:
     """Rows of a finished evaluation, in the data set's order, as one list for each picture."""
-    rows, pictures = iter(rows), []
+    rest, pictures = iter(rows), []
     for row in _without_pictures(plan.rows):
-        pictures.append([next(rows) for _ in askable(row, plan)["expressions"]])
+        pictures.append([next(rest) for _ in askable(row, plan)["expressions"]])
     return pictures
 
 

@@ -105,18 +105,19 @@ class FeatureCache:
         paths = [self.folder / f"{self._name(*pair)}.safetensors" for pair in zip(pixels, sam_pixels)]
         kept = [self._read(path) for path in paths]
         missing = [n for n, features in enumerate(kept) if features is None]
-        for n, features in zip(missing, self._encode(pixels[missing], sam_pixels[missing])):
-            kept[n] = features
+        made = dict(zip(missing, self._encode(pixels[missing], sam_pixels[missing])))
+        for n, features in made.items():
             self._write(paths[n], features)
-        for n, features in enumerate(kept):
-            if n not in missing:
+        for n, known in enumerate(kept):
+            if known is not None:
                 if self.hits % self.verify_every == 0:
-                    self._verify(paths[n], features, pixels[n : n + 1], sam_pixels[n : n + 1])
+                    self._verify(paths[n], known, pixels[n : n + 1], sam_pixels[n : n + 1])
                 self.hits += 1
         self.misses += len(missing)
+        whole = [made[n] if known is None else known for n, known in enumerate(kept)]
         for name in ("vision_features", "sam_embeddings"):
             # Converted first: autocast in bfloat16 refuses to stack float16.
-            values = [features[name].to(pixels.device, self.model.dtype) for features in kept]
+            values = [features[name].to(pixels.device, self.model.dtype) for features in whole]
             inputs[name] = torch.stack(values)
         return inputs
 

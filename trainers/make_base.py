@@ -190,7 +190,7 @@ class Stage:
     def run(self, losses, evaluate=None):
         """`losses(random)` gives a dict of loss parts, from a generator that depends on seed and step alone."""
         bar = tqdm(range(self.step, self.steps), self.name, initial=self.step, total=self.steps, mininterval=10)
-        sums, begun = {}, time.time()
+        sums, begun = dict[str, list[float]](), time.time()
         for step in bar:
             warm, turn = min(1.0, (step + 1) / 100), math.pi * step / self.steps
             for group in self.optimizer.param_groups:

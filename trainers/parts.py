@@ -87,7 +87,7 @@ def snapshot(model: nn.Module) -> dict[str, tuple[float, float]]:
 
 def moved_table(model: nn.Module, before: dict) -> str:
     """For each part that is trained, how many of its parameter tensors are others than they were at `before`."""
-    still, counts = set(unmoved(model, before)), {}
+    still, counts = set(unmoved(model, before)), dict[str, list[int]]()
     for name in before:
         of_part = counts.setdefault(_part_of(name), [0, 0])
         of_part[0] += name not in still

@@ -63,6 +63,8 @@ UNPUBLISHED = ("*/*", ".*", "rows_*", "predictions*", "results.json", TRAINING) 
 class ProcessorWording(Wording):
     """Training examples worded as the processor words evaluation: a small model need not learn twenty phrasings."""
 
+    processor: GsvaProcessor
+
     def __init__(self, processor: GsvaProcessor):
         super().__init__(questions=("processor",), answers=(("processor", ""),))
         object.__setattr__(self, "processor", processor)
@@ -146,7 +148,7 @@ def read_results(output_dir: str | Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def _key(entry: dict[str, Any]) -> tuple[str, ...]:
+def _key(entry: dict[str, Any]) -> tuple[str | None, ...]:
     """What a later evaluation of the same kind replaces in `results.json`."""
     names = ("stage", "protocol", "convention", "dataset", "split", "prompts", "ignore_region")
     return tuple(entry.get(name) for name in names)
@@ -383,6 +385,7 @@ def push(args: GsvaTrainingArguments) -> None:
     if not PartialState().is_main_process:
         return
     output_dir, hub = Path(args.output_dir), HfApi(token=args.hub_token)
+    uploads: dict[str, tuple[Path, list[str] | None, list[str] | None]]
     uploads = {args.hub_model_id or output_dir.name: (output_dir, list(PUBLISHED), list(UNPUBLISHED))}
     if args.hub_adapter_id:
         uploads[args.hub_adapter_id] = (output_dir / ADAPTER, None, None)

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_utils import sort_checkpoints
 
@@ -80,6 +80,8 @@ class GsvaTrainer(Trainer):
     tokens of the whole step, their mask losses by its number of masks. Any split into micro-batches and processes gives
     the same gradient (the original averages each micro-batch by itself).
     """
+
+    control: TrainerControl
 
     def __init__(self, *args, evaluation: EvaluationPlan | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -254,9 +256,9 @@ class GsvaTrainer(Trainer):
 
     def _draw(self, index: int, row: dict, results: list[dict]) -> None:
         """On the process that evaluates the picture."""
-        if index >= getattr(self.args, "validation_pictures", 0):
-            return
         plan, step = self.evaluation, self.state.global_step
+        if plan is None or index >= getattr(self.args, "validation_pictures", 0):
+            return
         title = f"{plan.dataset} {plan.split} {row['image_id']}, step {step}, {plan.protocol}: prediction orange, truth blue"
         with replacing(self._pictures / f"{index:03d}.png") as temporary:
             expression_sheet(row, results, title).save(temporary)
