@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test test-slow conformance base lint types clean
+.PHONY: demo test test-slow conformance matrix base lint types clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/accelerate launch run_gres.py configs/demo.yaml
@@ -18,6 +18,12 @@ test-slow: $(VENV)/installed
 conformance: $(VENV)/installed
 	tests=$$($(RUN) tests/conformance/fetch.py $(VENV)/transformers_tests) && TRANSFORMERS_TESTS=$$tests HF_HUB_OFFLINE=1 \
 		$(RUN) -m pytest tests/conformance -W ignore::pytest.PytestUnknownMarkWarning
+
+# The fast tests with the oldest and the newest libraries that setup.cfg allows; one of them: make matrix ENDS=oldest.
+ENDS ?= oldest,newest
+matrix: $(VENV)/installed
+	$(RUN) -m pip install --quiet --constraint configs/constraints.txt "tox>=4.32"
+	$(RUN) -m tox run --recreate -e $(ENDS)
 
 # Makes assets/tiny_gsva anew, at most an hour on two cores; goes on where it was stopped.
 base: $(VENV)/installed
