@@ -893,9 +893,7 @@ def _write_shards(directory: Path, entries: dict[str, Entry], dtype: torch.dtype
     return total
 
 
-def _write_adapter(
-    directory: Path, lora: dict[str, dict[str, Entry]], alpha: float, dtype: torch.dtype, base: str
-) -> None:
+def _write_adapter(directory: Path, lora: dict[str, dict[str, Entry]], alpha: float, dtype: torch.dtype) -> None:
     from peft import LoraConfig
 
     ranks = {pair["A"].shape[0] for pair in lora.values()}
@@ -909,7 +907,7 @@ def _write_adapter(
         lora_dropout=0.05,  # main.py of the original: --lora_dropout 0.05
         target_modules=sorted(name.removesuffix(".weight") for name in lora),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
+        base_model_name_or_path=None,  # the folder above, whatever it is called
         inference_mode=True,
     ).save_pretrained(directory)
     tensors = {
@@ -965,7 +963,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True, dtype="auto")
-inputs = processor(images=[image], expressions=[["man in red", "the unicorn"]], return_tensors="pt")
+{adapter}inputs = processor(images=[image], expressions=[["man in red", "the unicorn"]], return_tensors="pt")
 results = processor.post_process_segmentation(model.segment(**inputs), inputs)
 ```
 
@@ -973,6 +971,12 @@ The weights derive from LLaMA, CLIP and SAM: their licences apply, LLaMA's among
 """
 
 
+# What stands in the card of a model whose LoRA is not merged: these weights alone are not what was trained.
+_ADAPTER_LINES = """
+from peft import PeftModel  # the weights above lack the LoRA, which is kept in adapter/
+
+model = PeftModel.from_pretrained(model, "{name}", subfolder="adapter").merge_and_unload()
+"""
 _CONVERTED = "Converted from a checkpoint of the original code (LeapLabTHU/GSVA) with `convert_checkpoint.py`."
 _START = """Where training starts: LLaVA, CLIP and SAM put together with `convert_checkpoint.py`. What GSVA adds to them is drawn at
 random, so that this model has not learned to segment anything yet."""
@@ -1091,7 +1095,7 @@ def convert(args: argparse.Namespace) -> dict:
         processor.save_pretrained(aside)
         written = _write_shards(aside, entries, dtype, args.max_shard_size)
         if args.keep_lora and lora:
-            _write_adapter(aside / "adapter", lora, args.lora_alpha, dtype, args.push_to_hub or output.name)
+            _write_adapter(aside / "adapter", lora, args.lora_alpha, dtype)
         ranks = sorted({pair["A"].shape[0] for pair in lora.values()})
         summary = {
             "parameters": sum(torch.Size(entry.shape).numel() for entry in entries.values()),
@@ -1114,9 +1118,11 @@ def convert(args: argparse.Namespace) -> dict:
         card = "\n".join(
             f"| {key} | {json.dumps(value) if isinstance(value, dict) else value} |" for key, value in summary.items()
         )
-        (aside / "README.md").write_text(
-            _CARD.format(name=args.push_to_hub or output.name, rows=card, origin=_START if is_start else _CONVERTED), encoding="utf-8"
-        )
+        name = args.push_to_hub or output.name
+        apart = _ADAPTER_LINES.format(name=name) if args.keep_lora and lora else ""
+        origin = _START if is_start else _CONVERTED
+        text = _CARD.format(name=name, rows=card, origin=origin, adapter=apart)
+        (aside / "README.md").write_text(text, encoding="utf-8")
         _open_up(aside)
         if output.exists():
             output.rmdir()
@@ -1155,12 +1161,15 @@ def checkpoint_dtype(checkpoint: Source) -> torch.dtype:
 
 
 def reverse(args: argparse.Namespace) -> dict:
-    """Our directory → one .bin in the original's layout; with `adapter/`, LoRA stands beside the base weights."""
+    """Our directory → one .bin in the original's layout; of one with LoRA kept apart, LoRA stands beside the base weights."""
     directory, output = Path(args.checkpoint), Path(args.output)
     state, unknown = {}, []
     prefix = ""
     adapter = directory / "adapter"
-    if args.peft_names or adapter.is_dir():
+    lora = _read_json(adapter / "adapter_config.json")
+    # One that training left there names the base it began from, and is merged into the weights above it already.
+    apart = bool(lora) and lora.get("base_model_name_or_path") is None
+    if args.peft_names or apart:
         prefix = "base_model.model."
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     for file in _weight_files(directory):
@@ -1174,7 +1183,7 @@ def reverse(args: argparse.Namespace) -> dict:
                 state[prefix + name] = tensor if dtype is None else _in_dtype(tensor, dtype, name)
     if unknown:
         raise ValueError(f"{directory} holds tensors the original has no place for: {_listed(unknown)}.")
-    if adapter.is_dir():
+    if apart:
         with safe_open(adapter / "adapter_model.safetensors", "pt") as handle:
             for key in handle.keys():  # noqa: SIM118 (not a dict)
                 part = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", key)
@@ -1191,8 +1200,7 @@ def reverse(args: argparse.Namespace) -> dict:
         os.replace(aside, output)
     finally:
         aside.unlink(missing_ok=True)
-    if adapter.is_dir():  # alpha is not in the file, and another one would scale the adapter
-        lora = _read_json(adapter / "adapter_config.json")
+    if apart:  # alpha is not in the file, and another one would scale the adapter
         load_with = f"--lora_r {lora['r']} --lora_alpha {lora['lora_alpha']:g}"
     else:
         load_with = "any --lora_r (new adapters start at zero)" if prefix else "--lora_r 0"

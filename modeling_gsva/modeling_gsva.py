@@ -860,7 +860,8 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
                 choice. "generate": the answer is generated from the question alone, `generate_kwargs` go to `generate`.
                 "teacher_forced", the original's published protocol: the slots of `answer_ids` (the gold ones) are in the
                 input when later ones are decided, and masks come from a second pass in which every slot is `[SEG]`.
-            threshold: a slot is rejected when its log-odds of `[SEG]` against `[REJ]` are below it ("slots").
+            threshold: a slot is rejected when its log-odds of `[SEG]` against `[REJ]` are below it ("slots"). Later slots
+                see the likelier token of earlier ones whatever the threshold, so that no score depends on it.
             original_sizes, reshaped_input_sizes, expressions: not used here, for `post_process_segmentation`.
 
         Raises:
@@ -982,7 +983,8 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
     ):
         """
         Walks the slots with a key-value cache. Step k feeds every conversation what lies between its slots k-1 and k
-        (the chosen token of slot k-1 first) and reads the choice for slot k at the last position.
+        (the chosen token of slot k-1 first) and reads the choice for slot k at the last position. What is fed is always
+        the likelier token; `threshold` only decides what is reported, so that scores do not depend on it.
         """
         seg_id, rej_id = self.config.seg_token_id, self.config.rej_token_id
         start = input_ids.shape[1]
@@ -991,6 +993,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         slots = self._answer_slots(sequences, alive, start)
         per_row = [slots[slots[:, 0] == row, 1].tolist() for row in range(len(sequences))]
         states = input_ids.new_zeros(len(slots), self.config.text_config.hidden_size, dtype=self.dtype)
+        scores = torch.zeros(len(slots), device=states.device)
         order = {place: n for n, place in enumerate(map(tuple, slots.tolist()))}
         reader = _Reader(self.model, sequences, alive, start, image_index, vision_features)
         for step in range(max(map(len, per_row), default=0)):
@@ -998,13 +1001,17 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
             begins = reader.begins
             ends = [places[step] if step < len(places) else max(begin, start) for places, begin in zip(per_row, begins)]
             last = reader.read(ends)[:, -1]  # (B, H)
-            rejected = self._slot_scores(last) < threshold
+            likely = self._slot_scores(last)
             for row, places in enumerate(per_row):
                 if step < len(places):
-                    sequences[row, places[step]] = rej_id if rejected[row] else seg_id
-                    states[order[row, places[step]]] = last[row]
-        rejected = sequences[slots[:, 0], slots[:, 1]] == rej_id
-        return self._output("slots", sequences, start, slots, states, rejected, ~rejected, image_index, sam_embeddings)
+                    sequences[row, places[step]] = rej_id if likely[row] < 0 else seg_id
+                    place = order[row, places[step]]
+                    states[place], scores[place] = last[row], likely[row]
+        rejected = scores < threshold
+        sequences[slots[:, 0], slots[:, 1]] = torch.where(rejected, rej_id, seg_id)
+        return self._output(
+            "slots", sequences, start, slots, states, rejected, ~rejected, image_index, sam_embeddings, scores
+        )
 
     def _answer_slots(self, sequences, attention_mask, start):
         """(slots, 2): conversation and position of each slot from position `start` on."""

@@ -202,6 +202,9 @@ def load(directory: Path):
 def test_kept_lora_gives_the_outputs_of_merged_lora(original, tmp_path):
     from peft import PeftModel
 
+    from trainers.arguments import ModelArguments
+    from trainers.runs import load_model
+
     torch.save(peft_names(original), tmp_path / "gsva.bin")
     run(original, tmp_path / "gsva.bin", tmp_path / "merged")
     run(original, tmp_path / "gsva.bin", tmp_path / "kept", "--keep_lora")
@@ -214,6 +217,16 @@ def test_kept_lora_gives_the_outputs_of_merged_lora(original, tmp_path):
     torch.testing.assert_close(ours.scores[0], wanted.scores[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(ours.mask_logits[0], wanted.mask_logits[0], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(plain, wanted.scores[0], atol=1e-3), "the adapter must matter for this test to mean anything"
+    # As its card says, and by the command line's own road: from the directory, from the adapter, and under another name.
+    assert 'PeftModel.from_pretrained(model, "kept", subfolder="adapter")' in (tmp_path / "kept/README.md").read_text()
+    again, _ = load(tmp_path / "kept")
+    models = [PeftModel.from_pretrained(again, str(tmp_path / "kept"), subfolder="adapter").merge_and_unload()]
+    (tmp_path / "kept").rename(tmp_path / "moved")
+    models += [load_model(ModelArguments(model=str(tmp_path / name)))[1] for name in ("moved", "moved/adapter")]
+    for model in models:
+        torch.testing.assert_close(model.eval().segment(**inputs).scores[0], wanted.scores[0], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="keeps its LoRA apart"):
+        load_model(ModelArguments(model=str(tmp_path / "moved"), quantization="8bit"))
 
 
 def test_delta_is_added_and_refused_as_a_base(original, tmp_path, capsys):
@@ -491,6 +504,11 @@ def test_reverse_gives_the_original_back(original, tmp_path, capsys):
         assert all(torch.equal(back[key], value) for key, value in state.items())
     main(["--checkpoint", str(tmp_path / "plain"), "--reverse", "--peft_names", "--output", str(tmp_path / "peft.bin")])
     assert set(torch.load(tmp_path / "peft.bin", weights_only=True)) == {f"base_model.model.{key}" for key in full}
+    # What training leaves in adapter/ names its base, and is merged into the weights already.
+    config = tmp_path / "kept/adapter/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "the base"}))
+    main(["--checkpoint", str(tmp_path / "kept"), "--reverse", "--output", str(tmp_path / "merged.bin")])
+    assert set(torch.load(tmp_path / "merged.bin", weights_only=True)) == set(full)
     assert not list(tmp_path.glob(".*.part"))
     said = capsys.readouterr().out
     assert f"--lora_r {RANK} --lora_alpha 16" in said and "load with: --lora_r 0" in said

@@ -1,5 +1,7 @@
 """segment(): the slots, generate and teacher_forced ways against plain forward passes; generate with its strategies."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,15 @@ def slot_places(model, sequences, start):
     return [row.nonzero().flatten().tolist() for row in is_slot]
 
 
+def fed(model, outputs):
+    """The sequences that `slots` read: of every slot the likelier token, whatever was reported."""
+    sequences = outputs.sequences.clone()
+    places = slot_places(model, sequences, int(outputs.answer_starts[0]))
+    for row, (columns, scores) in enumerate(zip(places, outputs.scores, strict=True)):
+        sequences[row, columns] = torch.where(scores < 0, model.config.rej_token_id, model.config.seg_token_id)
+    return sequences
+
+
 def forward_on(model, inputs, sequences, row, end=None):
     """forward() over one conversation's own tokens, without padding and cache: its outputs."""
     mask = torch.cat([inputs["attention_mask"], inputs["answer_attention_mask"]], 1)[row].bool()
@@ -80,13 +91,18 @@ def test_slots_with_cache_equal_a_forward_over_the_same_tokens(
     outputs = double_model.segment(**inputs, threshold=threshold)
     rejected = torch.cat(outputs.is_rejected)
     assert rejected.any() and not rejected.all()
+    sequences, masked = fed(double_model, outputs), 0
     for row in range(len(outputs.scores)):
-        direct = forward_on(double_model, inputs, outputs.sequences, row)
+        direct = forward_on(double_model, inputs, sequences, row)
         logits = direct.slot_logits
-        torch.testing.assert_close(outputs.scores[row], logits[:, 0] - logits[:, 1], **TOLERANCE)
+        torch.testing.assert_close(outputs.scores[row], (logits[:, 0] - logits[:, 1]).float(), **TOLERANCE)
         assert torch.equal(outputs.is_rejected[row], outputs.scores[row] < threshold)
-        torch.testing.assert_close(outputs.mask_logits[row], direct.mask_logits[0], **TOLERANCE)
-        torch.testing.assert_close(outputs.iou_scores[row], direct.iou_scores[0], **TOLERANCE)
+        both = ~outputs.is_rejected[row] & (outputs.scores[row] >= 0)  # forward gives masks where the token is [SEG]
+        masked += int(both.sum())
+        torch.testing.assert_close(outputs.mask_logits[row][both], direct.mask_logits[0][both], **TOLERANCE)
+        torch.testing.assert_close(outputs.iou_scores[row][both], direct.iou_scores[0][both], **TOLERANCE)
+        assert outputs.mask_logits[row][outputs.is_rejected[row]].eq(0).all()
+    assert masked
 
 
 def test_each_choice_stands_where_its_slot_is(double_model, inputs, threshold, processor):
@@ -104,21 +120,30 @@ def test_each_choice_stands_where_its_slot_is(double_model, inputs, threshold, p
         )
 
 
-def test_later_slots_see_the_models_own_choice(double_model, inputs):
+def test_the_threshold_reports_and_changes_no_score(double_model, inputs):
+    """So that the curve over thresholds is what evaluating at each of them gives."""
     kept = double_model.segment(**inputs, threshold=-torch.inf)
     rejected = double_model.segment(**inputs, threshold=torch.inf)
-    assert not kept.is_rejected[0].any() and rejected.is_rejected[0].all()
-    assert torch.equal(kept.scores[0][0], rejected.scores[0][0])  # nothing is chosen before the first slot
-    assert (kept.scores[0][1:] - rejected.scores[0][1:]).abs().min() > 1e-3
-    for outputs in (
-        kept,
-        rejected,
-    ):  # a forward pass up to each slot, over what was really chosen, gives the same scores
-        start = inputs["input_ids"].shape[1]
-        for slot, place in enumerate(slot_places(double_model, outputs.sequences, start)[0]):
-            logits = forward_on(double_model, inputs, outputs.sequences, 0, end=place).logits[0, -1]
-            score = logits[double_model.config.seg_token_id] - logits[double_model.config.rej_token_id]
-            torch.testing.assert_close(outputs.scores[0][slot], score.float(), **TOLERANCE)
+    assert not torch.cat(kept.is_rejected).any() and torch.cat(rejected.is_rejected).all()
+    assert all(torch.equal(a, b) for a, b in zip(kept.scores, rejected.scores, strict=True))
+
+
+def test_later_slots_see_the_models_own_choice(double_model, inputs):
+    other = copy.deepcopy(double_model)  # chooses the opposite everywhere
+    pair = [other.config.seg_token_id, other.config.rej_token_id]
+    with torch.no_grad():
+        other.lm_head.weight[pair] = other.lm_head.weight[pair[::-1]]
+    outputs = {model: model.segment(**inputs) for model in (double_model, other)}
+    mine, opposite = (found.scores[0] for found in outputs.values())
+    torch.testing.assert_close(mine[0], -opposite[0], **TOLERANCE)  # nothing is chosen before the first slot
+    assert (mine[1:] + opposite[1:]).abs().min() > 1e-3
+    for model, found in outputs.items():  # a forward pass up to each slot, over what was really chosen
+        sequences = fed(model, found)
+        assert torch.equal(sequences, found.sequences)
+        for slot, place in enumerate(slot_places(model, sequences, inputs["input_ids"].shape[1])[0]):
+            logits = forward_on(model, inputs, sequences, 0, end=place).logits[0, -1]
+            score = logits[model.config.seg_token_id] - logits[model.config.rej_token_id]
+            torch.testing.assert_close(found.scores[0][slot], score.float(), **TOLERANCE)
 
 
 @pytest.mark.parametrize("gold", [[[True] * 3, [True]], [[False, True, False], [True]]])

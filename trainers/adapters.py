@@ -39,8 +39,15 @@ def is_adapter(name: str | Path) -> bool:
 
 
 def base_of(directory: str | Path) -> str:
-    """The model that an adapter was trained on, as it was named then."""
-    return PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+    """The model that an adapter was trained on, as it was named then; one that names none lies in its base's folder."""
+    return PeftConfig.from_pretrained(str(directory)).base_model_name_or_path or str(Path(directory).resolve().parent)
+
+
+def kept_apart(directory: str | Path) -> Path | None:
+    """The adapter in a model's directory that its weights lack (`convert_checkpoint.py --keep_lora` names no base in it)."""
+    folder = Path(directory) / ADAPTER
+    named = (folder / "adapter_config.json").is_file() and PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    return folder if named is None else None
 
 
 def save_adapter(model: PeftModel, output_dir: Path) -> Path:

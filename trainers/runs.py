@@ -27,6 +27,7 @@ from .adapters import (
     base_of,
     cast_trained,
     is_adapter,
+    kept_apart,
     merge,
     quantization_config,
     save_adapter,
@@ -84,7 +85,7 @@ def training_threads(args: GsvaTrainingArguments) -> int:
 def load_model(args: ModelArguments) -> tuple[GsvaProcessor, GsvaForConditionalGeneration]:
     """
     Processor and model. A local directory is read by the project's own classes, anything else as remote code. An
-    adapter's directory gives its base with the adapter merged into it.
+    adapter's directory gives its base with the adapter merged into it, as does a converted one with LoRA kept apart.
 
     Raises:
         ValueError: what is asked for is no GSVA model, or cannot be read.
@@ -98,9 +99,17 @@ def load_model(args: ModelArguments) -> tuple[GsvaProcessor, GsvaForConditionalG
         base = args.base_model or base_of(args.model)
         try:
             processor, model = load_model(replace(args, model=base, base_model=None))
+            if kept_apart(base) is not None:  # it is merged by now
+                return processor, model
         except ValueError as error:
             raise ValueError(f"model={args.model!r} is an adapter; name its base with --base_model: {error}") from error
         return processor, merge(model, args.model)
+    apart = kept_apart(args.model)
+    if apart is not None and args.quantization:
+        raise ValueError(
+            f"model={args.model!r} keeps its LoRA apart in {apart}, which cannot be merged into a quantized base: convert the "
+            "checkpoint without --keep_lora."
+        )
     options: dict[str, Any] = {"dtype": args.dtype}
     if args.quantization:
         options["quantization_config"] = quantization_config(args.quantization, args.dtype)
@@ -119,6 +128,8 @@ def load_model(args: ModelArguments) -> tuple[GsvaProcessor, GsvaForConditionalG
             f"model={args.model!r} cannot be loaded ({error}). Give a directory that save_pretrained or "
             "convert_checkpoint.py wrote, or a Hub id."
         ) from error
+    if apart is not None:
+        model = merge(model, apart)
     return processor, model if args.quantization else model.to(PartialState().device)
 
 
