@@ -8,8 +8,10 @@ from transformers.configuration_utils import SubConfigSpec
 
 if TYPE_CHECKING:
     SubConfig = Any  # what is read: always a configuration
+    TokenId = int
 else:
     SubConfig = dict | PreTrainedConfig | None  # what may be given
+    TokenId = int | None  # null is refused in words
 
 
 @strict
@@ -49,8 +51,8 @@ class GsvaConfig(PreTrainedConfig):
     text_config: SubConfig = None
     sam_config: SubConfig = None
     image_token_id: int = 32004
-    seg_token_id: int = 32000
-    rej_token_id: int = 32001
+    seg_token_id: TokenId = 32000
+    rej_token_id: TokenId = 32001
     vision_feature_layer: int = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     ce_loss_weight: float = 1.0
@@ -61,6 +63,12 @@ class GsvaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        for name, token in (("seg_token_id", "[SEG]"), ("rej_token_id", "[REJ]")):
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"The model has no {token} in its vocabulary ({name}=None), so it cannot "
+                    f"{'reject' if token == '[REJ]' else 'segment'}; add the token and train it, or take a GSVA model."
+                )
         if self.seg_token_id == self.rej_token_id:
             raise ValueError(
                 f"seg_token_id and rej_token_id are both {self.seg_token_id}: a slot could not be rejected. Take them "

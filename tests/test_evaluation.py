@@ -1,5 +1,6 @@
 """Evaluation: protocols and prompts, ReasonSeg's rules, exactly once, resuming, records and what is refused."""
 
+import copy
 import json
 import math
 
@@ -285,7 +286,10 @@ def test_a_complete_evaluation_is_not_repeated(model, processor, rows, tmp_path,
     assert not plan.rows_file.exists()
 
 
-@pytest.mark.parametrize("changed", ["threshold", "protocol", "data", "samples", "weights", "batch_size", "picture"])
+@pytest.mark.parametrize(
+    "changed",
+    ["threshold", "protocol", "data", "samples", "weights", "batch_size", "picture", "threads", "attention", "processor"],
+)
 def test_what_changed_since_is_named(make_model, processor, rows, make_picture, tmp_path, changed):
     options = {"rows_file": tmp_path / "rows_x.jsonl", "resume": True}
     evaluate_rows(make_model(), processor, plan_of(rows, **options))
@@ -303,9 +307,50 @@ def test_what_changed_since_is_named(make_model, processor, rows, make_picture, 
         rows = [*rows[:2], {**rows[2], "expressions": entries}, *rows[3:]]
     elif changed == "picture":
         rows = [{**rows[0], "image": make_picture(99, *rows[0]["image"].size)}, *rows[1:]]
+    elif changed == "threads":
+        options["threads"] = 2
+    elif changed == "attention":
+        model.config._attn_implementation = "eager"
+    elif changed == "processor":  # as many tokens, one of them another
+        processor = copy.deepcopy(processor)
+        vocabulary = dict(processor.tokenizer.get_vocab())
+        vocabulary["another"] = vocabulary.pop(next(iter(vocabulary)))
+        processor.tokenizer.get_vocab = lambda: vocabulary
     name = "data" if changed == "picture" else changed
     with pytest.raises(ValueError, match=rf"rows_x.jsonl was begun with something else.*{name} was .*--resume_eval"):
         evaluate_rows(model, processor, plan_of(rows, **options))
+
+
+def test_a_picture_on_disk_of_the_same_size_is_another_picture(model, processor, rows, tmp_path):
+    import datasets
+    from PIL import Image
+
+    def on_disk(value):
+        Image.new("RGB", (40, 30), (value, 0, 0)).save(tmp_path / "a.bmp")
+        row = {**rows[1], "image": str(tmp_path / "a.bmp")}
+        return datasets.Dataset.from_list([row]).cast_column("image", datasets.Image())
+
+    options = {"rows_file": tmp_path / "rows_x.jsonl", "resume": True}
+    evaluate_rows(model, processor, plan_of(on_disk(1), **options))
+    size = (tmp_path / "a.bmp").stat().st_size
+    evaluate_rows(model, processor, plan_of(on_disk(1), **options))  # the same again
+    changed = on_disk(2)
+    assert (tmp_path / "a.bmp").stat().st_size == size
+    with pytest.raises(ValueError, match="data was"):
+        evaluate_rows(model, processor, plan_of(changed, **options))
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_options_of_other_protocols_do_not_stop_a_resume(model, processor, rows, protocol, tmp_path):
+    options = {"rows_file": tmp_path / "rows_x.jsonl", "resume": True, "protocol": protocol}
+    evaluate_rows(model, processor, plan_of(rows, **options))
+    for name, value, counts_for in (("max_new_tokens", 9, "generate"), ("threshold", 0.5, "slots")):
+        plan = plan_of(rows, **{**options, name: value})
+        if protocol == counts_for:
+            with pytest.raises(ValueError, match=f"{name} was"):
+                evaluate_rows(model, processor, plan)
+        else:
+            assert evaluate_rows(model, processor, plan).taken_over == len(rows)
 
 
 # ---------------------------------------------------------------------------------------------- several processes

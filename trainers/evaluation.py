@@ -370,12 +370,12 @@ def _digest(*pieces: bytes) -> str:
 
 
 def _as_bytes(picture: Any) -> bytes:
-    """A stored picture for the fingerprint: its bytes, or the size of its file."""
+    """A stored picture for the fingerprint: its bytes, or those of its file."""
     if not isinstance(picture, dict):
         return picture.tobytes()
     if picture["bytes"] is not None:
         return picture["bytes"]
-    return str(os.path.getsize(picture["path"])).encode() if os.path.exists(picture["path"]) else b"missing"
+    return Path(picture["path"]).read_bytes() if os.path.exists(picture["path"]) else b"missing"
 
 
 def fingerprint(model, processor, plan: EvaluationPlan) -> dict[str, Any]:
@@ -388,15 +388,23 @@ def fingerprint(model, processor, plan: EvaluationPlan) -> dict[str, Any]:
         weights.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         if value.device.type != "meta":  # a sample, since all of 7 billion weights would take minutes
             weights.update(value.detach().flatten()[:: max(value.numel() // 64, 1)].float().cpu().numpy().tobytes())
-    wording = [processor.prompts, processor.chat_template, processor.image_processor.to_dict(), len(processor.tokenizer)]
-    options = {
-        name: getattr(plan, name)
-        for name in ("dataset", "split", "protocol", "prompts", "threshold", "max_new_tokens", "ignore_region", "task")
-    }
+    tokenizer = processor.tokenizer
+    tokens = [sorted(tokenizer.get_vocab().items()), repr(sorted(tokenizer.added_tokens_decoder.items()))]
+    wording = [processor.prompts, processor.chat_template, processor.image_processor.to_dict(), tokens]
+    options = {name: getattr(plan, name) for name in ("dataset", "split", "protocol", "prompts", "ignore_region", "task")}
+    if plan.protocol == "slots":
+        options["threshold"] = plan.threshold
+    elif plan.protocol == "generate":
+        options["max_new_tokens"] = plan.max_new_tokens
+        options["generation_config"] = _digest(model.generation_config.to_json_string().encode())
+    config = model.config
+    parts = (config.text_config, config.vision_config, config.sam_config.vision_config)
     return {
         **options,
         **plan.labels,
         "batch_size": plan.batch_size,
+        "threads": plan.threads,
+        "attention": [part._attn_implementation for part in parts],
         "samples": len(plan.rows),
         "data": data.hexdigest()[:16],
         "weights": weights.hexdigest()[:16],

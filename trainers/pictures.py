@@ -205,8 +205,20 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def training_curves(history: Sequence[dict[str, float]], path: Path) -> None:
-    """Curves of the loss parts and of the metrics from a trainer's `log_history`."""
+def curve_notes(history: Sequence[dict[str, Any]]) -> list[str]:
+    """What the evaluations in a trainer's `log_history` are.
+
+    >>> curve_notes([{"eval_protocol": "slots", "eval_protocol_note": "own choice", "eval_convention": "rela"}])
+    ['eval: slots, rela', 'slots: own choice']
+    """
+    evaluated = [entry for entry in history if "eval_protocol" in entry]
+    lines = [f"eval: {entry['eval_protocol']}, {entry['eval_convention']}" for entry in evaluated]
+    lines += [f"{e['eval_protocol']}: {e['eval_protocol_note']}" for e in evaluated if "eval_protocol_note" in e]
+    return list(dict.fromkeys(lines))
+
+
+def training_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
+    """Curves of the loss parts and of the metrics, by name of protocol and convention, from a trainer's `log_history`."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -224,6 +236,7 @@ def training_curves(history: Sequence[dict[str, float]], path: Path) -> None:
         if axes.get_lines():
             axes.legend(fontsize="small")
     losses.set_title("loss and its parts")
-    metrics.set_title("metrics")
+    title = [part for line in ("metrics", *curve_notes(history)) for part in textwrap.wrap(line, 64)]
+    metrics.set_title("\n".join(title), fontsize="medium")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)

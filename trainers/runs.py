@@ -145,7 +145,7 @@ def _plan(
         batch_size=training.per_device_eval_batch_size,
         one_prompt_per_expression=args.one_prompt_per_expression,
         threshold=args.threshold,
-        convention=args.conventions[0],
+        convention=conventions_for(args.evaluated, args.conventions)[0],
         threads=training.threads or 1,
         max_new_tokens=args.max_new_tokens,
         ignore_region=args.ignore_region,
@@ -199,6 +199,12 @@ def evaluate(processor, model, model_args, data_args, training_args, stage: str)
         if stage == "before" and resumed and known:
             continue
         result = evaluate_rows(model, processor, plan)
+        if plan.save_masks and not result.has_masks:  # complete before, without the masks that are asked for now
+            if state.is_main_process:
+                print(f"{plan.rows_file} holds no masks; evaluating again for --save_masks", flush=True)
+            state.wait_for_everyone()  # nobody reads the rows any more, which go now
+            plan.resume = False
+            result = evaluate_rows(model, processor, plan)
         if not state.is_main_process:
             continue
         if known and not result.has_masks:  # complete before, and with its pictures written
@@ -339,6 +345,7 @@ def predict(processor, model, data_args: DataArguments, training_args: GsvaTrain
                 "width": image.width,
                 "overlay": overlay_file,
                 "protocol": plan.protocol,
+                "protocol_note": PROTOCOL_NOTES[plan.protocol],
                 "expressions": [_entry(result) for result in results],
             }
         )
@@ -367,7 +374,8 @@ def predict_rows(processor, model, data_args: DataArguments, training_args: Gsva
 
     def keep(index, row, results):
         entries = [_entry(result) for result in results]
-        prediction = {"image_id": row["image_id"], "protocol": plan.protocol, "expressions": entries}
+        said = {"protocol": plan.protocol, "protocol_note": PROTOCOL_NOTES[plan.protocol]}
+        prediction = {"image_id": row["image_id"], **said, "expressions": entries}
         found.append((index, prediction, (row, results) if index < data_args.num_pictures else None))
 
     evaluate_rows(model, processor, plan, keep)
@@ -375,7 +383,9 @@ def predict_rows(processor, model, data_args: DataArguments, training_args: Gsva
     if not PartialState().is_main_process:
         return
     write_text(output_dir / "predictions.json", json.dumps([prediction for _, prediction, _ in found], indent=1))
-    page = prediction_page(f"{plan.dataset} {plan.split}, {plan.protocol}", "", [pair for *_, pair in found if pair is not None])
+    note = f"{plan.protocol}: {PROTOCOL_NOTES[plan.protocol]}"
+    shown = [pair for *_, pair in found if pair is not None]
+    page = prediction_page(f"{plan.dataset} {plan.split}, {plan.protocol}", note, shown)
     write_text(output_dir / "predictions.html", page)
 
 

@@ -19,7 +19,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_utils import sort_checkpoints
 
 from .divergence import DivergenceWatch
-from .evaluation import EvaluationPlan, evaluate_rows
+from .evaluation import PROTOCOL_NOTES, EvaluationPlan, evaluate_rows
 from .features import FeatureCache
 from .pictures import expression_sheet, replacing
 
@@ -244,7 +244,8 @@ class GsvaTrainer(Trainer):
             result = evaluate_rows(self.accelerator.unwrap_model(self.model), self.processing_class, plan, self._draw)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items() if not math.isnan(value)}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - begun
-        self.log({**metrics, f"{metric_key_prefix}_protocol": plan.protocol, f"{metric_key_prefix}_convention": plan.convention})
+        said = {"protocol": plan.protocol, "protocol_note": PROTOCOL_NOTES[plan.protocol], "convention": plan.convention}
+        self.log({**metrics, **{f"{metric_key_prefix}_{name}": value for name, value in said.items()}})
         self._show_pictures()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._begun += time.perf_counter() - begun  # an evaluation is no training time
@@ -259,7 +260,8 @@ class GsvaTrainer(Trainer):
         plan, step = self.evaluation, self.state.global_step
         if plan is None or index >= getattr(self.args, "validation_pictures", 0):
             return
-        title = f"{plan.dataset} {plan.split} {row['image_id']}, step {step}, {plan.protocol}: prediction orange, truth blue"
+        title = f"{plan.dataset} {plan.split} {row['image_id']}, step {step}: prediction orange, truth blue; {plan.protocol}: "
+        title += PROTOCOL_NOTES[plan.protocol]
         with replacing(self._pictures / f"{index:03d}.png") as temporary:
             expression_sheet(row, results, title).save(temporary)
 
