@@ -512,6 +512,7 @@ def test_a_slot_without_an_image_is_named(model, processor, examples):
         ),
         ({"seg_token_id": 99}, "seg_token_id=99 lies outside the vocabulary of 50 tokens.*resize the embedding"),
         ({"rej_token_id": -1}, "rej_token_id=-1 lies outside the vocabulary of 50 tokens"),
+        ({"rej_token_id": None}, r"The model has no \[REJ\] in its vocabulary.*cannot reject; add the token"),
     ],
 )
 def test_config_names_bad_token_ids(options, message):

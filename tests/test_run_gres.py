@@ -1,5 +1,6 @@
 """The command line from end to end, on a tiny random model: what it writes, what it resumes, and how it refuses."""
 
+import html
 import json
 import os
 import shutil
@@ -17,6 +18,10 @@ import run_gres
 from data_scripts import shapes
 from data_scripts.schema import decode_mask
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
+from trainers import runs as stages
+from trainers.arguments import parse_arguments
+from trainers.evaluation import PROTOCOL_NOTES
+from trainers.pictures import training_curves
 
 ROOT = Path(__file__).resolve().parent.parent
 MINI = ROOT / "tests/fixtures/golden_data/mini"
@@ -201,6 +206,65 @@ def test_grefcoco_trains_with_lora_evaluates_and_predicts(model_dir, tmp_path):
     for entry in (entry for prediction in predictions for entry in prediction["expressions"]):
         assert decode_mask(entry["mask"]).sum() == entry["area"] and (entry["area"] == 0 or not entry["is_rejected"])
     assert (out / "predictions.html").read_text().count("<figure") >= 6
+
+
+def test_teacher_forced_predictions_say_so(model_dir, shape_options, tmp_path):
+    assert in_process("--do_predict", "--protocols", "teacher_forced", "--model", model_dir, "--dataset_options",
+                      json.dumps(shape_options), "--max_eval_samples", 2, "--output_dir", tmp_path) == 0  # fmt: skip
+    note = PROTOCOL_NOTES["teacher_forced"]
+    assert "gold answers were in the model's input" in note
+    told = json.loads((tmp_path / "predictions.json").read_text())
+    assert [entry["protocol_note"] for entry in told] == [note, note]
+    assert f"teacher_forced: {html.escape(note)}" in (tmp_path / "predictions.html").read_text()
+
+
+def test_masks_asked_for_after_the_end_are_made(model_dir, shape_options, tmp_path, capsys):
+    words = ["--do_eval", "--protocols", "slots", "--model", model_dir, "--dataset_options", json.dumps(shape_options),
+             "--max_eval_samples", 2, "--resume_eval", "--output_dir", tmp_path]  # fmt: skip
+
+    def kept():
+        (file,) = tmp_path.glob("rows_*.jsonl")
+        return [json.loads(line) for line in file.read_text().splitlines()]
+
+    assert in_process(*words) == 0
+    first = kept()
+    assert not any("prediction" in row for row in first)
+    metrics = records(tmp_path)[0]["metrics"]
+    capsys.readouterr()
+    assert in_process(*words, "--save_masks") == 0
+    assert "evaluating again for --save_masks" in capsys.readouterr().out
+    assert [{name: value for name, value in row.items() if name != "prediction"} for row in kept()] == first
+    assert all("prediction" in row for row in kept()) and records(tmp_path)[0]["metrics"] == metrics
+    capsys.readouterr()
+    assert in_process(*words, "--save_masks") == 0  # and not again
+    assert "evaluating again" not in capsys.readouterr().out
+
+
+def test_the_evaluation_on_the_way_counts_as_the_one_at_the_end(tmp_path):
+    words = ["--do_eval", "--output_dir", str(tmp_path), "--use_cpu", "--conventions", "gsva", "--dataset"]
+    plans = {name: stages._plan(*parse_arguments([*words, name])[1:], "slots", rows=[]) for name in ("refcoco", "grefcoco")}
+    assert {name: plan.convention for name, plan in plans.items()} == {"refcoco": "gsva_validate", "grefcoco": "gsva"}
+
+
+def test_curves_name_protocol_and_convention(tmp_path, monkeypatch):
+    titles = []
+    from matplotlib.axes import Axes
+
+    set_title = Axes.set_title
+    monkeypatch.setattr(Axes, "set_title", lambda axes, title, **k: titles.append(title) or set_title(axes, title, **k))
+    said = {"eval_protocol": "teacher_forced", "eval_protocol_note": PROTOCOL_NOTES["teacher_forced"], "eval_convention": "gsva"}
+    training_curves([{"step": 1, "loss": 1.0}, {"step": 1, "eval_gIoU": 0.5, **said}], tmp_path / "curves.png")
+    assert "eval: teacher_forced, gsva" in titles[-1] and PROTOCOL_NOTES["teacher_forced"] in titles[-1].replace("\n", " ")
+
+
+def test_a_model_without_rej_is_refused_in_words(model_dir, shape_options, tmp_path, capsys):
+    shutil.copytree(model_dir, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "rej_token_id": None}))
+    assert in_process("--do_eval", "--model", tmp_path / "model", "--dataset_options", json.dumps(shape_options),
+                      "--output_dir", tmp_path / "out") == 1  # fmt: skip
+    printed = capsys.readouterr().err
+    assert "run_gres.py: The model has no [REJ] in its vocabulary (rej_token_id=None)" in printed
 
 
 @pytest.mark.parametrize(

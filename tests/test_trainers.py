@@ -19,7 +19,7 @@ from data_scripts.schema import decode_mask
 from data_scripts.transforms import ConversationTransform, ReferringTransform
 from trainers.arguments import GsvaTrainingArguments, ModelArguments, parse_arguments
 from trainers.collator import GsvaCollator
-from trainers.evaluation import EvaluationPlan, evaluate_rows
+from trainers.evaluation import PROTOCOL_NOTES, EvaluationPlan, evaluate_rows
 from trainers.parts import merged, parts_table, prepare_for_training, snapshot, unmoved
 from trainers.runs import ProcessorWording
 from trainers.trainer import LOSS_PARTS, EpochSampler, GsvaTrainer, last_complete_checkpoint
@@ -543,6 +543,7 @@ def test_what_is_to_be_seen_is_in_the_log_and_in_tensorboard(logged):
         assert 0.05 < entry["memory_gib"] < 64  # of a process that has imported torch
     (evaluated,) = [entry for entry in trainer.state.log_history if "eval_gIoU" in entry]
     assert (evaluated["eval_protocol"], evaluated["eval_convention"]) == ("slots", "rela")
+    assert evaluated["eval_protocol_note"] == PROTOCOL_NOTES["slots"]
     assert [event.value for event in events.Scalars("eval/gIoU")] == pytest.approx([evaluated["eval_gIoU"]])
     for name, said in (("protocol", b"slots"), ("convention", b"rela")):
         assert events.Tensors(f"eval/{name}/text_summary")[0].tensor_proto.string_val == [said]
