@@ -164,6 +164,10 @@ class GsvaTrainingArguments(TrainingArguments):
     threads: int | None = field(
         default=None, metadata={"help": "CPU threads per process; by default all cores to train, one to evaluate."}
     )
+    consolidated: str | None = field(
+        default=None,
+        metadata={"help": "Instead of training: weights made whole from a sharded checkpoint, to save as training does."},
+    )
     resume: bool = field(default=True, metadata={"help": "Go on from the last complete checkpoint in output_dir."})
     divergence: str = field(
         default="stop",
@@ -189,6 +193,8 @@ class GsvaTrainingArguments(TrainingArguments):
     plan_memory: float | None = field(default=None, metadata={"help": "--plan: GiB of your card, to say whether it fits."})
 
     def __post_init__(self):
+        if self.consolidated:
+            self.do_train = False
         if self.plan:
             self.use_cpu = True  # counting needs no card, whatever precision is planned for one
         _check_choice("feature_cache_dtype", self.feature_cache_dtype, ("float16", "bfloat16", "float32"))

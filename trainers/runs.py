@@ -1,6 +1,7 @@
 """The stages of a run, in the order in which `run_gres.py` calls them."""
 
 import copy
+import gc
 import json
 import logging
 import math
@@ -13,9 +14,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from huggingface_hub import HfApi
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data_scripts.schema import encode_mask
@@ -82,10 +84,37 @@ def training_threads(args: GsvaTrainingArguments) -> int:
     return args.threads or max((os.cpu_count() or 1) // PartialState().num_processes, 1)
 
 
-def load_model(args: ModelArguments) -> tuple[GsvaProcessor, GsvaForConditionalGeneration]:
+def shares_weights(args: GsvaTrainingArguments) -> bool:
+    """Whether training cuts the weights themselves in shares, one for each process: FSDP, or DeepSpeed's ZeRO-3."""
+    if args.deepspeed_plugin is not None:
+        return args.deepspeed_plugin.zero_stage == 3
+    return args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def refuse_what_shards_cannot(model_args: ModelArguments, args: GsvaTrainingArguments) -> None:
     """
-    Processor and model. A local directory is read by the project's own classes, anything else as remote code. An
-    adapter's directory gives its base with the adapter merged into it, as does a converted one with LoRA kept apart.
+    Raises:
+        ValueError: something is asked for that needs each process to hold the whole weights, and they are to be shared out.
+    """
+    if not (args.do_train and shares_weights(args)):
+        return
+    evaluated = args.eval_strategy.value if args.eval_strategy != "no" else None
+    for name, value, instead in (
+        ("feature_cache", args.feature_cache, "train without it"),
+        ("quantization", model_args.quantization, "train without it, or data parallel (configs/accelerate/ddp.yaml)"),
+        ("eval_strategy", evaluated, "give --eval_strategy no; --do_eval evaluates whole weights before and after training"),
+    ):
+        if value:
+            raise ValueError(f"{name}={value} is not possible where weights are shared out (FSDP, DeepSpeed ZeRO-3): {instead}.")
+
+
+def load_model(
+    args: ModelArguments, device: torch.device | str | None = None
+) -> tuple[GsvaProcessor, GsvaForConditionalGeneration]:
+    """
+    Processor and model, on this process's device if no other is named. A local directory is read by the project's own
+    classes, anything else as remote code. An adapter's directory gives its base with the adapter merged into it, as does a
+    converted one with LoRA kept apart.
 
     Raises:
         ValueError: what is asked for is no GSVA model, or cannot be read.
@@ -98,7 +127,7 @@ def load_model(args: ModelArguments) -> tuple[GsvaProcessor, GsvaForConditionalG
             )
         base = args.base_model or base_of(args.model)
         try:
-            processor, model = load_model(replace(args, model=base, base_model=None))
+            processor, model = load_model(replace(args, model=base, base_model=None), device)
             if kept_apart(base) is not None:  # it is merged by now
                 return processor, model
         except ValueError as error:
@@ -130,7 +159,7 @@ def load_model(args: ModelArguments) -> tuple[GsvaProcessor, GsvaForConditionalG
         ) from error
     if apart is not None:
         model = merge(model, apart)
-    return processor, model if args.quantization else model.to(PartialState().device)
+    return processor, model if args.quantization else model.to(device or PartialState().device)
 
 
 def _plan(
@@ -267,11 +296,12 @@ def train(processor, model, model_args, data_args, training_args):
         checkpoint = last_complete_checkpoint(output_dir)
     with cpu_threads(training_threads(training_args)):
         result = trainer.train(resume_from_checkpoint=checkpoint)
+    sharded = shares_weights(training_args)
+    model = gathered(trainer, model_args) if sharded else trainer.accelerator.unwrap_model(trainer.model)
     if trainer.state.global_step and state.is_main_process:
-        print(moved_table(trainer.model, before), flush=True)
-        if still := unmoved(trainer.model, before):
+        print(moved_table(model, before), flush=True)
+        if still := unmoved(model, before):
             logger.warning("%d trained parameters did not move: %s", len(still), ", ".join(still[:8]))
-    model = trainer.accelerator.unwrap_model(trainer.model)
     if state.is_main_process and isinstance(model, PeftModel):
         save_adapter(model, output_dir)
     if model_args.quantization:
@@ -279,7 +309,7 @@ def train(processor, model, model_args, data_args, training_args):
         if state.is_main_process:
             save(processor, merge_into_base(model_args, output_dir / ADAPTER), output_dir)
         cast_trained(model, loaded_dtype)
-    else:
+    elif model is not None:
         model = merged(model).to(loaded_dtype)
         if state.is_main_process:
             save(processor, model, output_dir)
@@ -290,16 +320,76 @@ def train(processor, model, model_args, data_args, training_args):
         training_curves(trainer.state.log_history, output_dir / "curves.png")
         print(f"trained {trainer.state.global_step} steps in {result.metrics['train_runtime']:.0f} s", flush=True)
     state.wait_for_everyone()
+    if sharded and (training_args.do_eval or training_args.do_predict):
+        trainer.accelerator.free_memory()
+        del trainer, model  # the shards make room for the whole
+        gc.collect()
+        _, model = load_model(replace(model_args, model=str(output_dir), base_model=None))
     return model
+
+
+def gathered(trainer: GsvaTrainer, args: ModelArguments) -> torch.nn.Module | None:
+    """
+    On the main process, in the processor's memory: the model as it was prepared for training, with the weights that all
+    processes have trained and hold a share of. None on the others, which must call this, too.
+    """
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return with_trained(load_model(args, "cpu")[1], args, weights) if PartialState().is_main_process else None
+
+
+def with_trained(model: torch.nn.Module, args: ModelArguments, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """
+    The plain model, prepared for training, with trained weights in it. They are named as parameters are or as in an adapter's
+    file; frozen ones may be missing.
+
+    Raises:
+        ValueError: trained weights are missing, or some belong to another model.
+    """
+    model = prepare_for_training(model, args)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    in_adapter = {name.replace(".modules_to_save", "").replace(".default", ""): name for name in model.state_dict()}
+    weights = {in_adapter.get(name, name): tensor for name, tensor in weights.items()}
+    for name in trained.keys() & weights.keys():
+        trained[name].data = trained[name].data.to(weights[name].dtype)  # float32 where the frozen rest is not
+    keys = model.load_state_dict(weights, strict=False)
+    if wrong := sorted(trained.keys() & set(keys.missing_keys)) + sorted(keys.unexpected_keys):
+        raise ValueError(
+            f"{len(wrong)} trained weights are missing or not this model's, among them {', '.join(wrong[:4])}; "
+            "give --model, --train_language_model and --lora_r as they were in training."
+        )
+    return model
+
+
+def consolidate(model_args: ModelArguments, args: GsvaTrainingArguments) -> tuple[GsvaProcessor, torch.nn.Module]:
+    """
+    Processor and model with the trained weights of `args.consolidated`: a file, or a folder of them, that accelerate's or
+    DeepSpeed's tool has made of a checkpoint. They are saved in `output_dir` as at the end of training.
+
+    Raises:
+        ValueError: they are not there, or do not fit.
+    """
+    source = Path(args.consolidated)
+    files = [source] if source.is_file() else sorted(source.glob("*.safetensors")) or sorted(source.glob("*.bin"))
+    if not files:
+        raise ValueError(f"consolidated={str(source)!r} is no file, and no folder with .safetensors or .bin files in it.")
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        weights |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    processor, model = load_model(model_args, "cpu")
+    dtype, output_dir = model.dtype, Path(args.output_dir)
+    model = with_trained(model, model_args, weights)
+    if PartialState().is_main_process and isinstance(model, PeftModel):
+        save_adapter(model, output_dir)
+    model = merged(model).to(dtype)
+    if PartialState().is_main_process:
+        save(processor, model, output_dir)
+        print(f"saved {output_dir}", flush=True)
+    return processor, model.to(PartialState().device)
 
 
 def merge_into_base(args: ModelArguments, adapter: Path) -> GsvaForConditionalGeneration:
     """The unquantized base with the adapter merged into it, in the memory of the processor."""
-    if Path(args.model).is_dir():
-        base = GsvaForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype)
-    else:
-        base = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype)
-    return merge(base, adapter)
+    return merge(load_model(replace(args, quantization=None), "cpu")[1], adapter)
 
 
 def save(processor, model, output_dir: Path) -> None:
