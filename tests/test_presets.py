@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -79,16 +80,60 @@ def test_fsdp2_wraps_layers_that_the_model_has(model):
     assert set(config["fsdp_transformer_layer_cls_to_wrap"].split(",")) <= layers
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_configs_are_parsed_by_accelerate(stage):
-    from accelerate.utils.deepspeed import HfDeepSpeedConfig
+def launched(name: str) -> dict[str, str]:
+    """The environment that `accelerate launch --config_file configs/accelerate/NAME.yaml` gives its processes."""
+    from accelerate.commands import launch
+    from accelerate.utils import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-    named = yaml.safe_load((CONFIGS / "accelerate" / f"zero{stage}.yaml").read_text())["deepspeed_config"]
-    path = CONFIGS.parent / named["deepspeed_config_file"]
-    config = HfDeepSpeedConfig(str(path))
-    assert (config.is_zero2(), config.is_zero3()) == (stage == 2, stage == 3)
-    assert config.get_value("train_micro_batch_size_per_gpu") == "auto"  # the preset's
-    assert not config.is_offload()
+    args = launch.launch_command_parser().parse_args(["--config_file", str(CONFIGS / "accelerate" / f"{name}.yaml"), "x.py"])
+    args, defaults, _ = launch._validate_launch_command(args)
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)  # as launch_command does
+    return prepare_deepspeed_cmd_env(args)[1] if name.startswith("zero") else prepare_multi_gpu_env(args)
+
+
+def test_fsdp2_becomes_accelerates_plugin(model, monkeypatch):
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import CPUOffloadPolicy
+    from torch.distributed.fsdp.fully_sharded_data_parallel import StateDictType
+
+    environment = launched("fsdp2")
+    assert environment["ACCELERATE_USE_FSDP"] == "true"
+    for name, value in environment.items():
+        if name.startswith("FSDP_"):
+            monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT and not plugin.cpu_ram_efficient_loading
+    assert not isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    plugin.set_auto_wrap_policy(model)  # raises where the model has no such layer
+    plugin.set_mixed_precision("bf16")
+    assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_configs_become_accelerates_plugin(stage, monkeypatch):
+    from accelerate.utils import DeepSpeedPlugin
+
+    monkeypatch.chdir(CONFIGS.parent)  # the yaml names its json from there
+    environment = launched(f"zero{stage}")
+    assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
+    for name, value in environment.items():
+        if name.startswith("ACCELERATE_DEEPSPEED_"):
+            monkeypatch.setenv(name, value)
+    plugin = DeepSpeedPlugin()
+    assert plugin.zero_stage == stage and not plugin.zero3_init_flag
+    assert (plugin.hf_ds_config.is_zero2(), plugin.hf_ds_config.is_zero3()) == (stage == 2, stage == 3)
+    assert plugin.offload_param_device == plugin.offload_optimizer_device == "none" and not plugin.hf_ds_config.is_offload()
+    assert bool(plugin.zero3_save_16bit_model) == (stage == 3)
+    plugin.set_mixed_precision("bf16")
+    # what the preset and the Trainer say goes where the json says auto; a value that contradicts is an error
+    values = {"train_micro_batch_size_per_gpu": 20, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
+    values |= {"train_batch_size": 160, "zero_optimization.reduce_bucket_size": 4096**2}
+    values |= {"zero_optimization.stage3_prefetch_bucket_size": 1, "zero_optimization.stage3_param_persistence_threshold": 1}
+    plugin.deepspeed_config_process(must_match=False, **values)
+    config = plugin.deepspeed_config
+    assert config["train_batch_size"] == 160 and config["gradient_clipping"] == 1.0 and config["bf16"]["enabled"] is True
+    assert "auto" not in str(config)
 
 
 def write_own_data(folder: Path, pictures: int = 3) -> Path:
