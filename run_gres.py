@@ -11,6 +11,7 @@ Trains, evaluates and predicts with GSVA.
 """
 
 import sys
+from pathlib import Path
 
 import transformers
 
@@ -31,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         runs.refuse_what_shards_cannot(model_args, training_args)
         transformers.set_seed(training_args.seed)
         if training_args.consolidated:
-            processor, model = runs.consolidate(model_args, training_args)
+            source, output_dir = Path(training_args.consolidated), Path(training_args.output_dir)
+            processor, model = runs.consolidate(source, model_args, output_dir)
         else:
             processor, model = runs.load_model(model_args)
         if training_args.do_eval and data_args.eval_before_training and training_args.do_train:

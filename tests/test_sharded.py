@@ -103,7 +103,7 @@ def test_consolidated_weights_of_another_training_are_refused(words, tmp_path, c
 def launch(config: str, script: str, out: Path, *more: str) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{config}.yaml"]
     command += ["--num_processes", "2", "--main_process_port", "0", script, "--model", MODEL, "--dataset", "shapes"]
-    command += ["--max_train_samples", "16", "--max_eval_samples", "4", "--do_train", "--max_steps", "3", "--learning_rate"]
+    command += ["--dataset_options", '{"size": 16}', "--max_eval_samples", "4", "--do_train", "--max_steps", "3", "--learning_rate"]
     command += ["1e-3", "--per_device_train_batch_size", "2", "--save_strategy", "steps", "--save_steps", "2", "--threads", "1"]
     command += ["--output_dir", str(out), "--use_cpu", "--lora_dropout", "0", *more]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

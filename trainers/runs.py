@@ -360,15 +360,14 @@ def with_trained(model: torch.nn.Module, args: ModelArguments, weights: dict[str
     return model
 
 
-def consolidate(model_args: ModelArguments, args: GsvaTrainingArguments) -> tuple[GsvaProcessor, torch.nn.Module]:
+def consolidate(source: Path, model_args: ModelArguments, output_dir: Path) -> tuple[GsvaProcessor, torch.nn.Module]:
     """
-    Processor and model with the trained weights of `args.consolidated`: a file, or a folder of them, that accelerate's or
-    DeepSpeed's tool has made of a checkpoint. They are saved in `output_dir` as at the end of training.
+    Processor and model with the trained weights of a file, or a folder of them, that accelerate's or DeepSpeed's tool has
+    made of a checkpoint. They are saved in `output_dir` as at the end of training.
 
     Raises:
         ValueError: they are not there, or do not fit.
     """
-    source = Path(args.consolidated)
     files = [source] if source.is_file() else sorted(source.glob("*.safetensors")) or sorted(source.glob("*.bin"))
     if not files:
         raise ValueError(f"consolidated={str(source)!r} is no file, and no folder with .safetensors or .bin files in it.")
@@ -376,7 +375,7 @@ def consolidate(model_args: ModelArguments, args: GsvaTrainingArguments) -> tupl
     for file in files:
         weights |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
     processor, model = load_model(model_args, "cpu")
-    dtype, output_dir = model.dtype, Path(args.output_dir)
+    dtype = model.dtype
     model = with_trained(model, model_args, weights)
     if PartialState().is_main_process and isinstance(model, PeftModel):
         save_adapter(model, output_dir)
