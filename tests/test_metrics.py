@@ -18,6 +18,7 @@ from metrics.gres import (
     breakdown,
     check_together,
     gres_metrics,
+    plot_rejection_curves,
     read_rows,
     rejection_curve,
     report,
@@ -349,6 +350,8 @@ def test_rows_of_several_runs_do_not_belong_together():
         report(rows)
     with pytest.raises(ValueError, match=r"model is none \(1 rows\), 'tiny' \(1 rows\)"):
         check_together([file_row(1, 2), file_row(1, 2, model="tiny")])
+    with pytest.raises(ValueError, match=r"threshold is 0.0 \(1 rows\), 25.0 \(1 rows\).*--group-by threshold"):
+        report([file_row(1, 2, threshold=0.0), file_row(1, 2, threshold=25.0)])
     assert check_together(rows[:2]) == {"dataset": "grefcoco", "split": "val", "protocol": "slots"}
 
 
@@ -358,7 +361,7 @@ def test_report_says_what_must_be_said():
     assert record["convention"] == "rela" and record["samples"] == 2 and record["images"] == 1
     assert "gold answers" in record["notes"]["protocol"]
     assert "recorded with gsva" in record["notes"]["convention"]
-    assert record["notes"]["repeats"].startswith("1 rows repeat")
+    assert set(record["notes"]) == {"N_acc", "malformed", "curve", "protocol", "convention"}  # expressions may repeat in a split
     assert record["notes"]["N_acc"] == "not defined here: no no-target expressions"
     assert "intervals" not in record
 
@@ -404,6 +407,19 @@ def test_read_rows(tmp_path):
         read_rows(lines)
 
 
+def test_an_expression_of_one_run_is_in_one_file(tmp_path):
+    pair = [file_row(1, 2), file_row(1, 2)]  # within a file it may repeat
+    first = write(tmp_path / "first.jsonl", pair)
+    assert read_rows(first) == pair and len(read_rows([first, write(tmp_path / "t.jsonl", [file_row(1, 2, threshold=2)])])) == 3
+    second = write(tmp_path / "second.jsonl", [file_row(1, 2, expression="a dog"), *pair])
+    message = r"second.jsonl line 2: 'a cat' of image 1 \(grefcoco, val, slots\) is in .*first.jsonl too.*give one of the two"
+    with pytest.raises(ValueError, match=message):
+        read_rows([first, second])
+    (tmp_path / "results.json").write_text(json.dumps([{"protocol": "slots"}], indent=1))
+    with pytest.raises(ValueError, match="results.json: no rows file.*rows_"):
+        read_rows(tmp_path / "results.json")
+
+
 def run(*arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "metrics.gres", *map(str, arguments)]
@@ -436,6 +452,25 @@ def test_command_line_text_groups_and_plot(tmp_path):
     assert done.stdout.index("grefcoco testA slots rela") < done.stdout.index("grefcoco val slots rela")
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["curve.png"]
     assert (tmp_path / "plots" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    done = run(val, "--bootstrap", 0, "--plot", tmp_path / "curve.xyz")
+    assert done.returncode == 1 and "curve.xyz: no picture can be written as 'xyz'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_legend_of_the_curve_lies_below_the_axes_and_within_the_figure(tmp_path, monkeypatch):
+    figures = pytest.importorskip("matplotlib.figure")
+    kept = []
+    save = figures.Figure.savefig
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *args, **options: (kept.append(figure), save(figure, *args, **options)))
+    curve, empty = rejection_curve(many_rows(40)), rejection_curve([row(1, 2, score=1.0)])
+    for names in (["a"], ["a_long_name " * 12 + str(n) for n in range(3)] + ["unbroken" * 20, "none"]):
+        plot_rejection_curves({name: empty if name == "none" else curve for name in names}, tmp_path / "curve.png")
+        figure = kept.pop()
+        legend, axes = figure.legends[0].get_window_extent(), figure.axes[0].get_tightbbox()
+        assert 0 <= legend.x0 and legend.x1 <= figure.bbox.x1 and 0 <= legend.y0 and legend.y1 < axes.y0
+        assert axes.y1 <= figure.bbox.y1 and axes.height > 4 * figure.dpi
+        text = " ".join(entry.get_text() for entry in figure.legends[0].get_texts()).replace("\n", " ")
+        assert text.count(f"area {curve['area']:.3f}") == len(set(names) - {"none"})
+    assert "none: not defined here: no no-target expressions" in text
 
 
 def test_pure_functions_bring_neither_torch_nor_evaluate():

@@ -325,6 +325,7 @@ def _metric_rows(row: dict[str, Any], results: list[dict[str, Any]], plan: Evalu
                 "protocol": plan.protocol,
                 "prompts": plan.prompts,
                 "ignore_region": plan.ignore_region,
+                **({"threshold": plan.threshold} if plan.protocol == "slots" else {}),
                 **plan.labels,
                 "image_id": row["image_id"],
                 "expression": entry["text"],

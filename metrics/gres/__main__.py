@@ -12,7 +12,8 @@ from .rows import group_rows, read_rows
 
 
 def _title(record: dict[str, Any]) -> str:
-    return " ".join(record[field] for field in RUN_FIELDS if field in record)
+    words = (f"{'threshold ' * (field == 'threshold')}{record[field]}" for field in RUN_FIELDS if field in record)
+    return " ".join(words)
 
 
 def _as_text(record: dict[str, Any]) -> str:
@@ -37,7 +38,7 @@ def _as_text(record: dict[str, Any]) -> str:
     if record["curve"]["balance"]:
         balance = record["curve"]["balance"]
         lines.append(
-            f"N-acc/T-acc curve: area {record['curve']['area']:.4f}; balanced by rejecting score < "
+            f"N_acc/T_acc curve: area {record['curve']['area']:.4f}; balanced by rejecting score < "
             f"{balance['threshold']:.4f}: N_acc {balance['N_acc']:.4f}, T_acc {balance['T_acc']:.4f}"
         )
     lines += [f"note, {key}: {note}" for key, note in record["notes"].items()]
@@ -63,7 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, TypeError, ValueError) as error:
         sys.exit(f"error: {error}")
     if options.plot:
-        plot_rejection_curves({_title(record): record["curve"] for record in records}, options.plot)
+        try:
+            plot_rejection_curves({_title(record): record["curve"] for record in records}, options.plot)
+        except (OSError, ValueError) as error:
+            sys.exit(f"error: {error}")
     if options.json:
         print(to_json(records if options.group_by else records[0], indent=2))
     else:

@@ -44,7 +44,7 @@ UNDEFINED = {
 METRIC_KEYS = tuple(UNDEFINED)
 
 # Rows that differ in one of these come from different runs and are never averaged together.
-RUN_FIELDS = ("dataset", "split", "protocol", "prompts", "ignore_region", "stage", "model", "convention")
+RUN_FIELDS = ("dataset", "split", "protocol", "prompts", "ignore_region", "threshold", "stage", "model", "convention")
 
 REQUIRED = ("is_no_target", "is_rejected", "intersection", "union")
 REQUIRED_IN_FILES = ("dataset", "split", "protocol", "image_id", "expression", *REQUIRED)
@@ -78,6 +78,8 @@ FIELDS: dict[str, _Test] = {
     "image_id": (lambda v: isinstance(v, str) or _is_whole(v, 0), "a string or a whole number"),
     "expression": _TEXT,
     **{name: _TEXT for name in RUN_FIELDS},
+    # on score, where the protocol has one; older rows have none. Infinity rejects all, or nothing.
+    "threshold": (lambda v: isinstance(v, Real) and not isinstance(v, bool) and not math.isnan(v), "a number"),
 }
 
 
@@ -374,7 +376,7 @@ def rejection_curve(rows: Iterable[Mapping[str, Any]], max_points: int = 201) ->
     return _curve(_columns(rows), max_points)
 
 
-def check_together(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+def check_together(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Checks that all rows come from one run and returns its `RUN_FIELDS`.
 
     Raises:
@@ -433,9 +435,6 @@ def report(
     notes = undefined_notes(metrics)
     if curve["note"]:
         notes["curve"] = curve["note"]
-    repeats = len(rows) - len({tuple(row.get(name) for name in FIELDS) for row in rows})
-    if repeats and all(row.get("image_id") is not None and row.get("expression") for row in rows):
-        notes["repeats"] = f"{repeats} rows repeat another row in every field; was a copy of a file given too?"
     if recorded != convention:
         notes["convention"] = f"the rows were recorded with {recorded}, computed here with {convention}"
     if run.get("protocol") == "teacher_forced":

@@ -25,6 +25,11 @@ def _parsed(path: Path) -> Iterable[tuple[str, Any]]:
             try:
                 yield f"{path} line {number}", json.loads(line)
             except (ValueError, RecursionError) as error:  # bad JSON, or bytes that are no text
+                if path.suffix == ".json":  # say results.json
+                    raise ValueError(
+                        f"{path}: no rows file, which has one JSON object per line; an evaluation's rows are in the "
+                        "rows_*.jsonl beside its results.json"
+                    ) from None
                 raise ValueError(
                     f"{path} line {number}: not a JSON object ({error}); a run that was killed while writing leaves "
                     "half a line: remove it, and let the run finish"
@@ -40,10 +45,12 @@ def read_rows(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[di
 
     Raises:
         FileNotFoundError: a file is not there.
-        ValueError: a file given twice or without rows, or a row that is wrong, with its line.
+        ValueError: a file given twice or without rows, a row that is wrong, with its line, or an expression of one run
+            in two files. Within a file an expression may repeat: gRefCOCO's val has such.
     """
     seen: set[Path] = set()
     rows: list[dict[str, Any]] = []
+    first: dict[tuple, Path] = {}  # expression of a run -> the file that has it
     for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such rows file; an evaluation writes one beside its results.json")
@@ -53,6 +60,13 @@ def read_rows(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[di
         before = len(rows)
         for where, row in _parsed(path):
             check_row(row, where, REQUIRED_IN_FILES)
+            key = (*(row.get(field) for field in RUN_FIELDS), row["image_id"], row["expression"])
+            if (other := first.setdefault(key, path)) != path:
+                run = ", ".join(str(value) for value in key[: len(RUN_FIELDS)] if value is not None)
+                raise ValueError(
+                    f"{where}: {row['expression']!r} of image {row['image_id']} ({run}) is in {other} too, so it would "
+                    "count twice; give one of the two files"
+                )
             rows.append(row)
         if len(rows) == before:
             raise ValueError(f"{path}: holds no rows; the evaluation wrote nothing, or not yet")
