@@ -10,6 +10,7 @@ from trainers.card import write_card
 RECORD = {
     "stage": "after", "protocol": "slots", "protocol_note": "every slot was the model's own choice", "convention": "rela",
     "dataset": "own", "split": "val", "samples": 3, "metrics": {"gIoU": 0.51234, "cIoU": 0.4, "N_acc": None},
+    "notes": {"N_acc": "not defined here: no no-target expressions"},
 }  # fmt: skip
 
 
@@ -31,8 +32,10 @@ def test_a_card_with_results(tmp_path):
     assert (first.metric_name, first.metric_value, first.dataset_split) == ("gIoU (slots, rela)", 0.51234, "val")
     assert second.metric_name == "cIoU (slots, rela)"  # what is not defined is not claimed
     for said in (
-        "| own | val | after | slots | rela | 3 | 0.5123 | 0.4000 | - |",
+        "| own | val | after | slots | rela | 3 | 0.5123 | 0.4000 | - | - | - | - | - | - |",
         "slots: every slot was the model's own choice.",
+        "| Pr@0.9 | malformed |",
+        "- N_acc on own val: not defined here: no no-target expressions.",
         "| steps | 50 |",
         "learning rate 0.0002",
         "LoRA, rank 4, alpha 16",

@@ -353,6 +353,36 @@ def test_options_of_other_protocols_do_not_stop_a_resume(model, processor, rows,
             assert evaluate_rows(model, processor, plan).taken_over == len(rows)
 
 
+def test_a_broken_meta_file_is_named(model, processor, rows, tmp_path):
+    options = {"rows_file": tmp_path / "rows_x.jsonl", "resume": True}
+    evaluate_rows(model, processor, plan_of(rows, **options))
+    (tmp_path / "rows_x.meta.json").write_text('{"samples": ')
+    with pytest.raises(ValueError, match=r"rows_x.meta.json does not say what was begun.*--resume_eval"):
+        evaluate_rows(model, processor, plan_of(rows, **options))
+
+
+def test_thresholds_have_rows_files_and_records_of_their_own():
+    from trainers.runs import _key, results_table, rows_name
+
+    plans = [EvaluationPlan([], "refcoco", "val", threshold=value) for value in (0.0, 25.0, -1.5)]
+    names = [rows_name(plan, "after") for plan in plans]
+    assert names == [f"rows_after_slots_refcoco_val{end}.jsonl" for end in ("", "_threshold_25_0", "_threshold_-1_5")]
+    facts = {"protocol": "slots", "convention": "rela", "dataset": "refcoco", "split": "val", "stage": "after", "samples": 3}
+    records = [
+        {**facts, "prompts": plan.prompts, "threshold": plan.threshold, "metrics": {"gIoU": 0.5, "N_acc": None},
+         "notes": {"N_acc": "not defined here: no no-target expressions"}}
+        for plan in plans
+    ]  # fmt: skip
+    assert len({_key(entry) for entry in records}) == 3
+    given = EvaluationPlan([], "refcoco", "val", "generate", threshold=25.0)  # which has no threshold
+    assert rows_name(given, "after") == "rows_after_generate_refcoco_val.jsonl"
+    assert _key(vars(given)) == _key({**vars(given), "threshold": None})
+    table = results_table(records).splitlines()
+    assert table[0].split()[:7] == ["dataset", "split", "stage", "protocol", "prompts", "threshold", "convention"]
+    assert "refcoco  val" in table[2] and "all expressions in one" in table[2] and "25.0" in table[2]
+    assert len(table) == 5 and table[4] == "N_acc on refcoco val: not defined here: no no-target expressions"
+
+
 # ---------------------------------------------------------------------------------------------- several processes
 
 

@@ -112,7 +112,22 @@ def test_a_metric_that_is_not_defined(run_dir):
     assert page.count("<span class=none title='not defined here: no no-target expressions'>not defined here</span>") == 6
 
 
-@pytest.mark.parametrize("damage", ["results", "no list", "rows", "mixed", "numbers", "path"])
+def test_thresholds_and_dtypes_have_columns_where_they_are_not_the_usual_ones(run_dir, page):
+    assert "<th>threshold</th>" not in page and "<th>dtype</th>" not in page
+    run = read_run(run_dir)
+    for record in run.records:
+        record["dataset"], record["split"], record["dtype"] = "grefcoco", "testA", "bfloat16"
+        if record["protocol"] == "slots":
+            record["threshold"] = 25.0
+    page = report_page([run])
+    table = page[page.index("<table>") : page.index("</table>")]
+    assert "<th>threshold</th><th>dtype</th><th>convention</th>" in table
+    assert table.count("<td>25</td><td>bfloat16</td>") == 2 and table.count("<td></td><td>bfloat16</td>") == 4
+    assert "a, as loaded, slots, all expressions in one, threshold 25: numbers" in page
+    assert "N-acc" not in page and "the curve: " in page
+
+
+@pytest.mark.parametrize("damage", ["results", "no list", "rows", "mixed", "numbers", "path", "pictures"])
 def test_a_run_that_does_not_fit_is_refused(run_dir, tmp_path, capsys, damage):
     import shutil
 
@@ -135,6 +150,9 @@ def test_a_run_that_does_not_fit_is_refused(run_dir, tmp_path, capsys, damage):
     elif damage == "numbers":
         rows.write_text("".join(line + "\n" for line in rows.read_text().splitlines()[:-3]))
         said = "gIoU"
+    elif damage == "pictures":
+        rows.with_suffix(".pictures.json").write_text("[{")
+        said = ".pictures.json is no JSON"
     else:
         records[0]["rows"] = "../a/rows.jsonl"
         (other / "results.json").write_text(json.dumps(records))

@@ -280,6 +280,8 @@ def test_a_model_without_rej_is_refused_in_words(model_dir, shape_options, tmp_p
         (["--do_eval", "--dataset_options", '{"sizes": 3}'], ["sizes", "size, seed, task"]),
         (["--do_eval", "--dataset_options", '{"size": 2, "task": "vqa"}'], ["no expressions"]),
         (["--do_eval", "--epochs", "3"], ["--epochs"]),
+        (["--do_eval", "--max_eval_samples", "-3"], ["max_eval_samples=-3"]),
+        (["--do_eval", "--threshold", "nan"], ["threshold=nan"]),
         (["--do_predict", "--image", "none.png", "--expressions", "a dog"], ["--image none.png does not exist"]),
         (["--do_predict", "--image", "setup.cfg", "--expressions", "a dog"], ["setup.cfg", "cannot be read"]),
         (["--do_predict", "--image", "PICTURE", "--expressions", "a [SEG] dog"], ["'a [SEG] dog'", "take it out"]),

@@ -1,6 +1,7 @@
 """Everything `run_gres.py` can be told, as dataclasses read from a yaml preset and the command line."""
 
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,6 +131,11 @@ class DataArguments:
         if self.eval_task is not None:
             _check_choice("eval_task", self.eval_task, TASKS)
         _check_choice("wording", self.wording, ("gsva", "processor"))
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"threshold={self.threshold} is no number that scores can be compared with; give say 0 or -1.5.")
+        for name in ("max_train_samples", "max_eval_samples", "max_eval_samples_in_training"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} leaves no pictures; give 1 or more, or leave it out.")
         try:
             self.options = dict(json.loads(self.dataset_options or "{}"))
         except (TypeError, ValueError):

@@ -14,7 +14,7 @@ from .pictures import write_text
 
 CARD = "README.md"
 TRAINING = "training.json"  # what a run notes for its card: pictures it could draw from, seconds it took
-METRICS = ("gIoU", "cIoU", "N_acc", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9")
+METRICS = ("gIoU", "cIoU", "N_acc", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9", "malformed")
 # What the paper's models are built from, for a base whose own card names no licence.
 BASES = """The weights may derive from these; their licences apply:
 
@@ -110,6 +110,17 @@ def _training(
     return _table(rows)
 
 
+def undefined_in(records: list[dict]) -> list[str]:
+    """A sentence for each metric of a split that is `-` in a table, such as "N_acc on refcoco val: not defined here: ..."."""
+    told = (
+        f"{name} on {Path(record['dataset']).name} {record['split']}: {note}"
+        for record in records
+        for name, note in record.get("notes", {}).items()
+        if name in METRICS
+    )
+    return list(dict.fromkeys(told))
+
+
 def _results(records: list[dict]) -> str:
     if not records:
         return "Not evaluated."
@@ -120,7 +131,8 @@ def _results(records: list[dict]) -> str:
         numbers = ["-" if value is None or math.isnan(value) else f"{value:.4f}" for value in values]
         lines.append("| " + " | ".join([*(str(record[name]) for name in names), *numbers]) + " |")
     notes = {record["protocol"]: record["protocol_note"] for record in records}
-    return "\n".join([*lines, "", *(f"- {protocol}: {note}." for protocol, note in notes.items())])
+    told = [*(f"{protocol}: {note}" for protocol, note in notes.items()), *undefined_in(records)]
+    return "\n".join([*lines, "", *(f"- {sentence}." for sentence in told)])
 
 
 def write_card(model: ModelArguments, data: DataArguments, training: GsvaTrainingArguments) -> Path:

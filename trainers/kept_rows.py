@@ -38,7 +38,13 @@ class KeptRows:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         finished: dict[int, list[list[dict[str, Any]]]] = {}
         if resume and self.meta.exists():
-            self._check(json.loads(self.meta.read_text(encoding="utf-8")), fingerprint)
+            try:
+                begun = dict(json.loads(self.meta.read_text(encoding="utf-8")))
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{self.meta} does not say what was begun ({error}); start anew without --resume_eval."
+                ) from None
+            self._check(begun, fingerprint)
             parts = self.parts()
             if not parts and self.path.exists():
                 return None

@@ -156,7 +156,10 @@ def read_run(directory: str | Path, name: str | None = None) -> Run:
         if file not in rows_of:
             rows_of[file] = read_rows(directory / file)
             shown_path = directory / Path(file).with_suffix(".pictures.json")
-            shown[file] = json.loads(shown_path.read_text(encoding="utf-8")) if shown_path.is_file() else []
+            try:
+                shown[file] = json.loads(shown_path.read_text(encoding="utf-8")) if shown_path.is_file() else []
+            except ValueError as error:
+                raise ValueError(f"{shown_path} is no JSON ({error}); remove it, or evaluate again with --save_masks.") from None
         _check_rows(record, rows_of[file], directory / file)
     return Run(name or directory.resolve().name, records, shown)
 
@@ -195,7 +198,7 @@ picks.forEach(p=>p.addEventListener('change',show));show()"""
 
 _CONVENTIONS = {
     "rela": "as the benchmark's own evaluator: a rejected target has no intersection and keeps its union",
-    "gsva": "as the original's eval_gres: a rejected target still scores with its mask",
+    "gsva": "as the original's eval_gres: a rejected target still scores with its mask where one was made (teacher_forced)",
     "gsva_validate": "as the original's validate, which knows no rejection",
 }
 
@@ -231,22 +234,32 @@ def _asked(record: dict[str, Any]) -> str:
     return record.get("prompts", "") + ignored
 
 
+def _threshold(record: dict[str, Any]) -> str:
+    return f"{record['threshold']:g}" if record.get("threshold") is not None else ""
+
+
 def _metric_table(pairs: list[tuple[str, dict[str, Any]]], rows: list[dict[str, Any]]) -> str:
-    head = ["run", "model", "stage", "protocol", "prompts", "convention", "pictures", *METRIC_KEYS]
+    # What every evaluation has alike needs no column: most have threshold 0, and one run has one dtype.
+    more = {"threshold": _threshold, "dtype": lambda record: record.get("dtype", "")}
+    usual = {"threshold": {"", "0"}, "dtype": {"", "float32"}}
+    more = {name: of for name, of in more.items() if not {of(record) for _, record in pairs} <= usual[name]}
+    head = ["run", "model", "stage", "protocol", "prompts", *more, "convention", "pictures", *METRIC_KEYS]
     lines = []
     for run, record in pairs:
-        facts = [run, Path(record.get("model", "")).name, record.get("stage", ""), record["protocol"], _asked(record), record["convention"]]
+        facts = [run, Path(record.get("model", "")).name, record.get("stage", ""), record["protocol"], _asked(record)]
+        facts += [*(of(record) for of in more.values()), record["convention"]]
         cells = _words(facts) + f"<td class=n>{_text(record.get('samples', ''))}</td>"
         lines.append(f"<tr>{cells}{''.join(_number(record, key) for key in METRIC_KEYS)}</tr>")
     for record in rows:
-        facts = ["published", record["model"], "", record["protocol"], record["prompts"], record["convention"]]
+        facts = ["published", record["model"], "", record["protocol"], record["prompts"], *[""] * len(more), record["convention"]]
         cells = _words(facts) + "<td></td>"
         lines.append(f"<tr class=published>{cells}{''.join(_number(record, key) for key in METRIC_KEYS)}</tr>")
     return _table(head, lines, 1 + len(METRIC_KEYS))
 
 
 def _name(run: str, record: dict[str, Any]) -> str:
-    return ", ".join(part for part in (run, record.get("stage"), record["protocol"], _asked(record)) if part)
+    threshold = f"threshold {_threshold(record)}" if record.get("threshold") else ""
+    return ", ".join(part for part in (run, record.get("stage"), record["protocol"], _asked(record), threshold) if part)
 
 
 def _curves(pairs: list[tuple[str, dict[str, Any]]]) -> str:
@@ -256,12 +269,12 @@ def _curves(pairs: list[tuple[str, dict[str, Any]]]) -> str:
     drawn = {label: curve for label, curve in curves.items() if curve["balance"] is not None}
     if not curves:
         return ""
-    parts = ["<h3>N-acc and T-acc over the rejection threshold</h3>"]
+    parts = ["<h3>N_acc and T_acc over the rejection threshold</h3>"]
     if drawn:
         with tempfile.TemporaryDirectory() as folder:
             plot_rejection_curves(drawn, Path(folder) / "curve.png")
             picture = base64.b64encode((Path(folder) / "curve.png").read_bytes()).decode()
-        parts.append(f"<img class=curve alt='N-acc against T-acc' src='data:image/png;base64,{picture}'>")
+        parts.append(f"<img class=curve alt='N_acc against T_acc' src='data:image/png;base64,{picture}'>")
     lines = []
     for label, curve in curves.items():
         if (best := curve["balance"]) is None:
@@ -269,12 +282,12 @@ def _curves(pairs: list[tuple[str, dict[str, Any]]]) -> str:
             continue
         numbers = (curve["area"], best["threshold"], best["N_acc"], best["T_acc"])
         lines.append(f"<tr><td>{_text(label)}</td>" + "".join(f"<td class=n>{n:.4f}</td>" for n in numbers) + "</tr>")
-    parts.append(_table(["evaluation", "area", "balancing threshold", "N-acc there", "T-acc there"], lines, 4))
+    parts.append(_table(["evaluation", "area", "balancing threshold", "N_acc there", "T_acc there"], lines, 4))
     for label, curve in drawn.items():
         points = list(zip(*(curve["points"][name] for name in ("threshold", "N_acc", "T_acc"))))
         points = [points[n] for n in sorted({round(n) for n in np.linspace(0, len(points) - 1, 21)})]
         rows = ("<tr>" + "".join(f"<td class=n>{value:.4f}</td>" for value in point) + "</tr>" for point in points)
-        table = _table(["reject a score below", "N-acc", "T-acc"], rows, 3)
+        table = _table(["reject a score below", "N_acc", "T_acc"], rows, 3)
         parts.append(f"<details><summary>{_text(label)}: numbers</summary>{table}</details>")
     return "".join(parts)
 
@@ -286,7 +299,7 @@ def _breakdowns(pairs: list[tuple[str, dict[str, Any]]]) -> str:
         for field, groups in record.get("breakdown", {}).items():
             for value, part in groups.items():
                 name = value if field == "kind" else f"{value} per prompt"
-                # Within a part that has no no-targets N-acc is not defined, which needs no reason in every cell.
+                # Within a part that has no no-targets N_acc is not defined, which needs no reason in every cell.
                 cells = "".join(_number({"metrics": part["metrics"]}, key) for key in METRIC_KEYS)
                 lines.append(f"<tr><td>{_text(name)}</td><td class=n>{part['samples']}</td>{cells}</tr>")
         table = _table(["expressions", "count", *METRIC_KEYS], lines, 1 + len(METRIC_KEYS))
@@ -360,7 +373,7 @@ def report_page(runs: Sequence[Run]) -> str:
         for convention in dict.fromkeys([record["convention"] for _, record in pairs] + ["gsva"] * bool(known)):
             parts.append(f"<p>{_text(convention)}: {_text(_CONVENTIONS.get(convention, ''))}.</p>")
         told = (
-            f"{_name(run, record)}: {f'{key} is ' if key in METRIC_KEYS else ''}{note}"
+            f"{_name(run, record)}: {f'{key} is ' if key in METRIC_KEYS else 'the curve: ' if key == 'curve' else ''}{note}"
             for run, record in pairs
             for key, note in record.get("notes", {}).items()
             if key != "protocol"  # said above

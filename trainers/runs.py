@@ -35,7 +35,7 @@ from .adapters import (
     save_adapter,
 )
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
-from .card import CARD, TRAINING, write_card
+from .card import CARD, TRAINING, undefined_in, write_card
 from .collator import GsvaCollator
 from .data import load_rows, pictures_in, training_data
 from .evaluation import (
@@ -188,16 +188,18 @@ def read_results(output_dir: str | Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def _key(entry: dict[str, Any]) -> tuple[str | None, ...]:
+def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
     """What a later evaluation of the same kind replaces in `results.json`."""
     names = ("stage", "protocol", "convention", "dataset", "split", "prompts", "ignore_region")
-    return tuple(entry.get(name) for name in names)
+    threshold = entry.get("threshold") if entry.get("protocol") == "slots" else None
+    return (*(entry.get(name) for name in names), threshold)
 
 
 def rows_name(plan: EvaluationPlan, stage: str) -> str:
-    """The file of an evaluation's rows: one for each stage, protocol, way of asking and split."""
+    """The file of an evaluation's rows: one for each stage, protocol, way of asking, threshold and split."""
     words = [stage, plan.protocol, Path(plan.dataset).name, plan.split]
     words += ["one per prompt"] * plan.one_prompt_per_expression + ["ignored"] * (plan.ignore_region == "ignored")
+    words += [f"threshold {plan.threshold}"] * (plan.protocol == "slots" and plan.threshold != 0)
     return re.sub(r"[^\w+-]+", "_", f"rows_{'_'.join(words)}") + ".jsonl"
 
 
@@ -217,6 +219,7 @@ def evaluate(processor, model, model_args, data_args, training_args, stage: str)
     done = [entry for entry in read_results(output_dir) if (output_dir / entry.get("rows", "")).exists()]
     resumed = training_args.resume and last_complete_checkpoint(output_dir)
     conventions = conventions_for(data_args.evaluated, data_args.conventions)
+    dtype = str(model.dtype).removeprefix("torch.")
     for protocol in data_args.protocols:
         plan = _plan(data_args, training_args, protocol)
         plan.labels = {"stage": stage, "model": model_args.model}
@@ -239,7 +242,7 @@ def evaluate(processor, model, model_args, data_args, training_args, stage: str)
         if known and not result.has_masks:  # complete before, and with its pictures written
             print(results_table([entry for entry in done if _key(entry) in wanted]), flush=True)
             continue
-        records = [{**record(result, plan, c, stage, model_args.model), "rows": name} for c in conventions]
+        records = [{**record(result, plan, c, stage, model_args.model), "rows": name, "dtype": dtype} for c in conventions]
         if result.has_masks:
             write_text(plan.rows_file.with_suffix(".pictures.json"), json.dumps(exhibits(plan, result)))
             count = min(data_args.num_pictures, len(plan.rows))
@@ -512,12 +515,19 @@ _COLUMNS = ("gIoU", "cIoU", "N_acc", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9", "mal
 
 
 def results_table(records: list[dict[str, Any]]) -> str:
-    """Records as a table of plain text; `-` where a metric is not defined."""
-    lines = [f"{'stage':<10}{'protocol':<15}{'convention':<15}{'pictures':>9} " + "".join(f"{c:>11}" for c in _COLUMNS)]
+    """Records as a table of plain text; `-` where a metric is not defined, and below it why."""
+    names = ("dataset", "split", "stage", "protocol", "prompts", "threshold", "convention")
+    table = [[*names, "pictures", *_COLUMNS]]
     for entry in records:
+        facts = [Path(entry["dataset"]).name, *(str(entry.get(name, "-")) for name in names[1:]), str(entry["samples"])]
         values = (entry["metrics"].get(name) for name in _COLUMNS)
-        numbers = "".join(f"{'-' if value is None else format(value, '.4f'):>11}" for value in values)
-        lines.append(f"{entry['stage']:<10}{entry['protocol']:<15}{entry['convention']:<15}{entry['samples']:>9} {numbers}")
+        table.append(facts + ["-" if value is None else format(value, ".4f") for value in values])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = [
+        "  ".join(f"{cell:{'<' if n < len(names) else '>'}{width}}" for n, (cell, width) in enumerate(zip(line, widths)))
+        for line in table
+    ]
+    lines += undefined_in(records)
     if any(entry["protocol"] == "teacher_forced" for entry in records):
         lines.append(f"teacher_forced: {PROTOCOL_NOTES['teacher_forced']}")
     return "\n".join(lines)
