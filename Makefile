@@ -31,6 +31,7 @@ base: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 types: $(VENV)/installed
 	$(RUN) -m mypy

@@ -76,7 +76,9 @@ def _base_added_tokens(directory: Path) -> dict[str, int]:
             entry["content"]: int(i) if i.isdecimal() else i
             for i, entry in _read_json(directory / "tokenizer_config.json").get("added_tokens_decoder", {}).items()
         } | _read_json(directory / "added_tokens.json")
-        if wrong := [(t, i) for t, i in tokens.items() if not isinstance(t, str) or type(i) is not int or not 0 <= i < 2**31]:
+        if wrong := [
+            (t, i) for t, i in tokens.items() if not isinstance(t, str) or type(i) is not int or not 0 <= i < 2**31
+        ]:
             raise TypeError(f"a token and its id are {shown(wrong[0])}")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -380,7 +382,9 @@ class _File:
 
     def _read_piece(self, tensor: torch.Tensor) -> torch.Tensor:
         """Read, not mapped: faults of mapped pages cost more than the copy."""
-        extent = 1 + sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+        extent = (
+            1 + sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+        )
         flat = torch.empty(extent, dtype=tensor.dtype)
         room = _bytes(flat)
         # torch notes it in tensors loaded to "meta" (its notes on serialization).
@@ -400,7 +404,11 @@ def _weight_files(path: Path, required: bool = True) -> list[Path]:
         names = _read_json(path).get("weight_map")
         names = list(names.values()) if isinstance(names, dict) else [names]
         # a bare name: what leads elsewhere is none of this checkpoint's files
-        if odd := [name for name in names if not isinstance(name, str) or Path(name).name != name or "\0" in name or len(name) > 255]:
+        if odd := [
+            name
+            for name in names
+            if not isinstance(name, str) or Path(name).name != name or "\0" in name or len(name) > 255
+        ]:
             raise ValueError(f"{path}: weight_map must name files beside it, got {shown(odd[0])}; download it again.")
         names = sorted(set(names))
         missing = [name for name in names if not (path.parent / name).is_file()]
@@ -748,7 +756,9 @@ def _check_whole(tensors: dict[str, Entry], checkpoint: Source) -> None:
         trained = "model.language_model.norm.weight" not in checkpoint.tensors
         has = f"{checkpoint.path} has {'only the trained parameters' if trained else 'not all parameters'}"
         raise ValueError(
-            ("Without --checkpoint every part comes from an option" if is_start else has) + "; missing are\n" + "\n".join(missing)
+            ("Without --checkpoint every part comes from an option" if is_start else has)
+            + "; missing are\n"
+            + "\n".join(missing)
         )
 
 
@@ -770,7 +780,9 @@ def _beginnings(tensors: dict[str, Entry], rows: int, new: list[str], std: float
         added = torch.randn(len(new), base.shape[1], generator=generator(number)) * std
         return torch.cat([base.read(), added.to(base.dtype)])
 
-    def uniform(shape: tuple[int, ...], number: int) -> torch.Tensor:  # the weight's and the bias' bound is 1 / sqrt(inputs)
+    def uniform(
+        shape: tuple[int, ...], number: int
+    ) -> torch.Tensor:  # the weight's and the bias' bound is 1 / sqrt(inputs)
         return (torch.rand(shape, generator=generator(number)) * 2 - 1) / hidden**0.5
 
     made = {}
@@ -1042,7 +1054,11 @@ def convert(args: argparse.Namespace) -> dict:
                 + (", and a checkpoint that holds its trained embedding." if where is not checkpoint else ".")
             )
     vision_config, sam_config = _clip_config(clip_dir, shapes), _sam_config(shapes)
-    dtype = checkpoint_dtype(sources[-1] if is_start else checkpoint) if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype = (
+        checkpoint_dtype(sources[-1] if is_start else checkpoint)
+        if args.dtype == "auto"
+        else getattr(torch, args.dtype)
+    )
     feature = llava_config.get("mm_vision_select_feature", "patch")
     if not isinstance(feature, str) or feature not in _SELECTED:
         raise ValueError(

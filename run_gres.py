@@ -27,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
 
             print(plan(model_args, data_args, training_args))
             return 0
-        if not (training_args.do_train or training_args.do_eval or training_args.do_predict or training_args.consolidated):
+        if not (
+            training_args.do_train or training_args.do_eval or training_args.do_predict or training_args.consolidated
+        ):
             raise ValueError("There is nothing to do; give --do_train, --do_eval or --do_predict.")
         runs.refuse_what_shards_cannot(model_args, training_args)
         transformers.set_seed(training_args.seed)

@@ -8,7 +8,9 @@ import benchmarks
 
 
 def main(argv: list[str]) -> None:
-    names = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__) if not module.name.startswith("_"))
+    names = sorted(
+        module.name for module in pkgutil.iter_modules(benchmarks.__path__) if not module.name.startswith("_")
+    )
     if not argv or argv[0] not in names:
         sys.exit(f"usage: python -m benchmarks {{{','.join(names)}}} [options]")
     sys.argv = argv

@@ -38,7 +38,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=1500, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
-    wording = [CHAT_TEMPLATES["llava_v1"], PROMPTS["refer"]["question"], *(text for texts in PHRASES for text in texts)]
+    wording = [
+        CHAT_TEMPLATES["llava_v1"],
+        PROMPTS["refer"]["question"],
+        *(text for texts in PHRASES for text in texts),
+    ]
     tokenizer.train_from_iterator(wording * 3, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
@@ -54,7 +58,11 @@ class PlainMaskDecoder(SamMaskDecoder):
         if slot_images is None:
             return super().forward(embeddings, positions, prompts, no_mask, multimask_output)
         masks, iou = super().forward(
-            embeddings[slot_images], positions.expand(len(prompts), -1, -1, -1), prompts[:, None], no_mask, multimask_output
+            embeddings[slot_images],
+            positions.expand(len(prompts), -1, -1, -1),
+            prompts[:, None],
+            no_mask,
+            multimask_output,
         )
         return masks[:, 0], iou[:, 0]
 
@@ -171,7 +179,9 @@ def machine(elsewhere: Elsewhere) -> dict:
 
 def busy_line(result: dict) -> str:
     busy = result["machine"]["busy_elsewhere"]
-    return f"other processes took {100 * busy:.0f} % of the machine meanwhile" + (": measure again" if busy > 0.1 else "")
+    return f"other processes took {100 * busy:.0f} % of the machine meanwhile" + (
+        ": measure again" if busy > 0.1 else ""
+    )
 
 
 def write_result(name: str, result: dict) -> None:

@@ -29,7 +29,28 @@ SPLITS = {"train": 16994, "val": 1500, "testA": 750, "testB": 750}
 ANNOTATIONS, CROWDS, NO_TARGET, MULTI_TARGET = 146_000, 0.012, 0.116, 0.288
 HEIGHT, WIDTH = 480, 640
 VARIANTS = {"A": (60_287, 278_232), "B": (259_859, 259_859)}  # refs, sentences
-WORDS = ["man", "woman", "dog", "left", "right", "red", "blue", "second", "standing", "holding", "the", "with", "a", "on", "of", "near", "table", "bus", "cat", "white"]
+WORDS = [
+    "man",
+    "woman",
+    "dog",
+    "left",
+    "right",
+    "red",
+    "blue",
+    "second",
+    "standing",
+    "holding",
+    "the",
+    "with",
+    "a",
+    "on",
+    "of",
+    "near",
+    "table",
+    "bus",
+    "cat",
+    "white",
+]
 
 
 def _polygon(draw: random.Random) -> list[float]:

@@ -45,7 +45,9 @@ def verdicts(rows: list[dict]) -> list[tuple[bool, int, int]]:
     return [(row["is_rejected"], row["intersection"], row["union"]) for row in rows]
 
 
-def run_ours(model, processor, rows, protocol="teacher_forced", batch_size=4, **options) -> list[tuple[bool, int, int]]:
+def run_ours(
+    model, processor, rows, protocol="teacher_forced", batch_size=4, **options
+) -> list[tuple[bool, int, int]]:
     options |= {"protocol": protocol, "batch_size": batch_size, "threads": THREADS}
     plan = EvaluationPlan(rows, "workload M", "all", **options)
     return verdicts(evaluate_rows(model, processor, plan).rows)

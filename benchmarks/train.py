@@ -70,7 +70,9 @@ def plain_losses(model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
         states = hidden[row, [column - 1 for (_, column), seg in zip(slots, is_seg, strict=True) if seg]]
         image = int(index[row])
         prompts = model.mask_projector(states)[None, :, None]
-        decoded, _ = sam.mask_decoder(embeddings[image], positions, prompts, no_mask.expand_as(embeddings[image]), False)
+        decoded, _ = sam.mask_decoder(
+            embeddings[image], positions, prompts, no_mask.expand_as(embeddings[image]), False
+        )
         (height, width), size = batch["reshaped_input_sizes"][image].tolist(), batch["original_sizes"][image].tolist()
         upscaled = F.interpolate(decoded[0], (side, side), mode="bilinear", align_corners=False)[..., :height, :width]
         upscaled = F.interpolate(upscaled, size, mode="bilinear", align_corners=False)[:, 0]
@@ -177,7 +179,9 @@ def floor(road: Road, batch: dict) -> dict[str, float]:
     best = {"language model": float("inf"), "AdamW": float("inf")}
     for _ in range(3):
         begun = time.perf_counter()
-        model.model.language_model(inputs_embeds=embeds.requires_grad_(), attention_mask=mask).last_hidden_state.sum().backward()
+        model.model.language_model(
+            inputs_embeds=embeds.requires_grad_(), attention_mask=mask
+        ).last_hidden_state.sum().backward()
         best["language model"] = min(best["language model"], time.perf_counter() - begun)
         for parameter in road.trained:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

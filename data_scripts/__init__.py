@@ -87,14 +87,18 @@ def _load_published(name: str, split: str, cache_dir: str | None) -> datasets.Da
     import pyarrow.compute
 
     rows = datasets.load_dataset(name, split=split, cache_dir=cache_dir)
-    if not {"image", "image_id"} <= set(rows.column_names) or not {"expressions", "conversation"} & set(rows.column_names):
+    if not {"image", "image_id"} <= set(rows.column_names) or not {"expressions", "conversation"} & set(
+        rows.column_names
+    ):
         raise ValueError(
             f"{name} has the columns {', '.join(rows.column_names)}, which is not this project's schema; "
             f"write it with `python -m data_scripts.publish`."
         )
     for chunk in rows.data.column("image").chunks:
         # a path without bytes is one of this machine, whoever wrote it
-        if pyarrow.compute.any(pyarrow.compute.and_(chunk.field("bytes").is_null(), chunk.field("path").is_valid())).as_py():
+        if pyarrow.compute.any(
+            pyarrow.compute.and_(chunk.field("bytes").is_null(), chunk.field("path").is_valid())
+        ).as_py():
             raise ValueError(
                 f"{name} names pictures by their paths instead of holding them; write it with "
                 f"`python -m data_scripts.publish`, or load it from its folder with name='own'."

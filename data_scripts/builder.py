@@ -61,7 +61,15 @@ def inside(folder: Path, name: Any) -> Path:
 # field -> what it must be
 Kinds = dict[str, type | tuple[type, ...]]
 # what a field must be -> how an error says it
-_KINDS = {str: "a string", int: "a whole number", float: "a number", list: "a list", tuple: "a list", dict: "an object", bool: "true or false"}
+_KINDS = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    list: "a list",
+    tuple: "a list",
+    dict: "an object",
+    bool: "true or false",
+}
 
 
 def expect(record: Any, where: str, /, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
@@ -75,7 +83,9 @@ def expect(record: Any, where: str, /, **kinds: type | tuple[type, ...]) -> dict
         ValueError: It is no object, or lacks a field, or has one of another kind.
     """
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: an object with {', '.join(kinds)} belongs here, got {shown(record)}; download it again.")
+        raise ValueError(
+            f"{where}: an object with {', '.join(kinds)} belongs here, got {shown(record)}; download it again."
+        )
     if missing := [name for name in kinds if name not in record]:
         raise ValueError(f"{where} lacks {', '.join(sorted(missing))}; download it again.")
     for name, kind in kinds.items():
@@ -223,7 +233,9 @@ class RowBuilder(datasets.GeneratorBasedBuilder):
             self.download_and_prepare(num_proc=num_proc)
         except DatasetGenerationError as error:
             cause = error.__cause__ or error
-            if isinstance(cause, (ValueError, OSError)) and not isinstance(cause, (UnicodeError, pyarrow.ArrowException)):
+            if isinstance(cause, (ValueError, OSError)) and not isinstance(
+                cause, (UnicodeError, pyarrow.ArrowException)
+            ):
                 raise cause from None
             raise ValueError(
                 f"{self.title} in {self.root} cannot be built: {cause} ({type(cause).__name__}); download its files again."

@@ -53,7 +53,9 @@ class Finding:
         return "\n    ".join(lines + self.problems)
 
 
-def check(name: str, data_dir: str | os.PathLike, open_pictures: bool = False, cache_dir: str | None = None) -> Finding:
+def check(
+    name: str, data_dir: str | os.PathLike, open_pictures: bool = False, cache_dir: str | None = None
+) -> Finding:
     """Build one data set and look for its pictures.
 
     Args:

@@ -61,7 +61,9 @@ def _read_coco(path: Path) -> Iterator[Record]:
     """COCO's images with one expression per distinct caption; annotations that share a caption are one expression."""
     content = read_json(path)
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
-        raise ValueError(f"{path} lacks images or annotations: a .json file must be COCO's; else use .jsonl, {EXAMPLE}")
+        raise ValueError(
+            f"{path} lacks images or annotations: a .json file must be COCO's; else use .jsonl, {EXAMPLE}"
+        )
     images = [image for _, image in entries(content, "images", str(path), id=(int, str), file_name=str)]
     captions: dict[Any, dict[str, list]] = {image["id"]: {} for image in images}
     for _, annotation in entries(content, "annotations", str(path), image_id=(int, str)):
@@ -155,7 +157,9 @@ class OwnBuilder(RowBuilder):
             raise ValueError(f"its text is {shown(text)}; give it words or take it out.")
         for name, (kind, meaning) in OPTIONAL.items():
             value = entry.get(name)
-            if value is not None and (not isinstance(value, kind) or (isinstance(value, int) and not 0 <= value < 2**31)):
+            if value is not None and (
+                not isinstance(value, kind) or (isinstance(value, int) and not 0 <= value < 2**31)
+            ):
                 raise ValueError(f"its {name} is {shown(value)}; give {meaning}, or leave it out.")
         masks = entry["masks"] if "masks" in entry else [entry["mask"]]
         if not isinstance(masks, list):

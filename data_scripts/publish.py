@@ -1,6 +1,6 @@
 """Write a data set as a parquet folder with a card, pictures embedded, that plain `load_dataset(OUT)` opens.
 
-    python -m data_scripts.publish NAME DATA_DIR OUT [--push_to_hub USER/REPOSITORY]
+python -m data_scripts.publish NAME DATA_DIR OUT [--push_to_hub USER/REPOSITORY]
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def publish(name: str, data_dir: str | os.PathLike, out: str | os.PathLike, cach
             name=name,
             out=out.name,
             split=next(iter(finding.splits)),
-            data_files="\n".join(_files_of(folder, f"{builder.dataset_name}-{split}", split) for split in finding.splits),
+            data_files="\n".join(
+                _files_of(folder, f"{builder.dataset_name}-{split}", split) for split in finding.splits
+            ),
             counts="\n".join(f"| {split} | {count} |" for split, count in finding.splits.items()),
             columns=columns,
         )

@@ -1,7 +1,7 @@
 """ReasonSeg: pictures with outlines and a few implicit questions, some with an explanation in words.
 
-    DATA_DIR/reason_seg/ReasonSeg/{train,val,test}/*.jpg, a .json beside each
-    DATA_DIR/reason_seg/ReasonSeg/explanatory/train.json
+DATA_DIR/reason_seg/ReasonSeg/{train,val,test}/*.jpg, a .json beside each
+DATA_DIR/reason_seg/ReasonSeg/explanatory/train.json
 """
 
 from __future__ import annotations

@@ -96,9 +96,7 @@ class ReferringBuilder(RowBuilder):
         path = self.refs_path
         records = read_json(path) if path.suffix == ".json" else read_plain_pickle(path)
         if not isinstance(records, list):
-            raise ValueError(
-                f"{path} must hold a list of refs, got {type(records).__name__}; download it again."
-            )
+            raise ValueError(f"{path} must hold a list of refs, got {type(records).__name__}; download it again.")
         refs: dict[str, dict[Any, list[dict]]] = {}
         for number, record in enumerate(records):
             where = f"{path}: record {number}"
@@ -106,7 +104,9 @@ class ReferringBuilder(RowBuilder):
             for _ in entries(record, "sentences", where, sent=str):
                 pass
             if not re.fullmatch(r"\w{1,64}", record["split"]) or record["split"] == "all":  # as `datasets` wants them
-                raise ValueError(f"{where}: split is {shown(record['split'])}; it must be a word of letters and digits.")
+                raise ValueError(
+                    f"{where}: split is {shown(record['split'])}; it must be a word of letters and digits."
+                )
             for split in splits_of(record["split"], self.layout.letters):
                 refs.setdefault(split, {}).setdefault(record["image_id"], []).append(record)
         return refs
@@ -143,7 +143,9 @@ class ReferringBuilder(RowBuilder):
         """The union of a ref's annotations and how many there are."""
         ids = ref["ann_id"] if isinstance(ref["ann_id"], (list, tuple)) else [ref["ann_id"]]
         if wrong := [number for number in ids if not isinstance(number, (int, str))]:
-            raise ValueError(f"{self.refs_path}: ref {shown(ref['ref_id'])} names annotation {shown(wrong[0])}, no number.")
+            raise ValueError(
+                f"{self.refs_path}: ref {shown(ref['ref_id'])} names annotation {shown(wrong[0])}, no number."
+            )
         ids = [number for number in ids if number != -1]  # gRefCOCO writes "no target" as [-1], Ref-ZOM as []
         for number in ids:
             if number in cache:

@@ -1,10 +1,10 @@
 """Classes and parts: ade20k, cocostuff and mapillary (label maps), paco_lvis and pascal_part (COCO annotations).
 
-    DATA_DIR/ade20k/{images,annotations}/training
-    DATA_DIR/cocostuff/train2017/*.png, DATA_DIR/coco/train2017/*.jpg
-    DATA_DIR/mapillary/{config_v2.0.json, training/images, training/v2.0/labels}
-    DATA_DIR/vlpart/paco/annotations/paco_lvis_v1_train.json, DATA_DIR/coco/train2017/*.jpg
-    DATA_DIR/vlpart/pascal_part/{train.json, VOCdevkit/VOC2010/JPEGImages}
+DATA_DIR/ade20k/{images,annotations}/training
+DATA_DIR/cocostuff/train2017/*.png, DATA_DIR/coco/train2017/*.jpg
+DATA_DIR/mapillary/{config_v2.0.json, training/images, training/v2.0/labels}
+DATA_DIR/vlpart/paco/annotations/paco_lvis_v1_train.json, DATA_DIR/coco/train2017/*.jpg
+DATA_DIR/vlpart/pascal_part/{train.json, VOCdevkit/VOC2010/JPEGImages}
 """
 
 from __future__ import annotations

@@ -123,7 +123,9 @@ def _places(things: list[Thing]) -> dict[str, Thing]:
     return found
 
 
-def _present(random: np.random.Generator, things: list[Thing]) -> tuple[dict[str, list[Thing]], dict[str, list[Thing]]]:
+def _present(
+    random: np.random.Generator, things: list[Thing]
+) -> tuple[dict[str, list[Thing]], dict[str, list[Thing]]]:
     """All expressions with exactly one target, and all with several, as {text: targets}."""
 
     def pick(**wanted: str) -> list[Thing]:
@@ -133,7 +135,9 @@ def _present(random: np.random.Generator, things: list[Thing]) -> tuple[dict[str
     several: dict[str, list[Thing]] = {"all shapes": list(things)}
     for colour in {thing.colour for thing in things}:
         same = pick(colour=colour)
-        (single if len(same) == 1 else several)[f"the {colour} shape" if len(same) == 1 else f"all {colour} shapes"] = same
+        (single if len(same) == 1 else several)[
+            f"the {colour} shape" if len(same) == 1 else f"all {colour} shapes"
+        ] = same
     for shape in {thing.shape for thing in things}:
         same = pick(shape=shape)
         (single if len(same) == 1 else several)[f"the {shape}" if len(same) == 1 else f"all {shape}s"] = same

@@ -169,7 +169,15 @@ def open_image(source: str | os.PathLike | bytes) -> Image.Image:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, struct.error, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        struct.error,
+        Image.DecompressionBombError,
+    ) as error:
         raise ValueError(str(error) or type(error).__name__) from None
     try:
         check_size((image.height, image.width))
@@ -321,9 +329,7 @@ class ReasoningTransform(Transform):
             is evenly with and without the explanation in the answer. -1 leaves explanations out.
     """
 
-    def __init__(
-        self, wording: ReasoningWording | None = None, num_expressions: int = 3, explanatory: float = 0.1
-    ):
+    def __init__(self, wording: ReasoningWording | None = None, num_expressions: int = 3, explanatory: float = 0.1):
         self.wording = wording or ReasoningWording()
         self.num_expressions = num_expressions
         self.explanatory = explanatory

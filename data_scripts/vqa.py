@@ -1,7 +1,7 @@
 """Conversations about pictures: LLaVA-Instruct-150k.
 
-    DATA_DIR/llava_dataset/llava_instruct_150k.json
-    DATA_DIR/coco/train2017/*.jpg
+DATA_DIR/llava_dataset/llava_instruct_150k.json
+DATA_DIR/coco/train2017/*.jpg
 """
 
 from __future__ import annotations

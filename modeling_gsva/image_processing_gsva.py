@@ -116,7 +116,9 @@ class GsvaImageProcessor(PilBackend):
     def _open(source: str, timeout: float | None) -> Image.Image:
         """A path, a URL or base64 as a picture of which only the header is read (`load_image` decodes at once)."""
         if source.startswith(("http://", "https://")):
-            return Image.open(io.BytesIO(httpx.get(source, follow_redirects=True, timeout=timeout).raise_for_status().content))
+            return Image.open(
+                io.BytesIO(httpx.get(source, follow_redirects=True, timeout=timeout).raise_for_status().content)
+            )
         if os.path.isfile(source):
             return Image.open(source)
         try:
@@ -201,9 +203,13 @@ def upscale_mask_logits(
         (slots, original height, original width), in float32.
     """
     height, width = (int(side) for side in reshaped_input_size)
-    logits = F.interpolate(mask_logits[:, None].float(), (input_size, input_size), mode="bilinear", align_corners=False)
+    logits = F.interpolate(
+        mask_logits[:, None].float(), (input_size, input_size), mode="bilinear", align_corners=False
+    )
     logits = logits[..., :height, :width]
-    return F.interpolate(logits, tuple(int(side) for side in original_size), mode="bilinear", align_corners=False)[:, 0]
+    return F.interpolate(logits, tuple(int(side) for side in original_size), mode="bilinear", align_corners=False)[
+        :, 0
+    ]
 
 
 __all__ = ["GsvaImageProcessor", "upscale_mask_logits"]

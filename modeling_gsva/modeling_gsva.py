@@ -200,7 +200,7 @@ class GsvaPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
-    _can_compile_fullgraph = True  # with a static cache; tests/test_compile.py
+    _can_compile_fullgraph = True  # with a static cache; tests/modeling_gsva/test_compile.py
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -252,9 +252,15 @@ class GsvaPreTrainedModel(PreTrainedModel):
         reports = [info, *(report.to_dict() for report in vars(model).pop("_load_reports", ()))]
         if strict is None:
             strict = not output_loading_info and kwargs.get("state_dict") != {}
-        shapes = {name: f"{name} (saved {tuple(a)}, model {tuple(b)})" for r in reports for name, a, b in r["mismatched_keys"]}
+        shapes = {
+            name: f"{name} (saved {tuple(a)}, model {tuple(b)})"
+            for r in reports
+            for name, a, b in r["mismatched_keys"]
+        }
         wrong = {
-            "missing": sorted({name for report in reports for name in report["missing_keys"]} - shapes.keys()) if strict else [],
+            "missing": sorted({name for report in reports for name in report["missing_keys"]} - shapes.keys())
+            if strict
+            else [],
             "unexpected": sorted({name for report in reports for name in report["unexpected_keys"]}) if strict else [],
             "mis-shaped": [] if ignore_mismatched_sizes else [shapes[name] for name in sorted(shapes)],
         }
@@ -285,7 +291,11 @@ class GsvaModel(GsvaPreTrainedModel):
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
         # From the whole model's directory it takes its own part. (As a class attribute the whole model would inherit it.)
-        own = {name for name in loading_info.unexpected_keys if not name.startswith(("lm_head.", "sam.", "mask_projector."))}
+        own = {
+            name
+            for name in loading_info.unexpected_keys
+            if not name.startswith(("lm_head.", "sam.", "mask_projector."))
+        }
         loading_info.unexpected_keys = own
         super()._adjust_missing_and_unexpected_keys(loading_info)
 
@@ -304,7 +314,9 @@ class GsvaModel(GsvaPreTrainedModel):
         layer, pixel_values = self.config.vision_feature_layer, pixel_values.to(self.vision_tower.dtype)
         every = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         with _grad_if_trained(self.vision_tower):
-            outputs = self.vision_tower(pixel_values, output_hidden_states=every or [layer], return_dict=True, **kwargs)
+            outputs = self.vision_tower(
+                pixel_values, output_hidden_states=every or [layer], return_dict=True, **kwargs
+            )
             features = outputs.hidden_states[layer]
             default = self.config.vision_feature_select_strategy == "default"
             outputs.last_hidden_state = features[:, 1:] if default else features
@@ -340,7 +352,9 @@ class GsvaModel(GsvaPreTrainedModel):
         else:
             indices = image_index.tolist()
             if indices and max(indices) >= len(features):
-                raise ValueError(f"image_index points to image {max(indices)}, but only {len(features)} images were given.")
+                raise ValueError(
+                    f"image_index points to image {max(indices)}, but only {len(features)} images were given."
+                )
             per_text = [features[i] for i in indices if i >= 0]
         return BaseModelOutputWithPooling(
             last_hidden_state=vision_features,
@@ -362,7 +376,9 @@ class GsvaModel(GsvaPreTrainedModel):
             )
         return mask
 
-    def find_token(self, token_id: int, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    def find_token(
+        self, token_id: int, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor
+    ) -> torch.Tensor:
         """(conversations, length) booleans, True where the token stands, which without ids its embedding tells."""
         if input_ids is not None:
             return input_ids == token_id
@@ -480,7 +496,9 @@ class _Reader:
         ]
         if len(groups) < len(sequences) and any(common) and not (sequences[:, start - 1] == image_id).any():
             firsts = [rows[0] for rows in groups.values()]
-            shared = _Reader(model, sequences[firsts], attention_mask[firsts], start, image_index[firsts], vision_features)
+            shared = _Reader(
+                model, sequences[firsts], attention_mask[firsts], start, image_index[firsts], vision_features
+            )
             shared.read([begin + length for begin, length in zip(shared.begins, common)])
             group_of = dict(sorted((row, n) for n, rows in enumerate(groups.values()) for row in rows))
             self._take(shared, list(group_of.values()))
@@ -599,7 +617,9 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         """
         sam, decoder_dtype = self.sam, self.sam.dtype
         prompts = self.mask_projector(slot_states).to(decoder_dtype)[:, None]  # (S, 1 token, C)
-        with _onloaded(sam.prompt_encoder.no_mask_embed, sam.shared_image_embedding, *used_by_weight(sam.mask_decoder)):
+        with _onloaded(
+            sam.prompt_encoder.no_mask_embed, sam.shared_image_embedding, *used_by_weight(sam.mask_decoder)
+        ):
             no_mask = sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
             # By position: peft's wrapper of a fully trained module takes its first argument so.
             masks, iou = sam.mask_decoder(
@@ -730,7 +750,12 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
             result.mask_logits, result.iou_scores = masks.split(counts), iou.split(counts)
             if labels is not None and mask_labels is not None:
                 result.mask_bce_loss, result.mask_dice_loss, result.mask_ious = self._mask_losses(
-                    result.mask_logits, mask_labels, image_index, original_sizes, reshaped_input_sizes, num_masks_in_batch
+                    result.mask_logits,
+                    mask_labels,
+                    image_index,
+                    original_sizes,
+                    reshaped_input_sizes,
+                    num_masks_in_batch,
                 )
                 result.loss = result.loss + result.mask_bce_loss + result.mask_dice_loss
         if self.training and labels is not None:
@@ -746,7 +771,9 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
     def _slot_masks(self, states, is_seg, sam_embeddings, slot_images):
         """Masks of the `[SEG]` slots, constant zero logits for `[REJ]`: (slots, h, w), and IoU estimates (slots,)."""
         if (is_seg & (slot_images < 0)).any():
-            raise ValueError("A conversation without an image (image_index -1) holds [SEG]: there is nothing to segment.")
+            raise ValueError(
+                "A conversation without an image (image_index -1) holds [SEG]: there is nothing to segment."
+            )
         side = sam_embeddings.shape[-1] * 4  # SAM's decoder upscales its embedding twice by 2
         masks = states.new_zeros(len(states), side, side, dtype=self.sam.dtype)
         iou = masks.new_zeros(len(states))
@@ -763,13 +790,17 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         total = F.cross_entropy(logits, targets[supervised].to(logits.device), reduction="sum")
         return self.config.ce_loss_weight * total / (supervised.sum().clamp(min=1) if num_items is None else num_items)
 
-    def _mask_losses(self, mask_logits, mask_labels, image_index, original_sizes, reshaped_input_sizes, num_masks=None):
+    def _mask_losses(
+        self, mask_logits, mask_labels, image_index, original_sizes, reshaped_input_sizes, num_masks=None
+    ):
         """
         BCE and dice, summed over all masks and divided by their number (see the constants above), and the IoUs of the
         masks that are there. Only one conversation's masks exist at the picture's size at a time, backwards too.
         """
         if len(mask_labels) != len(mask_logits):
-            raise ValueError(f"{len(mask_logits)} conversations but {len(mask_labels)} entries in mask_labels; give one each.")
+            raise ValueError(
+                f"{len(mask_logits)} conversations but {len(mask_labels)} entries in mask_labels; give one each."
+            )
         input_size = self.config.sam_config.vision_config.image_size
         bce_sum = dice_sum = mask_logits[0].new_zeros((), dtype=torch.float32)
         count, ious = 0, [bce_sum.new_zeros(0)]
@@ -818,7 +849,9 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         attention_mask = kwargs.get("attention_mask")
         if attention_mask is not None and attention_mask.ndim == 2:
             _check_padding(attention_mask)
-        return super().generate(inputs, **{name: value for name, value in kwargs.items() if name not in MASK_ONLY_INPUTS})
+        return super().generate(
+            inputs, **{name: value for name, value in kwargs.items() if name not in MASK_ONLY_INPUTS}
+        )
 
     def _get_candidate_generator(self, *args, **kwargs):
         """Prompt lookup must not propose `<image>`, which stands in the prompt but may lie beyond the vocabulary."""
@@ -899,7 +932,9 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
             answer_attention_mask = torch.ones_like(answer_ids)
         answer_ids, answer_attention_mask = answer_ids.to(input_ids), answer_attention_mask.to(attention_mask)
         if method == "slots":
-            return self._segment_slots(input_ids, attention_mask, answer_ids, answer_attention_mask, threshold, **images)
+            return self._segment_slots(
+                input_ids, attention_mask, answer_ids, answer_attention_mask, threshold, **images
+            )
         sequences = torch.cat([input_ids, answer_ids], 1)
         mask = torch.cat([attention_mask, answer_attention_mask], 1)
         return self._segment_teacher_forced(sequences, mask, input_ids.shape[1], **images)
@@ -937,7 +972,9 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         hidden = _Reader(self.model, sequences, mask, start, image_index, vision_features).read()
         states = hidden[slots[:, 0], slots[:, 1] - 1 - sequences.shape[1]]
         rejected = sequences[slots[:, 0], slots[:, 1]] == self.config.rej_token_id
-        return self._output("generate", sequences, start, slots, states, rejected, ~rejected, image_index, sam_embeddings)
+        return self._output(
+            "generate", sequences, start, slots, states, rejected, ~rejected, image_index, sam_embeddings
+        )
 
     def _segment_teacher_forced(self, sequences, attention_mask, start, image_index, vision_features, sam_embeddings):
         """
@@ -999,7 +1036,9 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, GenerationMixin):
         for step in range(max(map(len, per_row), default=0)):
             # Where no slot is left nothing is fed, but for the prompt: all images are taken up in the first step.
             begins = reader.begins
-            ends = [places[step] if step < len(places) else max(begin, start) for places, begin in zip(per_row, begins)]
+            ends = [
+                places[step] if step < len(places) else max(begin, start) for places, begin in zip(per_row, begins)
+            ]
             last = reader.read(ends)[:, -1]  # (B, H)
             likely = self._slot_scores(last)
             for row, places in enumerate(per_row):

@@ -103,7 +103,9 @@ class GsvaPipeline(Pipeline):
             ValueError: an image that cannot be read, no expressions, another number of lists than of images.
         """
         if images is None:
-            raise ValueError("No image was given: pass a picture, a list of them, or rows of 'image' and 'expressions'.")
+            raise ValueError(
+                "No image was given: pass a picture, a list of them, or rows of 'image' and 'expressions'."
+            )
         is_array = hasattr(images, "ndim")
         is_one = isinstance(images, (str, os.PathLike, Image.Image, Mapping)) or (is_array and images.ndim < 4)
         is_list = isinstance(images, (list, tuple)) or (is_array and not is_one)
@@ -116,7 +118,9 @@ class GsvaPipeline(Pipeline):
             expressions = [expressions]
         if expressions is not None and any(not isinstance(expression, (str, Mapping)) for expression in expressions):
             if not (is_one or is_list):
-                raise ValueError("A list of lists of expressions needs a list of images; rows of a stream bring their own.")
+                raise ValueError(
+                    "A list of lists of expressions needs a list of images; rows of a stream bring their own."
+                )
             listed = [images] if is_one else images
             if len(listed) != len(expressions):
                 raise ValueError(
@@ -124,7 +128,9 @@ class GsvaPipeline(Pipeline):
                     "one list of strings for all."
                 )
             if strings := [entry for entry in expressions if isinstance(entry, (str, Mapping))]:
-                raise ValueError(f"expressions holds lists, but also {strings[0]!r}; give a list of strings for each image.")
+                raise ValueError(
+                    f"expressions holds lists, but also {strings[0]!r}; give a list of strings for each image."
+                )
             listed = [{"image": self._image(image), "expressions": e} for image, e in zip(listed, expressions)]
             images, expressions = listed[0] if is_one else listed, None
         if expressions is not None:
@@ -142,9 +148,14 @@ class GsvaPipeline(Pipeline):
         return list(results) if is_list else results
 
     def _sanitize_parameters(self, **kwargs):
-        stages = ("expressions", "prompt", "one_prompt_per_expression", "timeout"), ("method", "threshold", "generate_kwargs")
+        stages = (
+            ("expressions", "prompt", "one_prompt_per_expression", "timeout"),
+            ("method", "threshold", "generate_kwargs"),
+        )
         if unknown := kwargs.keys() - {name for names in stages for name in names}:
-            raise TypeError(f"{sorted(unknown)} are no options of {TASK}; choose among {[n for s in stages for n in s]}.")
+            raise TypeError(
+                f"{sorted(unknown)} are no options of {TASK}; choose among {[n for s in stages for n in s]}."
+            )
         return *({name: kwargs[name] for name in names if name in kwargs} for names in stages), {}
 
     @staticmethod

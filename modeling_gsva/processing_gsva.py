@@ -63,7 +63,9 @@ _LLAMA_2 = (
 # without a system prompt for small models. What stands in {% generation %} is supervised.
 CHAT_TEMPLATES = {
     "llava_v1": "{%- set default_system = 'A chat between a curious human and an artificial intelligence assistant. The "
-    "assistant gives helpful, detailed, and polite answers to the human\\'s questions.' -%}" + _CONTENT + _TWO_SEPARATORS,
+    "assistant gives helpful, detailed, and polite answers to the human\\'s questions.' -%}"
+    + _CONTENT
+    + _TWO_SEPARATORS,
     "llava_llama_2": "{%- set default_system = 'You are a helpful language and vision assistant. You are able to understand "
     "the visual content that the user provides, and assist the user with a variety of tasks using natural language.' -%}"
     + _CONTENT
@@ -218,7 +220,9 @@ class GsvaProcessor(ProcessorMixin):
         prompts (`dict`): wording of questions and answers by name (see `PROMPTS`), merged over the original's.
     """
 
-    def __init__(self, image_processor=None, tokenizer=None, patch_size=14, chat_template=None, prompts=None, **kwargs):
+    def __init__(
+        self, image_processor=None, tokenizer=None, patch_size=14, chat_template=None, prompts=None, **kwargs
+    ):
         self.patch_size = patch_size
         if not isinstance(prompts, (Mapping, type(None))):
             raise ValueError(f"prompts is {shown(prompts)}; give wordings by their names, as in PROMPTS.")
@@ -293,7 +297,9 @@ class GsvaProcessor(ProcessorMixin):
             ValueError: an expression that is no string, is empty, or holds a special token.
         """
         if not _is_text(expression):
-            raise ValueError(f"Expression {shown(expression)} is a {type(expression).__name__}; give a string of UTF-8.")
+            raise ValueError(
+                f"Expression {shown(expression)} is a {type(expression).__name__}; give a string of UTF-8."
+            )
         text = expression.strip()
         if self.prompts[prompt]["lower"]:
             text = text.lower().strip(".")
@@ -419,7 +425,9 @@ class GsvaProcessor(ProcessorMixin):
         data: dict[str, Any] = {}
         if expressions is not None:
             if not images:
-                raise ValueError(f"No image was given for {len(expressions)} list(s) of expressions; pass images=[...].")
+                raise ValueError(
+                    f"No image was given for {len(expressions)} list(s) of expressions; pass images=[...]."
+                )
             if not isinstance(expressions, (list, tuple)):
                 raise ValueError(f"expressions is {shown(expressions)}; give a list of strings for each image.")
             if expressions and all(isinstance(expression, str) for expression in expressions):
@@ -432,15 +440,21 @@ class GsvaProcessor(ProcessorMixin):
             if not isinstance(no_targets, (list, tuple)):
                 raise ValueError(f"no_targets is {shown(no_targets)}; give a list with true or false for each image.")
             if len(no_targets) != len(images):
-                raise ValueError(f"{len(images)} images but {len(no_targets)} lists of no_targets; give one for each image.")
+                raise ValueError(
+                    f"{len(images)} images but {len(no_targets)} lists of no_targets; give one for each image."
+                )
             asked, answered, image_index = [], [], []
             for index, (texts, absent) in enumerate(zip(expressions, no_targets)):
                 if isinstance(texts, str):
-                    raise ValueError(f"expressions[{index}] is the string {texts!r}; give a list of strings for each image.")
+                    raise ValueError(
+                        f"expressions[{index}] is the string {texts!r}; give a list of strings for each image."
+                    )
                 if not isinstance(texts, (list, tuple)):
                     raise ValueError(f"expressions[{index}] is {shown(texts)}; give a list of strings for each image.")
                 if not isinstance(absent, (list, tuple, np.ndarray, type(None))):
-                    raise ValueError(f"no_targets[{index}] is {shown(absent)}; give a list with true or false for each.")
+                    raise ValueError(
+                        f"no_targets[{index}] is {shown(absent)}; give a list with true or false for each."
+                    )
                 absent = [False] * len(texts) if absent is None else list(absent)
                 if len(absent) != len(texts):
                     raise ValueError(f"{len(texts)} expressions but {len(absent)} no_targets; give one for each.")
@@ -459,12 +473,16 @@ class GsvaProcessor(ProcessorMixin):
             data["answer_ids"], data["answer_attention_mask"] = self._pad(answers)
         else:
             if not isinstance(conversations, (list, tuple)) or not conversations:
-                raise ValueError(f"conversations is {shown(conversations)}; give a list of conversations, one at least.")
+                raise ValueError(
+                    f"conversations is {shown(conversations)}; give a list of conversations, one at least."
+                )
             for index, messages in enumerate(conversations):
                 _check_messages(messages, f"Conversation {index}")
             image_index = list(range(len(conversations))) if image_index is None and images else image_index
             try:
-                image_index = [-1] * len(conversations) if image_index is None else [operator.index(n) for n in image_index]
+                image_index = (
+                    [-1] * len(conversations) if image_index is None else [operator.index(n) for n in image_index]
+                )
             except TypeError:
                 raise ValueError(
                     f"image_index is {shown(image_index)}; give for each conversation the number of its image, or -1."
@@ -510,7 +528,9 @@ class GsvaProcessor(ProcessorMixin):
                 data["image_index"] = make(index)
         return data
 
-    def _pad(self, rows: list[list[int]], side: str = "right", value: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def _pad(
+        self, rows: list[list[int]], side: str = "right", value: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         width = max(map(len, rows))
         value = self.tokenizer.pad_token_id if value is None else value
         padded = np.full((len(rows), width), value, dtype=np.int64)
@@ -523,7 +543,9 @@ class GsvaProcessor(ProcessorMixin):
 
     def _check_conversations(self, conversations, image_index, num_images):
         if len(image_index) != len(conversations):
-            raise ValueError(f"{len(conversations)} conversations but image_index has {len(image_index)} entries; give one each.")
+            raise ValueError(
+                f"{len(conversations)} conversations but image_index has {len(image_index)} entries; give one each."
+            )
         for index, (messages, image) in enumerate(zip(conversations, image_index)):
             if not -1 <= image < num_images:
                 raise ValueError(

@@ -26,7 +26,9 @@ class ChunkedSamVisionAttention(SamVisionSdpaAttention):
         batch, height, width, _ = hidden_states.shape
         length = height * width
         qkv = self.qkv(hidden_states).reshape(batch, length, 3, self.num_attention_heads, -1).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.reshape(3, batch * self.num_attention_heads, length, -1)  # 3 × (N = batch · heads, L, C)
+        query, key, value = qkv.reshape(
+            3, batch * self.num_attention_heads, length, -1
+        )  # 3 × (N = batch · heads, L, C)
         if self.use_rel_pos:
             queries = query.unflatten(1, (height, width))
             # Contiguous: their sums then are, too, and need no copy to become (N, queries, keys).
@@ -52,7 +54,9 @@ class ChunkedSamVisionAttention(SamVisionSdpaAttention):
                     bias = (bias_h[n, h, :, :, None] + bias_w[n, h, :, None, :]).flatten(3).flatten(1, 2)[None]
                 piece = query[n, top * width : (top + rows) * width]
                 dropout = self.dropout if self.training else 0.0
-                pieces.append(F.scaled_dot_product_attention(piece[None], key[None, n], value[None, n], bias, dropout)[0])
+                pieces.append(
+                    F.scaled_dot_product_attention(piece[None], key[None, n], value[None, n], bias, dropout)[0]
+                )
             outputs.append(torch.cat(pieces, 1))
         output = torch.cat(outputs).reshape(batch, self.num_attention_heads, height, width, -1)
         return self.proj(output.permute(0, 2, 3, 1, 4).flatten(3)), None

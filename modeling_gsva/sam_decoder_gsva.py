@@ -12,8 +12,12 @@ SLOTS_AT_A_TIME = {"cpu": 1, "default": 64}
 
 def _attend(attention: SamAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Attention of projected (N, length, C) tensors, with the output projection."""
-    query, key, value = (x.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2) for x in (query, key, value))
-    output = F.scaled_dot_product_attention(query, key, value, scale=attention.scaling)  # (N, heads, length, C / heads)
+    query, key, value = (
+        x.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2) for x in (query, key, value)
+    )
+    output = F.scaled_dot_product_attention(
+        query, key, value, scale=attention.scaling
+    )  # (N, heads, length, C / heads)
     return attention.out_proj(output.transpose(1, 2).flatten(2))
 
 
@@ -73,7 +77,9 @@ class SharedImageMaskDecoder(SamMaskDecoder):
         of_image = (pixels, *_project(self.transformer.layers[0], pixels, positions))
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat([own.expand(slot_images.shape[0], -1, -1), sparse_prompt_embeddings], 1).to(own.dtype)
-        if torch.compiler.is_compiling():  # a graph is for any number of slots, and cannot look at which images they have
+        if (
+            torch.compiler.is_compiling()
+        ):  # a graph is for any number of slots, and cannot look at which images they have
             pieces = [self._decode(tokens, [values[slot_images] for values in of_image], positions, size)]
         else:
             pieces = []

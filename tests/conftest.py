@@ -145,3 +145,18 @@ def model_dir(tmp_path_factory, make_model, processor):
     make_model().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory):
+    from tiny_sentencepiece import train
+
+    return train(tmp_path_factory.mktemp("tokenizer") / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def original(sentencepiece_model, tmp_path_factory):
+    """A checkpoint of the original's kind with its bases, as files."""
+    from original_checkpoint import make_original
+
+    return make_original(tmp_path_factory.mktemp("original"), sentencepiece_model)

@@ -21,7 +21,6 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_convert import original, sentencepiece_model  # noqa: F401 (fixtures)
 
 import data_scripts
 from data_scripts.schema import check_rle
@@ -136,7 +135,10 @@ def referring(name):
 
 
 def reason_seg(root):
-    shapes = [{"label": "target", "points": [[5, 5], [15, 5], [15, 15]]}, {"label": "ignore", "points": [[1, 1], [3, 1], [3, 3]]}]
+    shapes = [
+        {"label": "target", "points": [[5, 5], [15, 5], [15, 15]]},
+        {"label": "ignore", "points": [[1, 1], [3, 1], [3, 3]]},
+    ]
     record = {"text": ["what purrs"], "is_sentence": False, "shapes": shapes}
     trees.reason_seg(root, record, explanations=[{"image": "a.jpg", "outputs": "It purrs."}])
 
@@ -145,8 +147,12 @@ def own(root):
     trees.picture(root / "cats/1.jpg")
     trees.label_map(root / "mask.png", trees.full(1))
     masks = [trees.SQUARE, [trees.SQUARE], {"size": [30, 40], "counts": [5 * 30, 30, 30 * 34]}, "mask.png", None]
-    entries = [{"text": f"cat {n}", "mask": mask, "num_targets": 1, "is_sentence": False} for n, mask in enumerate(masks)]
-    trees.write(root / "train.jsonl", to_json_lines([{"image": "cats/1.jpg", "image_id": "7", "expressions": entries}] * 2))
+    entries = [
+        {"text": f"cat {n}", "mask": mask, "num_targets": 1, "is_sentence": False} for n, mask in enumerate(masks)
+    ]
+    trees.write(
+        root / "train.jsonl", to_json_lines([{"image": "cats/1.jpg", "image_id": "7", "expressions": entries}] * 2)
+    )
 
 
 def own_coco(root):
@@ -184,7 +190,9 @@ def test_every_data_set_is_here():
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged pictures
-@pytest.mark.parametrize(("name", "make", "files"), CASES, ids=[f"{name}-{make.__name__.strip('<>')}" for name, make, _ in CASES])
+@pytest.mark.parametrize(
+    ("name", "make", "files"), CASES, ids=[f"{name}-{make.__name__.strip('<>')}" for name, make, _ in CASES]
+)
 def test_data_sets(name, make, files, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     make(tmp_path / "data")
@@ -264,7 +272,11 @@ def test_metric_masks(pair):
 
 
 @fuzz
-@given(st.one_of(files_of(to_json_lines(ROWS), LINES).map(lambda content: (".jsonl", content)), st.deferred(lambda: parquet)))
+@given(
+    st.one_of(
+        files_of(to_json_lines(ROWS), LINES).map(lambda content: (".jsonl", content)), st.deferred(lambda: parquet)
+    )
+)
 def test_metric_files(tmp_path_factory, file):
     """Through the command line, which must end with one line and status 1."""
     from metrics.gres.__main__ import main
@@ -275,7 +287,9 @@ def test_metric_files(tmp_path_factory, file):
     try:
         main([str(path), "--json", "--bootstrap", "2"])
     except SystemExit as end:
-        assert str(end.code).startswith("error: ") and (path.name in str(end.code) or "these rows" in str(end.code)), end.code
+        assert str(end.code).startswith("error: ") and (path.name in str(end.code) or "these rows" in str(end.code)), (
+            end.code
+        )
 
 
 def _parquet() -> bytes:
@@ -299,7 +313,9 @@ def processes(processor, **inputs):
         assert type(error) is ValueError and str(error), error
         return
     shape = outputs["input_ids"].shape
-    assert shape == outputs["attention_mask"].shape and len(outputs["image_index"]) == len(shape and outputs["input_ids"])
+    assert shape == outputs["attention_mask"].shape and len(outputs["image_index"]) == len(
+        shape and outputs["input_ids"]
+    )
     if "pixel_values" in outputs:
         assert int(outputs["image_index"].max()) < len(outputs["pixel_values"])
 
@@ -337,7 +353,11 @@ def test_processor_picture_files(processor, tmp_path_factory, content):
 
 
 @fuzz
-@given(data=mutated({"expressions": [["a cat", "two dogs"], ["it"]], "no_targets": [[True, False], [False]], "prompt": "refer"}))
+@given(
+    data=mutated(
+        {"expressions": [["a cat", "two dogs"], ["it"]], "no_targets": [[True, False], [False]], "prompt": "refer"}
+    )
+)
 def test_processor_expressions(processor, make_picture, data):
     if isinstance(data, dict) and data.keys() <= CALL and data.get("expressions") is not None:
         processes(processor, images=[make_picture(0), make_picture(1)], **data)
@@ -347,7 +367,9 @@ CALL = {"expressions", "no_targets", "prompt", "conversations", "image_index", "
 
 
 @fuzz
-@given(data=mutated({"conversations": TALK, "image_index": [0, -1], "masks": [[[[1, 0], [0, 1]]], []], "max_length": 300}))
+@given(
+    data=mutated({"conversations": TALK, "image_index": [0, -1], "masks": [[[[1, 0], [0, 1]]], []], "max_length": 300})
+)
 def test_processor_conversations(processor, make_picture, data):
     if isinstance(data, dict) and data.keys() <= CALL and data.get("conversations") is not None:
         processes(processor, images=[make_picture(0, 2, 2)], **data)
@@ -424,7 +446,7 @@ class Accepted(Exception):
 
 
 @pytest.mark.parametrize("file", ["llava/config.json", "clip/config.json"])
-def test_converter_configurations(original, tmp_path, monkeypatch, file):  # noqa: F811
+def test_converter_configurations(original, tmp_path, monkeypatch, file):
     """Through the command line, which must end with one line and status 1."""
     import convert_checkpoint
 
@@ -439,13 +461,20 @@ def test_converter_configurations(original, tmp_path, monkeypatch, file):  # noq
     @given(files_of((root / file).read_bytes(), JSON))
     def check(content):
         (root / file).write_bytes(content)
-        options = {"checkpoint": root / "full.pt", "output": tmp_path / "out", "llava": root / "llava", "clip": root / "clip"}
+        options = {
+            "checkpoint": root / "full.pt",
+            "output": tmp_path / "out",
+            "llava": root / "llava",
+            "clip": root / "clip",
+        }
         try:
             convert_checkpoint.main([part for name, value in options.items() for part in (f"--{name}", str(value))])
         except Accepted:
             return
         except SystemExit as end:
-            assert str(end.code).startswith("error: ") and (str(root) in end.code or "config.json files" in end.code), end.code
+            assert str(end.code).startswith("error: ") and (
+                str(root) in end.code or "config.json files" in end.code
+            ), end.code
 
     check()
 
@@ -477,7 +506,7 @@ def test_converter_small_files(tmp_path, file):
     check()
 
 
-def test_converter_tokenizers(sentencepiece_model, tmp_path):  # noqa: F811
+def test_converter_tokenizers(sentencepiece_model, tmp_path):
     from convert_checkpoint import build_llama_tokenizer
 
     path = tmp_path / "tokenizer.model"

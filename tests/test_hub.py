@@ -4,19 +4,17 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import data_trees as trees
 import numpy as np
 import pytest
 from hub_stand_in import USER, HubStandIn
 from isolation import WITHOUT_PROJECT
-from test_convert import original, sentencepiece_model  # noqa: F401 (fixtures)
+from paths import ROOT
 
 import data_scripts
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
 
-ROOT = Path(__file__).resolve().parent.parent
 EXPRESSIONS = ["red dog", "a cat"]
 
 PUSH = """
@@ -54,7 +52,9 @@ trained = run_gres.main(["--model", "someone/gsva", "--dataset", "shapes", "--da
 assert (published, trained) == (0, 0)
 """
 
-LOAD = WITHOUT_PROJECT + """
+LOAD = (
+    WITHOUT_PROJECT
+    + """
 import json
 import evaluate
 import numpy as np, torch
@@ -91,20 +91,28 @@ report["streamed"] = streamed["expressions"]
 np.savez(output, **masks)
 print(json.dumps(report))
 """
+)
 
 
 def run(script, *words, environment, cwd, isolated=False, **options) -> str:
     command = [sys.executable, *(["-I"] if isolated else []), "-c", script, *map(str, words)]
     inherited = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith(("HF_", "HUGGINGFACE"))}
     finished = subprocess.run(
-        command, env={**inherited, **environment}, cwd=cwd, capture_output=True, text=True, timeout=600, check=False, **options
+        command,
+        env={**inherited, **environment},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        **options,
     )
     assert finished.returncode == 0, finished.stderr[-5000:]
     return finished.stdout
 
 
 @pytest.fixture(scope="module")
-def pushed(model_dir, original, tmp_path_factory):  # noqa: F811
+def pushed(model_dir, original, tmp_path_factory):
     """The stand-in, holding all that the project pushes."""
     with HubStandIn() as hub:
         work = tmp_path_factory.mktemp("pushing")
@@ -159,11 +167,15 @@ def test_what_the_commands_push_is_what_they_wrote(pushed, loaded, make_picture)
         written = {path.name: path.read_bytes() for path in (pushed.work / folder).iterdir() if path.is_file()}
         files = pushed.files("model", f"{USER}/{name}")
         assert {"README.md", "config.json", "model.safetensors", "processor_config.json"} <= files.keys()
-        assert not any(file.startswith(("adapter", "training_args")) for file in files), "put on top of the merged weights"
+        assert not any(file.startswith(("adapter", "training_args")) for file in files), (
+            "put on top of the merged weights"
+        )
         assert {file for file in files if files[file] != written[file]} == set()
         here = [each.from_pretrained(pushed.work / folder) for each in (GsvaForConditionalGeneration, GsvaProcessor)]
         np.testing.assert_array_equal(loaded[1][name], masks_of(*here, make_picture())[0])
-    written = {str(p.relative_to(pushed.work / "grefcoco")) for p in (pushed.work / "grefcoco").rglob("*") if p.is_file()}
+    written = {
+        str(p.relative_to(pushed.work / "grefcoco")) for p in (pushed.work / "grefcoco").rglob("*") if p.is_file()
+    }
     assert written <= pushed.files("dataset", f"{USER}/grefcoco").keys()
 
 
@@ -183,5 +195,7 @@ def test_the_metric_computes(loaded):
 def test_writing_needs_the_token(tmp_path):
     with HubStandIn() as hub:
         environment = {**hub.environment(tmp_path), "HF_TOKEN": "another"}
-        script = "from huggingface_hub import HfApi\ntry:\n HfApi().create_repo('a/b')\nexcept Exception as e: print(e)"
+        script = (
+            "from huggingface_hub import HfApi\ntry:\n HfApi().create_repo('a/b')\nexcept Exception as e: print(e)"
+        )
         assert "401" in run(script, environment=environment, cwd=tmp_path) and not hub.repositories

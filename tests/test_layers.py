@@ -5,9 +5,18 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("modeling_gsva", "data_scripts", "metrics", "trainers", "benchmarks", "run_gres", "convert_checkpoint", "tests")
+PARTS = (
+    "modeling_gsva",
+    "data_scripts",
+    "metrics",
+    "trainers",
+    "benchmarks",
+    "run_gres",
+    "convert_checkpoint",
+    "tests",
+)
 # Part -> what of the project it may import, itself aside. The metric module is copied alone by `evaluate.load`.
 MAY_IMPORT = {
     "modeling_gsva": (),
@@ -121,7 +130,9 @@ def dangers(source: str) -> list[tuple[int, str]]:
 
 
 def test_nothing_runs_what_a_file_says():
-    faults = [(path.relative_to(ROOT), *fault) for path in SOURCES for fault in dangers(path.read_text(encoding="utf-8"))]
+    faults = [
+        (path.relative_to(ROOT), *fault) for path in SOURCES for fault in dangers(path.read_text(encoding="utf-8"))
+    ]
     assert faults == []
 
 
@@ -132,4 +143,6 @@ def test_nothing_runs_what_a_file_says():
 )  # fmt: skip
 def test_what_runs_a_file_is_found(line):
     assert dangers(line)
-    assert not dangers("torch.load(p, weights_only=True); yaml.safe_load(t); model.eval(); tar.extractall(f, filter='data')")
+    assert not dangers(
+        "torch.load(p, weights_only=True); yaml.safe_load(t); model.eval(); tar.extractall(f, filter='data')"
+    )

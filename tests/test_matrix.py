@@ -10,7 +10,9 @@ from packaging.specifiers import SpecifierSet
 def test_each_end_installs_what_setup_cfg_declares():
     declared = matrix.ranges()
     known = dict(
-        line.split("==") for line in (matrix.ROOT / "configs" / "constraints.txt").read_text().splitlines() if "==" in line
+        line.split("==")
+        for line in (matrix.ROOT / "configs" / "constraints.txt").read_text().splitlines()
+        if "==" in line
     )
     oldest, newest = list(matrix.constraints("oldest")), list(matrix.constraints("newest"))
     for library in matrix.LIBRARIES:

@@ -1,20 +1,20 @@
-"""Equality with the original, from a compact set of its golden numbers (tests/make_parity_fixture.py makes it).
+"""Equality with the original, from a compact set of its golden numbers (tests/tools/make_parity_fixture.py makes it).
 
 Golden here: conversations, pixels, CLIP and SAM features, hidden states of both passes, slot embeddings, decisions. SAM's
 mask decoder is too large to commit, so masks, losses, gradients and optimizer steps are compared with the specification
 written out once more (plain_gsva.py), and with the golden numbers themselves where the folder is there: the slow test runs
-tests/parity.py over it.
+tests/tools/parity.py over it.
 """
 
 import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import parity
 import pytest
 import torch
+from paths import FIXTURES, SHARED
 from PIL import Image
 from plain_gsva import Plain
 from safetensors.torch import load_file
@@ -30,9 +30,7 @@ PLAIN_LOSS_RELATIVE = 5e-6
 PLAIN_GRADIENT_RELATIVE_RMS = 2e-4  # the tiny model's weights are steep; against the golden gradients it is 5e-5
 PLAIN_ADAMW_RELATIVE = 5e-4
 
-HERE = Path(__file__).resolve().parent
-FIXTURE = HERE / "fixtures" / "golden_model"
-SHARED = Path(os.environ.get("GSVA_SHARED", HERE.parent.parent / "shared"))
+FIXTURE = FIXTURES / "golden_model"
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +51,7 @@ def converted(facts, tmp_path_factory) -> Path:
     for key, value in load_file(FIXTURE / "weights.safetensors").items():
         state[key] = (value.double() * 2.0 ** -facts["exponents"][key]).float() if key in facts["exponents"] else value
     torch.manual_seed(0)
-    for key, shape in json.loads((HERE / "fixtures/original_keys.json").read_text()).items():
+    for key, shape in json.loads((FIXTURES / "original_keys.json").read_text()).items():
         if "mask_decoder" in key:
             state[f"base_model.model.{key}"] = 0.05 * torch.randn(shape)
     torch.save(state, root / "gsva.bin")
@@ -104,7 +102,9 @@ def test_golden_features_states_and_decisions(number, facts, values, golden_mode
             continue
         old_ids = {new: int(old) for old, new in facts["token_ids"].items()}
         said = ours | {"argmax": torch.tensor([old_ids[int(token)] for token in ours["argmax"]])}
-        parity.check_picture(report, mode, said, record[mode], values, f"img{number}", mode, facts["spec"]["rej_token_idx"])
+        parity.check_picture(
+            report, mode, said, record[mode], values, f"img{number}", mode, facts["spec"]["rej_token_idx"]
+        )
     names = {row["quantity"] for row in report.rows}
     assert {"last_hidden_pass1 rms", "pred_embeddings rms", "sam_embed_strided rms", "decisions"} <= names
     assert report.ok, [row for row in report.rows if not row["ok"]]
@@ -121,7 +121,9 @@ def test_golden_pixels(number, facts, golden_model):
     record, processor = facts["cases"][number], golden_model[1].image_processor
     picture = Image.open(io.BytesIO((FIXTURE / f"img{number}.jpg").read_bytes())).convert("RGB")
     if parity.sha256(np.asarray(picture)) != record["decoded_rgb_sha256"]:
-        pytest.fail("this Pillow decodes JPEG to other pixels than the original's cv2 did; nothing after it can be equal")
+        pytest.fail(
+            "this Pillow decodes JPEG to other pixels than the original's cv2 did; nothing after it can be equal"
+        )
     inputs = processor([picture], return_tensors="pt")
     resized = processor.resize_for_sam(np.asarray(picture).transpose(2, 0, 1), processor.sam_size["longest_edge"])
     assert parity.sha256(resized.transpose(1, 2, 0)) == record["resized_u8_sha256"]
@@ -136,7 +138,9 @@ def test_golden_conversations(facts, golden_model):
     processor = golden_model[1]
     for text in facts["conversations"]:
         messages = parity.parse_conversation(text, "llava_v1")
-        assert processor.apply_chat_template(messages, chat_template=CHAT_TEMPLATES["llava_v1"], tokenize=False) == text
+        assert (
+            processor.apply_chat_template(messages, chat_template=CHAT_TEMPLATES["llava_v1"], tokenize=False) == text
+        )
     for case in facts["cases"]:
         if "sents" in case:
             absent = [area == 0 for area in case["mask_areas"]]
@@ -148,7 +152,9 @@ def test_conversation_to_messages_and_back_in_the_other_template(golden_model):
     rounds = [{"role": role, "content": text} for role, text in
               (("user", "<image>\nIs it red?"), ("assistant", "Yes."), ("user", "And big?"), ("assistant", "No, small."))]  # fmt: skip
     text = golden_model[1].apply_chat_template(rounds, chat_template=CHAT_TEMPLATES["llava_llama_2"], tokenize=False)
-    assert text.startswith("[INST] <<SYS>>\nYou are") and text.endswith("</s><s>[INST] And big? [/INST] No, small. </s>")
+    assert text.startswith("[INST] <<SYS>>\nYou are") and text.endswith(
+        "</s><s>[INST] And big? [/INST] No, small. </s>"
+    )
     assert parity.parse_conversation(text, "llava_llama_2") == rounds
 
 
@@ -167,8 +173,7 @@ def training(make_model, processor, make_picture):
 
     conversations = [
         asked("<image>\nWhere are a, b, c?", "Sure, a [SEG], b [REJ], c [SEG]."),
-        asked("<image>\nd?", "[SEG] it is")
-        + asked("and now a longer question?", "none of this [REJ]"),
+        asked("<image>\nd?", "[SEG] it is") + asked("and now a longer question?", "none of this [REJ]"),
         asked("<image>\nb?", "b [REJ]."),
         asked("no picture", "and no mask"),
     ]
@@ -179,10 +184,14 @@ def training(make_model, processor, make_picture):
         width, height = pictures[image].size
         truth = (rng.random((len(empty), height, width)) < 0.3).astype(np.uint8)
         masks.append(truth * (1 - np.array(empty, np.uint8).reshape(-1, 1, 1)))
-    inputs = processor(images=pictures, conversations=conversations, image_index=image_index, masks=masks, return_tensors="pt")
+    inputs = processor(
+        images=pictures, conversations=conversations, image_index=image_index, masks=masks, return_tensors="pt"
+    )
     batch = []
     for row, image in enumerate(image_index):
-        kept = parity.collapse(inputs["input_ids"][row], processor.image_token_id) & inputs["attention_mask"][row].bool()
+        kept = (
+            parity.collapse(inputs["input_ids"][row], processor.image_token_id) & inputs["attention_mask"][row].bool()
+        )
         ids = [-200 if i == processor.image_token_id else i for i in inputs["input_ids"][row][kept].tolist()]
         batch.append({
             "ids": ids, "labels": inputs["labels"][row][kept].tolist(), "pixels": inputs["pixel_values"][image],
@@ -202,7 +211,9 @@ def test_masks_equal_the_plain_composition(training):
     for row, item in enumerate(batch):
         states = plain.states(item["ids"], item["pixels"])
         shift = len(states) - len(item["ids"])
-        for n, p in enumerate(p for p, token in enumerate(item["ids"]) if token in (model.config.seg_token_id, model.config.rej_token_id)):
+        for n, p in enumerate(
+            p for p, token in enumerate(item["ids"]) if token in (model.config.seg_token_id, model.config.rej_token_id)
+        ):
             wanted = torch.zeros_like(outputs.mask_logits[row][n])
             if item["ids"][p] == model.config.seg_token_id:
                 wanted = plain.low_res(states[p + shift - 1][None], item["sam_pixels"])[0]
@@ -236,7 +247,9 @@ def test_five_adamw_steps_equal_the_plain_composition(training):
     runs = []
     for loss in (lambda: model(**inputs).loss, lambda: Plain(model).losses(batch)["loss"]):
         model.load_state_dict(start)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0
+        )
         runs.append([])
         for _ in range(6):
             optimizer.zero_grad()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from isolation import WITHOUT_PROJECT
+from paths import ROOT
 from PIL import Image
 
 import run_gres
@@ -23,7 +24,6 @@ from trainers.arguments import parse_arguments
 from trainers.evaluation import PROTOCOL_NOTES
 from trainers.pictures import training_curves
 
-ROOT = Path(__file__).resolve().parent.parent
 MINI = ROOT / "tests/fixtures/golden_data/mini"
 RECORD = {"protocol", "convention", "stage", "dataset", "split", "samples", "metrics", "model", "seconds"}
 METRICS = {"gIoU", "cIoU", "N_acc", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9"}
@@ -85,7 +85,9 @@ def test_results_before_and_after(run, model_dir):
     for file in (folder / "out").glob("rows_*.jsonl"):
         assert len(file.read_text().splitlines()) == asked, file.name
     assert "model.vision_tower" in printed and "trained 3 steps" in printed  # the parts, and what was done
-    assert printed.count("T_acc") >= 5 and str(folder / "out" / "curves.png") in printed  # tables, and where the pictures are
+    assert (
+        printed.count("T_acc") >= 5 and str(folder / "out" / "curves.png") in printed
+    )  # tables, and where the pictures are
 
 
 def test_pages_of_pictures_and_curves(run):
@@ -109,7 +111,9 @@ def test_pages_of_pictures_and_curves(run):
     assert f"  {out / 'validation'}\n" in run[1]
 
 
-FRESH = WITHOUT_PROJECT + """
+FRESH = (
+    WITHOUT_PROJECT
+    + """
 import json, sys
 import torch
 from PIL import Image
@@ -123,6 +127,7 @@ inputs = processor(images=[Image.open(picture)], expressions=[expressions], retu
 print(json.dumps([[r["text"], r["is_rejected"], r["score"], r["mask"].nonzero()[0].tolist(), r["mask"].nonzero()[1].tolist()]
                   for r in results]))
 """
+)
 
 
 def test_the_saved_directory_predicts_files_and_loads_in_a_fresh_process(run, tmp_path, make_picture, capsys):
@@ -147,7 +152,11 @@ def test_the_saved_directory_predicts_files_and_loads_in_a_fresh_process(run, tm
             assert (mask == result["mask"]).all() and said["area"] == mask.sum()
         with Image.open(tmp_path / "told" / entry["overlay"]) as overlay:
             assert overlay.width >= image.width and overlay.height > image.height  # a legend below
-    assert sorted(path.name for path in (tmp_path / "told").iterdir()) == ["000_a b.png", "001_grey.png", "predictions.json"]
+    assert sorted(path.name for path in (tmp_path / "told").iterdir()) == [
+        "000_a b.png",
+        "001_grey.png",
+        "predictions.json",
+    ]
 
     (tmp_path / "empty").mkdir()
     fresh = subprocess.run(
@@ -156,8 +165,12 @@ def test_the_saved_directory_predicts_files_and_loads_in_a_fresh_process(run, tm
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert fresh.returncode == 0, fresh.stderr[-3000:]
-    for (text, rejected, score, ys, xs), said in zip(json.loads(fresh.stdout.splitlines()[-1]), told[0]["expressions"], strict=True):
-        assert (text, rejected) == (said["text"], said["is_rejected"]) and score == pytest.approx(said["score"], abs=1e-5)
+    for (text, rejected, score, ys, xs), said in zip(
+        json.loads(fresh.stdout.splitlines()[-1]), told[0]["expressions"], strict=True
+    ):
+        assert (text, rejected) == (said["text"], said["is_rejected"]) and score == pytest.approx(
+            said["score"], abs=1e-5
+        )
         assert (np.argwhere(decode_mask(said["mask"])) == np.stack([ys, xs], 1)).all()
 
 
@@ -172,7 +185,9 @@ def test_started_again_it_resumes_and_does_not_begin_anew(run, tmp_path, capsys)
     assert in_process(*words) == 0
     assert (folder / "model.safetensors").read_bytes() == weights
     again = records(folder)
-    assert [r for r in again if r["stage"] == "before"] == [r for r in before if r["stage"] == "before"]  # not even timed anew
+    assert [r for r in again if r["stage"] == "before"] == [
+        r for r in before if r["stage"] == "before"
+    ]  # not even timed anew
     assert [r["metrics"] for r in again] == [r["metrics"] for r in before]
     # And of a finished run nothing is trained again.
     saved = (folder / "checkpoint-3/trainer_state.json").stat().st_mtime_ns
@@ -199,8 +214,12 @@ def test_grefcoco_trains_with_lora_evaluates_and_predicts(model_dir, tmp_path):
     assert start.keys() == end.keys()  # LoRA is merged into plain weights
     changed = {name for name in start if not (start[name] == end[name]).all()}
     assert {f"model.language_model.layers.{n}.self_attn.{p}_proj.weight" for n in range(2) for p in "qv"} <= changed
-    assert not any(name.startswith(("model.vision_tower", "sam.vision_encoder", "sam.prompt_encoder")) for name in changed)
-    assert not any("mlp" in name or "k_proj" in name or "o_proj" in name for name in changed if "language_model" in name)
+    assert not any(
+        name.startswith(("model.vision_tower", "sam.vision_encoder", "sam.prompt_encoder")) for name in changed
+    )
+    assert not any(
+        "mlp" in name or "k_proj" in name or "o_proj" in name for name in changed if "language_model" in name
+    )
     predictions = json.loads((out / "predictions.json").read_text())
     assert len(predictions) == 3 and all(entry["expressions"] for entry in predictions)
     for entry in (entry for prediction in predictions for entry in prediction["expressions"]):
@@ -242,7 +261,9 @@ def test_masks_asked_for_after_the_end_are_made(model_dir, shape_options, tmp_pa
 
 def test_the_evaluation_on_the_way_counts_as_the_one_at_the_end(tmp_path):
     words = ["--do_eval", "--output_dir", str(tmp_path), "--use_cpu", "--conventions", "gsva", "--dataset"]
-    plans = {name: stages._plan(*parse_arguments([*words, name])[1:], "slots", rows=[]) for name in ("refcoco", "grefcoco")}
+    plans = {
+        name: stages._plan(*parse_arguments([*words, name])[1:], "slots", rows=[]) for name in ("refcoco", "grefcoco")
+    }
     assert {name: plan.convention for name, plan in plans.items()} == {"refcoco": "gsva_validate", "grefcoco": "gsva"}
 
 
@@ -251,10 +272,18 @@ def test_curves_name_protocol_and_convention(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
     set_title = Axes.set_title
-    monkeypatch.setattr(Axes, "set_title", lambda axes, title, **k: titles.append(title) or set_title(axes, title, **k))
-    said = {"eval_protocol": "teacher_forced", "eval_protocol_note": PROTOCOL_NOTES["teacher_forced"], "eval_convention": "gsva"}
+    monkeypatch.setattr(
+        Axes, "set_title", lambda axes, title, **k: titles.append(title) or set_title(axes, title, **k)
+    )
+    said = {
+        "eval_protocol": "teacher_forced",
+        "eval_protocol_note": PROTOCOL_NOTES["teacher_forced"],
+        "eval_convention": "gsva",
+    }
     training_curves([{"step": 1, "loss": 1.0}, {"step": 1, "eval_gIoU": 0.5, **said}], tmp_path / "curves.png")
-    assert "eval: teacher_forced, gsva" in titles[-1] and PROTOCOL_NOTES["teacher_forced"] in titles[-1].replace("\n", " ")
+    assert "eval: teacher_forced, gsva" in titles[-1] and PROTOCOL_NOTES["teacher_forced"] in titles[-1].replace(
+        "\n", " "
+    )
 
 
 def test_a_model_without_rej_is_refused_in_words(model_dir, shape_options, tmp_path, capsys):

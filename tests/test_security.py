@@ -61,7 +61,9 @@ def test_links_that_lead_out(tmp_path, monkeypatch):
 AWAY = "../secret/1.jpg"
 
 
-@pytest.mark.parametrize("name", ["refcoco", "refzom", "pascal_part", "llava_instruct_150k", "own", "ade20k", "ReasonSeg"])
+@pytest.mark.parametrize(
+    "name", ["refcoco", "refzom", "pascal_part", "llava_instruct_150k", "own", "ade20k", "ReasonSeg"]
+)
 def test_every_kind_of_reader_stays_in_its_folder(root, name):
     far = "../" * 8 + str(root.parent / "secret/1.jpg").lstrip("/")
     if name in ("refcoco", "refzom"):
@@ -97,7 +99,10 @@ def test_a_published_set_holds_its_pictures(root, tmp_path):
 
     table = pyarrow.Table.from_pylist([row], schema=features.arrow_schema)
     pyarrow.parquet.write_table(table, root / "evil/train.parquet")
-    assert datasets.load_dataset(str(root / "evil"), split="train")[0]["image"].size == (40, 30)  # by itself it is opened
+    assert datasets.load_dataset(str(root / "evil"), split="train")[0]["image"].size == (
+        40,
+        30,
+    )  # by itself it is opened
     with pytest.raises(ValueError, match="names pictures by their paths instead of holding them"):
         data_scripts.load(str(root / "evil"))
 
@@ -126,7 +131,9 @@ def test_chats_stay_in_the_working_directory(processor, tmp_path, monkeypatch):
 def test_absurd_pictures_are_refused_by_the_readers(tmp_path, side):
     path = trees.write(tmp_path / "bomb.png", bomb(side))
     for image in ({"path": str(path), "bytes": None}, {"path": "bomb.png", "bytes": path.read_bytes()}):
-        with pytest.raises(PictureError, match=r"bomb\.png cannot be read .*(more than 89478485 pixels|exceeds limit)"):
+        with pytest.raises(
+            PictureError, match=r"bomb\.png cannot be read .*(more than 89478485 pixels|exceeds limit)"
+        ):
             read_image(image)
 
 

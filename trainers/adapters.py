@@ -46,7 +46,9 @@ def base_of(directory: str | Path) -> str:
 def kept_apart(directory: str | Path) -> Path | None:
     """The adapter in a model's directory that its weights lack (`convert_checkpoint.py --keep_lora` names no base in it)."""
     folder = Path(directory) / ADAPTER
-    named = (folder / "adapter_config.json").is_file() and PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    named = (folder / "adapter_config.json").is_file() and PeftConfig.from_pretrained(
+        str(folder)
+    ).base_model_name_or_path
     return folder if named is None else None
 
 
@@ -71,4 +73,3 @@ def cast_trained(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     return model
-

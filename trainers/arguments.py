@@ -49,7 +49,9 @@ class ModelArguments:
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of LoRA."})
     quantization: str | None = field(
         default=None,
-        metadata={"help": f"QLoRA: the language model's frozen layers in {' or '.join(QUANTIZATIONS)} (bitsandbytes)."},
+        metadata={
+            "help": f"QLoRA: the language model's frozen layers in {' or '.join(QUANTIZATIONS)} (bitsandbytes)."
+        },
     )
     architecture: str | None = field(
         default=None, metadata={"help": f"--plan: {' or '.join(ARCHITECTURES)}, where `model` is not on this machine."}
@@ -73,14 +75,16 @@ class DataArguments:
     """Which data, how examples are worded, and how answers are evaluated."""
 
     dataset: str = field(
-        default="shapes", metadata={"help": "A name that data_scripts.load knows, or 'mixture' of several to train on."}
+        default="shapes",
+        metadata={"help": "A name that data_scripts.load knows, or 'mixture' of several to train on."},
     )
     mixture: str | None = field(
         default=None,
         metadata={"help": "dataset=mixture: family -> names of its data sets, as JSON; by default the original's."},
     )
     mixture_rates: str | None = field(
-        default=None, metadata={"help": "dataset=mixture: family -> rate, as JSON; by default the original's 9, 3, 3, 1."}
+        default=None,
+        metadata={"help": "dataset=mixture: family -> rate, as JSON; by default the original's 9, 3, 3, 1."},
     )
     steps_per_epoch: int = field(
         default=500, metadata={"help": "dataset=mixture: optimizer steps that make an epoch (original: 500)."}
@@ -100,20 +104,30 @@ class DataArguments:
         default="gsva",
         metadata={"help": "Training prompts: 'gsva', the original's templates, or 'processor', those of evaluation."},
     )
-    all_absent: bool = field(default=False, metadata={"help": "Also train on pictures of which nothing asked is there."})
-    max_length: int | None = field(default=1024, metadata={"help": "Longest conversation in tokens, the image included."})
+    all_absent: bool = field(
+        default=False, metadata={"help": "Also train on pictures of which nothing asked is there."}
+    )
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Longest conversation in tokens, the image included."}
+    )
     protocols: list[str] = field(default_factory=lambda: ["slots"], metadata={"help": f"Of {', '.join(PROTOCOLS)}."})
-    conventions: list[str] = field(default_factory=lambda: ["rela"], metadata={"help": f"Of {', '.join(CONVENTIONS)}."})
+    conventions: list[str] = field(
+        default_factory=lambda: ["rela"], metadata={"help": f"Of {', '.join(CONVENTIONS)}."}
+    )
     threshold: float = field(default=0.0, metadata={"help": "Reject a slot below these log-odds (protocol slots)."})
     one_prompt_per_expression: bool = field(default=False, metadata={"help": "Ask for each expression by itself."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer of the protocol generate."})
     ignore_region: str = field(
         default="foreground",
-        metadata={"help": f"Pixels that do not count (ReasonSeg): {' or '.join(IGNORE_REGIONS)}. Original: foreground."},
+        metadata={
+            "help": f"Pixels that do not count (ReasonSeg): {' or '.join(IGNORE_REGIONS)}. Original: foreground."
+        },
     )
     eval_task: str | None = field(
         default=None,
-        metadata={"help": "'referring', or 'reasoning' (ReasonSeg's prompts, first text only); default: by the data set."},
+        metadata={
+            "help": "'referring', or 'reasoning' (ReasonSeg's prompts, first text only); default: by the data set."
+        },
     )
     resume_eval: bool = field(default=False, metadata={"help": "Continue a killed evaluation from its finished rows."})
     save_masks: bool = field(default=False, metadata={"help": "Rows also hold the predicted mask as COCO RLE."})
@@ -132,7 +146,9 @@ class DataArguments:
             _check_choice("eval_task", self.eval_task, TASKS)
         _check_choice("wording", self.wording, ("gsva", "processor"))
         if not math.isfinite(self.threshold):
-            raise ValueError(f"threshold={self.threshold} is no number that scores can be compared with; give say 0 or -1.5.")
+            raise ValueError(
+                f"threshold={self.threshold} is no number that scores can be compared with; give say 0 or -1.5."
+            )
         for name in ("max_train_samples", "max_eval_samples", "max_eval_samples_in_training"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} leaves no pictures; give 1 or more, or leave it out.")
@@ -165,14 +181,17 @@ class GsvaTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: examples are no model inputs."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     report_to: list[str] = field(  # transformers' own type lets the command line name only one
-        default_factory=lambda: ["none"], metadata={"help": "Of tensorboard, wandb and transformers' other reporters, or none."}
+        default_factory=lambda: ["none"],
+        metadata={"help": "Of tensorboard, wandb and transformers' other reporters, or none."},
     )
     threads: int | None = field(
         default=None, metadata={"help": "CPU threads per process; by default all cores to train, one to evaluate."}
     )
     consolidated: str | None = field(
         default=None,
-        metadata={"help": "Instead of training: weights made whole from a sharded checkpoint, to save as training does."},
+        metadata={
+            "help": "Instead of training: weights made whole from a sharded checkpoint, to save as training does."
+        },
     )
     resume: bool = field(default=True, metadata={"help": "Go on from the last complete checkpoint in output_dir."})
     divergence: str = field(
@@ -180,7 +199,8 @@ class GsvaTrainingArguments(TrainingArguments):
         metadata={"help": "NaN, loss spikes and collapse to [REJ]: 'stop' at NaN and say the others, 'warn', 'off'."},
     )
     validation_pictures: int = field(
-        default=4, metadata={"help": "Pictures that each evaluation in training draws to output_dir/validation; 0: none."}
+        default=4,
+        metadata={"help": "Pictures that each evaluation in training draws to output_dir/validation; 0: none."},
     )
     hub_adapter_id: str | None = field(
         default=None, metadata={"help": "--push_to_hub: also the adapter alone, to this repository."}
@@ -188,15 +208,20 @@ class GsvaTrainingArguments(TrainingArguments):
     feature_cache: str | None = field(
         default=None, metadata={"help": "Folder that keeps what the frozen towers see, so that they look once."}
     )
-    feature_cache_dtype: str = field(default="float16", metadata={"help": "Type it is kept in; float32 loses nothing."})
+    feature_cache_dtype: str = field(
+        default="float16", metadata={"help": "Type it is kept in; float32 loses nothing."}
+    )
     plan: bool = field(
         default=False, metadata={"help": "Only count the memory that training takes, before anything is loaded."}
     )
     plan_strategy: str | None = field(
-        default=None, metadata={"help": "--plan: an accelerate config, say configs/accelerate/zero2.yaml; default: all."}
+        default=None,
+        metadata={"help": "--plan: an accelerate config, say configs/accelerate/zero2.yaml; default: all."},
     )
     plan_processes: int | None = field(default=None, metadata={"help": "--plan: processes, other than the config's."})
-    plan_memory: float | None = field(default=None, metadata={"help": "--plan: GiB of your card, to say whether it fits."})
+    plan_memory: float | None = field(
+        default=None, metadata={"help": "--plan: GiB of your card, to say whether it fits."}
+    )
 
     def __post_init__(self):
         if self.consolidated:

@@ -83,7 +83,11 @@ def _trained_on(data: DataArguments) -> str:
 
 
 def _training(
-    model: ModelArguments, data: DataArguments, training: GsvaTrainingArguments, history: list[dict], facts: dict[str, Any]
+    model: ModelArguments,
+    data: DataArguments,
+    training: GsvaTrainingArguments,
+    history: list[dict],
+    facts: dict[str, Any],
 ) -> str:
     learns = {"lora": f"LoRA, rank {model.lora_r}, alpha {model.lora_alpha}, dropout {model.lora_dropout}"}
     rows = {
@@ -191,10 +195,17 @@ def write_card(model: ModelArguments, data: DataArguments, training: GsvaTrainin
             "GSVA segments what an expression names and rejects the expressions whose thing is not in the picture: "
             f"`{base}` after training on {_trained_on(data)}."
         )
-        head = (f"---\n{front.to_yaml()}\n---", f"# {name}", introduction, f"## Use\n\n{use.format(name=name, base=base)}")
+        head = (
+            f"---\n{front.to_yaml()}\n---",
+            f"# {name}",
+            introduction,
+            f"## Use\n\n{use.format(name=name, base=base)}",
+        )
         write_text(folder / CARD, "\n\n".join([*head, *facts, *pictures, *sources]) + "\n")
 
-    shown = [path.name for path in sorted(output_dir.glob("*.png")) if path.name.startswith(("curves", "pictures_after"))]
+    shown = [
+        path.name for path in sorted(output_dir.glob("*.png")) if path.name.startswith(("curves", "pictures_after"))
+    ]
     pages = sorted(path.name for path in output_dir.glob("*.html"))
     pictures = [f"![{Path(name).stem}]({name})" for name in shown]
     pictures += ["Pictures: " + ", ".join(f"[{name}]({name})" for name in pages) + "."] if pages else []

@@ -51,7 +51,9 @@ class DivergenceWatch:
         self.slots: deque[tuple[int, int]] = deque(maxlen=window)
         self.is_collapsed = False
 
-    def see(self, step: int, parts: dict[str, float], inputs: dict[str, Any], outputs, seg_token_id: int) -> str | None:
+    def see(
+        self, step: int, parts: dict[str, float], inputs: dict[str, Any], outputs, seg_token_id: int
+    ) -> str | None:
         """
         Args:
             step: The optimizer step that the batch is for.
@@ -70,7 +72,9 @@ class DivergenceWatch:
         if not math.isfinite(loss):
             wrong = f"the loss is {loss}"
         elif 2 * len(self.losses) >= self.window and loss > self.factor * statistics.median(self.losses) > 0:
-            wrong = f"the loss jumped to {loss:.4g}, {self.factor:g} times its median {statistics.median(self.losses):.4g}"
+            wrong = (
+                f"the loss jumped to {loss:.4g}, {self.factor:g} times its median {statistics.median(self.losses):.4g}"
+            )
         elif self._collapses(inputs, outputs, seg_token_id):
             wrong = f"not one of the last {sum(wanted for wanted, _ in self.slots)} slots that should be [SEG] is: all [REJ]"
         if math.isfinite(loss):
@@ -110,7 +114,9 @@ class DivergenceWatch:
         path = self.folder / f"step{step}-rank{self.rank}-{self.files}.safetensors"
         tensors = {}
         for name, value in inputs.items():
-            pairs = [(name, value)] if torch.is_tensor(value) else [(f"{name}.{n}", v) for n, v in enumerate(value or ())]
+            pairs = (
+                [(name, value)] if torch.is_tensor(value) else [(f"{name}.{n}", v) for n, v in enumerate(value or ())]
+            )
             tensors.update({key: t.detach().cpu().contiguous() for key, t in pairs if torch.is_tensor(t)})
         temporary = path.with_suffix(".tmp")
         save_file(tensors, temporary)

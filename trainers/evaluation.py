@@ -174,7 +174,9 @@ def evaluate_rows(model, processor, plan: EvaluationPlan, on_prediction: Predict
         print(f"{plan.rows_file}: {len(finished)} of {len(batches)} batches were finished, going on", flush=True)
     mine = [n for n in range(len(batches)) if n not in finished][state.process_index :: state.num_processes]
     found: list[tuple[int, list[list[dict]]]] = []
-    bar = tqdm(mine, f"{plan.protocol} on {plan.dataset} {plan.split}", disable=not state.is_main_process, mininterval=2)
+    bar = tqdm(
+        mine, f"{plan.protocol} on {plan.dataset} {plan.split}", disable=not state.is_main_process, mininterval=2
+    )
     for number in bar:
         rows = [askable(plan.rows[index], plan) for index in batches[number]]
         with cpu_threads(plan.threads):
@@ -190,7 +192,9 @@ def evaluate_rows(model, processor, plan: EvaluationPlan, on_prediction: Predict
     gathered = gather_object(found) if state.num_processes > 1 else found
     every = sorted([*finished.items(), *gathered], key=lambda pair: pair[0])
     if [number for number, _ in every] != list(range(len(batches))):
-        raise RuntimeError(f"Evaluated the batches {[number for number, _ in every]}, not each of {len(batches)} once.")
+        raise RuntimeError(
+            f"Evaluated the batches {[number for number, _ in every]}, not each of {len(batches)} once."
+        )
     pictures = [rows for _, batch in every for rows in batch]
     taken_over = sum(len(batches[number]) for number in finished)
     result = _result(pictures, plan, begun, taken_over)
@@ -392,7 +396,9 @@ def fingerprint(model, processor, plan: EvaluationPlan) -> dict[str, Any]:
     tokenizer = processor.tokenizer
     tokens = [sorted(tokenizer.get_vocab().items()), repr(sorted(tokenizer.added_tokens_decoder.items()))]
     wording = [processor.prompts, processor.chat_template, processor.image_processor.to_dict(), tokens]
-    options = {name: getattr(plan, name) for name in ("dataset", "split", "protocol", "prompts", "ignore_region", "task")}
+    options = {
+        name: getattr(plan, name) for name in ("dataset", "split", "protocol", "prompts", "ignore_region", "task")
+    }
     if plan.protocol == "slots":
         options["threshold"] = plan.threshold
     elif plan.protocol == "generate":

@@ -63,10 +63,14 @@ class FeatureCache:
         ValueError: a tower is trained, or a kept feature is not what the tower gives.
     """
 
-    def __init__(self, folder: str | Path, model: nn.Module, dtype: torch.dtype = torch.float16, verify_every: int = 1000):
+    def __init__(
+        self, folder: str | Path, model: nn.Module, dtype: torch.dtype = torch.float16, verify_every: int = 1000
+    ):
         self.model, self.dtype, self.verify_every = model, dtype, verify_every
         if any(parameter.requires_grad for tower in _towers(model) for parameter in tower.parameters()):
-            raise ValueError("feature_cache keeps what frozen towers give, but the vision tower or SAM's encoder is trained.")
+            raise ValueError(
+                "feature_cache keeps what frozen towers give, but the vision tower or SAM's encoder is trained."
+            )
         kind = str(dtype).removeprefix("torch.")
         self.folder = Path(folder) / f"{fingerprint(model)[:16]}-{kind}"
         self.hits = self.misses = 0

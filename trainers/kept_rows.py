@@ -98,4 +98,3 @@ def _finished(part: Path) -> dict[int, list[list[dict[str, Any]]]]:
     *lines, rest = part.read_text(encoding="utf-8").split("\n")
     del rest  # empty, or half a line
     return {entry["batch"]: entry["pictures"] for entry in map(json.loads, lines)}
-

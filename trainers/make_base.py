@@ -143,7 +143,9 @@ class Pictures:
     def __init__(self, processor: GsvaProcessor, count: int):
         self.things, owners, clip, sam = [], [], [], []
         with multiprocessing.Pool(2) as pool:
-            for image, things, owner in tqdm(pool.imap(_draw, range(count), chunksize=64), "drawing", count, leave=False):
+            for image, things, owner in tqdm(
+                pool.imap(_draw, range(count), chunksize=64), "drawing", count, leave=False
+            ):
                 tensors = processor.image_processor(image, return_tensors="pt")
                 clip.append(tensors["pixel_values"][0].half())
                 sam.append(tensors["sam_pixel_values"][0].half())
@@ -153,7 +155,9 @@ class Pictures:
         classes = torch.zeros(count, 8, dtype=torch.long)  # thing number → class
         for n, things in enumerate(self.things):
             for k, t in enumerate(things, start=1):
-                combined = (COLOURS.index(t.colour) * len(SHAPES) + SHAPES.index(t.shape)) * len(SIZES) + SIZES.index(t.size)
+                combined = (COLOURS.index(t.colour) * len(SHAPES) + SHAPES.index(t.shape)) * len(SIZES) + SIZES.index(
+                    t.size
+                )
                 classes[n, k] = 1 + combined
         self.classes = classes
         # A patch belongs to the thing that covers most of it; patches covered by less than a quarter are background.
@@ -170,7 +174,9 @@ class Pictures:
 class Stage:
     """A resumable training stage: fixed steps, warm-up and cosine, a checkpoint now and then, a log line every 50 steps."""
 
-    def __init__(self, name, modules: nn.Module, steps: int, lr: float, work_dir: Path, log: list, save_every: int = 200):
+    def __init__(
+        self, name, modules: nn.Module, steps: int, lr: float, work_dir: Path, log: list, save_every: int = 200
+    ):
         self.name, self.modules, self.steps, self.lr = name, modules, steps, lr
         self.path, self.log, self.save_every = work_dir / f"{name}.pt", log, save_every
         self.parameters = [p for p in modules.parameters() if p.requires_grad]
@@ -204,7 +210,11 @@ class Stage:
             for key, value in parts.items():
                 sums.setdefault(key, []).append(float(value.detach()))
             if self.step % 50 == 0 or self.step == self.steps:
-                entry = {"stage": self.name, "step": self.step, **{k: round(sum(v) / len(v), 4) for k, v in sums.items()}}
+                entry = {
+                    "stage": self.name,
+                    "step": self.step,
+                    **{k: round(sum(v) / len(v), 4) for k, v in sums.items()},
+                }
                 entry["seconds_per_step"] = round((time.time() - begun) / max(len(next(iter(sums.values()))), 1), 3)
                 if evaluate is not None and (self.step % 300 == 0 or self.step == self.steps):
                     entry.update(evaluate())
@@ -228,7 +238,9 @@ def train_towers(model, pictures: Pictures, args, log):
     trained = nn.ModuleDict(
         {"vision": model.model.vision_tower, "encoder": model.sam.vision_encoder, "decoder": model.sam.mask_decoder}
     )
-    stage = Stage("towers", nn.ModuleDict({**trained, "scaffold": scaffold}), args.tower_steps, 2e-3, args.work_dir, log)
+    stage = Stage(
+        "towers", nn.ModuleDict({**trained, "scaffold": scaffold}), args.tower_steps, 2e-3, args.work_dir, log
+    )
     saved_projector, model.mask_projector = model.mask_projector, nn.Identity()
 
     def losses(random):
@@ -276,7 +288,12 @@ def train_language(model, processor, pictures: Pictures, args, log):
     """Stage 2, over kept features of the frozen towers."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    for frozen in (model.model.vision_tower, model.sam.vision_encoder, model.sam.prompt_encoder, model.sam.shared_image_embedding):
+    for frozen in (
+        model.model.vision_tower,
+        model.sam.vision_encoder,
+        model.sam.prompt_encoder,
+        model.sam.shared_image_embedding,
+    ):
         frozen.requires_grad_(False)
     model.eval()
     with torch.no_grad():
@@ -298,7 +315,10 @@ def train_language(model, processor, pictures: Pictures, args, log):
         things = pictures.things[row]
         asked = [item for item in shapes.make_expressions(random, things, 6) if item[1]]
         asked = asked[: random.integers(1, len(asked) + 1)] if random.random() < 0.2 else asked
-        words = [{"role": t["role"], "content": t["text"].replace("<image>\n", "")} for t in shapes.make_conversation(random, things)]
+        words = [
+            {"role": t["role"], "content": t["text"].replace("<image>\n", "")}
+            for t in shapes.make_conversation(random, things)
+        ]
         segment = processor.build_conversation([text for text, _ in asked])
         segment[0]["content"] = segment[0]["content"].replace("<image>\n", "")
         turns = segment + words if random.random() < 0.6 else words + segment
@@ -332,7 +352,9 @@ def train_language(model, processor, pictures: Pictures, args, log):
         for start in range(0, 192, 64):
             images, asked, questions, truth, answers = [], [], [], [], []
             for index in range(start, start + 64):
-                image, things = shapes.draw_picture(np.random.default_rng([PICTURE_SEED, shapes.SPLIT_CODES["test"], index, 0]))
+                image, things = shapes.draw_picture(
+                    np.random.default_rng([PICTURE_SEED, shapes.SPLIT_CODES["test"], index, 0])
+                )
                 items = shapes.make_expressions(random, things)
                 images.append(image)
                 asked.append([text for text, targets in items if targets])

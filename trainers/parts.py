@@ -39,7 +39,9 @@ def prepare_for_training(model: nn.Module, args: ModelArguments) -> nn.Module:
         )
         model = get_peft_model(model, config)
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and any(part.partition("mask_decoder.")[2] in name for part in WITHOUT_GRADIENT):
+            if parameter.requires_grad and any(
+                part.partition("mask_decoder.")[2] in name for part in WITHOUT_GRADIENT
+            ):
                 parameter.requires_grad_(False)
         return model
     trained = FULLY_TRAINED + (("model.language_model",) if args.train_language_model == "full" else ())
@@ -92,7 +94,9 @@ def moved_table(model: nn.Module, before: dict) -> str:
         of_part = counts.setdefault(_part_of(name), [0, 0])
         of_part[0] += name not in still
         of_part[1] += 1
-    return "\n".join(["trained tensors that moved:", *(f"{part:<40}{moved:>7} of {n}" for part, (moved, n) in counts.items())])
+    return "\n".join(
+        ["trained tensors that moved:", *(f"{part:<40}{moved:>7} of {n}" for part, (moved, n) in counts.items())]
+    )
 
 
 def unmoved(model: nn.Module, before: dict) -> list[str]:

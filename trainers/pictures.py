@@ -112,7 +112,9 @@ def verdict(entry: dict[str, Any], result: dict[str, Any]) -> tuple[str, bool]:
     return f"IoU {iou:.2f}", bool(iou >= 0.5)
 
 
-def expression_sheet(row: dict[str, Any], results: Sequence[dict[str, Any]], title: str, side: int = 256) -> Image.Image:
+def expression_sheet(
+    row: dict[str, Any], results: Sequence[dict[str, Any]], title: str, side: int = 256
+) -> Image.Image:
     """
     One evaluated picture as a sheet: a tile for each expression with the prediction tinted and outlined in orange, the
     truth outlined in blue, and below it the expression and what became of it.
@@ -156,9 +158,7 @@ figure{margin:0;width:190px}figcaption{font-size:13px;line-height:1.35}
 .rejected img{opacity:.45}.bad{color:#b00020;font-weight:600}.good{color:#11703a}"""
 
 
-def prediction_page(
-    title: str, table: str, predictions: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]
-) -> str:
+def prediction_page(title: str, table: str, predictions: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]) -> str:
     """
     A page that opens offline: for each picture the image, and for each expression truth and prediction side by side.
 
@@ -174,7 +174,9 @@ def prediction_page(
     ]
     for row, results in predictions:
         image = read_image(row["image"])
-        parts.append(f"<div class=row><figure>{_inline(image)}<figcaption>{html.escape(row['image_id'])}</figcaption></figure>")
+        parts.append(
+            f"<div class=row><figure>{_inline(image)}<figcaption>{html.escape(row['image_id'])}</figcaption></figure>"
+        )
         for entry, result in zip(row["expressions"], results, strict=True):
             truth, mask = decode_mask(entry["mask"]).astype(bool), np.asarray(result["mask"], dtype=bool)
             rejected = result["is_rejected"]

@@ -139,7 +139,9 @@ class Strategy:
         elif kind == "FSDP":
             kind = "fsdp2"
         if kind not in ("NO", "MULTI_GPU", "zero2", "zero3", "fsdp2"):
-            raise ValueError(f"{path}: distributed_type {kind} is not planned for; choose NO, MULTI_GPU, DEEPSPEED or FSDP.")
+            raise ValueError(
+                f"{path}: distributed_type {kind} is not planned for; choose NO, MULTI_GPU, DEEPSPEED or FSDP."
+            )
         return cls(path.stem, kind, processes or int(content.get("num_processes", 1)))
 
 
@@ -303,7 +305,9 @@ def activation_bytes(
     with LiveBytes(known) as counter, pieces_as_on_a_card(), ExitStack() as stack:
         if half:
             stack.enter_context(torch.autocast("cpu", torch.bfloat16))
-        features = gsva.model.multi_modal_projector(gsva.model.get_vision_features(torch.empty(images, 3, vision, vision)))
+        features = gsva.model.multi_modal_projector(
+            gsva.model.get_vision_features(torch.empty(images, 3, vision, vision))
+        )
         ids = torch.zeros(images, length, dtype=torch.long)
         embeds = gsva.get_input_embeddings()(ids)
         embeds = torch.cat([embeds[:, : length - features.shape[1]], features.to(embeds)], 1)
@@ -337,12 +341,16 @@ def memory_of(sizes: Sizes, activations: int, strategy: Strategy) -> Memory:
         buffers = buckets + sizes.dequantized
         return Memory(sizes.weights, sizes.trained_bytes, 8 * trained, activations, buffers)
     if strategy.kind == "zero2":
-        return Memory(sizes.frozen_bytes + 2 * trained, 2 * trained / n, 12 * trained / n, activations, sizes.dequantized)
+        return Memory(
+            sizes.frozen_bytes + 2 * trained, 2 * trained / n, 12 * trained / n, activations, sizes.dequantized
+        )
     if strategy.kind == "zero3":
         weights = (sizes.frozen_bytes + 2 * trained) / n
         return Memory(weights, 2 * trained / n, 12 * trained / n, activations, 2 * sizes.layer_bytes)
     weights = sizes.weights / n
-    return Memory(weights, sizes.trained_bytes / n, 8 * trained / n, activations, sizes.root_bytes + 2 * sizes.layer_bytes)
+    return Memory(
+        weights, sizes.trained_bytes / n, 8 * trained / n, activations, sizes.root_bytes + 2 * sizes.layer_bytes
+    )
 
 
 def count(model_args: ModelArguments, data_args: DataArguments, training: GsvaTrainingArguments) -> tuple[Sizes, int]:

@@ -33,7 +33,9 @@ RESULTS = "results.json"
 # What the original's authors print for their own weights: README.md of github.com/LeapLabTHU/GSVA at 618dc79, section
 # Evaluation, "fp32 inference"; by their words lines 8 and 10 of Table 1 of the paper (arXiv 2312.10103, CVPR 2024), from
 # which the numbers "may vary w.r.t. the precision". (model, split) -> gIoU, cIoU, N_acc, T_acc.
-PUBLISHED_SOURCE = "README of github.com/LeapLabTHU/GSVA at 618dc79, fp32 inference (lines 8 and 10 of the paper's Table 1)"
+PUBLISHED_SOURCE = (
+    "README of github.com/LeapLabTHU/GSVA at 618dc79, fp32 inference (lines 8 and 10 of the paper's Table 1)"
+)
 PUBLISHED = {
     ("gsva-7b-pt", "val"): (0.6347, 0.6165, 0.5698, 0.9954),
     ("gsva-7b-pt", "testA"): (0.6999, 0.6917, 0.6339, 0.9846),
@@ -70,7 +72,9 @@ def kind_of(row: dict[str, Any]) -> str:
     return "no-target" if row["is_no_target"] else "single-target" if row["num_targets"] == 1 else "multi-target"
 
 
-def choose_exhibits(pictures: Sequence[Sequence[dict[str, Any]]], each: int = EXHIBITS_PER_KIND) -> list[tuple[str, int, int]]:
+def choose_exhibits(
+    pictures: Sequence[Sequence[dict[str, Any]]], each: int = EXHIBITS_PER_KIND
+) -> list[tuple[str, int, int]]:
     """
     The rows worth looking at, as (group, picture, expression): per kind of expression the `each` surest wrong decisions
     and the worst and best masks. An answer without a slot has no score, and counts as the least sure.
@@ -159,7 +163,9 @@ def read_run(directory: str | Path, name: str | None = None) -> Run:
             try:
                 shown[file] = json.loads(shown_path.read_text(encoding="utf-8")) if shown_path.is_file() else []
             except ValueError as error:
-                raise ValueError(f"{shown_path} is no JSON ({error}); remove it, or evaluate again with --save_masks.") from None
+                raise ValueError(
+                    f"{shown_path} is no JSON ({error}); remove it, or evaluate again with --save_masks."
+                ) from None
         _check_rows(record, rows_of[file], directory / file)
     return Run(name or directory.resolve().name, records, shown)
 
@@ -251,7 +257,15 @@ def _metric_table(pairs: list[tuple[str, dict[str, Any]]], rows: list[dict[str, 
         cells = _words(facts) + f"<td class=n>{_text(record.get('samples', ''))}</td>"
         lines.append(f"<tr>{cells}{''.join(_number(record, key) for key in METRIC_KEYS)}</tr>")
     for record in rows:
-        facts = ["published", record["model"], "", record["protocol"], record["prompts"], *[""] * len(more), record["convention"]]
+        facts = [
+            "published",
+            record["model"],
+            "",
+            record["protocol"],
+            record["prompts"],
+            *[""] * len(more),
+            record["convention"],
+        ]
         cells = _words(facts) + "<td></td>"
         lines.append(f"<tr class=published>{cells}{''.join(_number(record, key) for key in METRIC_KEYS)}</tr>")
     return _table(head, lines, 1 + len(METRIC_KEYS))
@@ -259,7 +273,9 @@ def _metric_table(pairs: list[tuple[str, dict[str, Any]]], rows: list[dict[str, 
 
 def _name(run: str, record: dict[str, Any]) -> str:
     threshold = f"threshold {_threshold(record)}" if record.get("threshold") else ""
-    return ", ".join(part for part in (run, record.get("stage"), record["protocol"], _asked(record), threshold) if part)
+    return ", ".join(
+        part for part in (run, record.get("stage"), record["protocol"], _asked(record), threshold) if part
+    )
 
 
 def _curves(pairs: list[tuple[str, dict[str, Any]]]) -> str:
@@ -320,13 +336,17 @@ def _gallery(runs: Sequence[Run]) -> str:
             for entry in shown:
                 choices["kind"][entry["kind"]] = None
                 decision = "rejected" if entry["is_rejected"] else "kept"
-                facts = [f"<b>{_text(entry['expression'])}</b>", _text(f"{entry['group']}: {entry['kind']}, {decision}")]
+                facts = [
+                    f"<b>{_text(entry['expression'])}</b>",
+                    _text(f"{entry['group']}: {entry['kind']}, {decision}"),
+                ]
                 if entry["kind"] != "no-target":
                     facts.append(f"IoU {entry['intersection'] / entry['union']:.3f}")
                 facts.append("no slot in the answer" if entry["score"] is None else f"score {entry['score']:+.2f}")
                 facts.append(_text(f"image {entry['image_id']}; {name}"))
                 data = " ".join(
-                    f'data-{key}="{_text(value)}"' for key, value in (("run", name), ("group", entry["group"]), ("kind", entry["kind"]))
+                    f'data-{key}="{_text(value)}"'
+                    for key, value in (("run", name), ("group", entry["group"]), ("kind", entry["kind"]))
                 )
                 cards.append(
                     f'<figure {data}><img alt="" src="data:image/jpeg;base64,{entry["picture"]}">'
@@ -338,7 +358,9 @@ def _gallery(runs: Sequence[Run]) -> str:
     selects = []
     for key, values in choices.items():
         options = "".join(f'<option value="{_text(value)}">{_text(value)}</option>' for value in values)
-        selects.append(f"<label>{titles[key]} <select name={key}><option value=''>all</option>{options}</select></label>")
+        selects.append(
+            f"<label>{titles[key]} <select name={key}><option value=''>all</option>{options}</select></label>"
+        )
     return (
         "<h2>Pictures</h2><p class=legend><span style='border-color:rgb(0,114,178)'>truth (blue outline)</span> "
         "<span style='border-color:rgb(230,159,0)'>prediction (orange, tinted)</span></p>"
@@ -366,7 +388,9 @@ def report_page(runs: Sequence[Run]) -> str:
             parts.append("<p>There are no published numbers of the original for this split here.</p>")
         notes = {record["protocol"]: record.get("protocol_note", "") for _, record in pairs}
         if known:
-            notes.setdefault("teacher_forced", "gold answers were in the model's input (the original's published protocol)")
+            notes.setdefault(
+                "teacher_forced", "gold answers were in the model's input (the original's published protocol)"
+            )
         for protocol, note in notes.items():
             kind = " class=forced" if protocol == "teacher_forced" else ""
             parts.append(f"<p{kind}>{_text(protocol)}: {_text(note)}.</p>")

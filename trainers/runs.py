@@ -60,7 +60,14 @@ logger = logging.getLogger(__name__)
 SHOWN = 6  # pictures of an evaluation on its contact sheet, which the card shows
 # What a run publishes: nothing that names folders of this machine, and no file that others have put beside it.
 PUBLISHED = ("*.safetensors", "*.json", "*.jinja", "*.py", CARD, "curves.png", "pictures_*")
-UNPUBLISHED = ("*/*", ".*", "rows_*", "predictions*", "results.json", TRAINING)  # "*/*": of no folder, checkpoints among them
+UNPUBLISHED = (
+    "*/*",
+    ".*",
+    "rows_*",
+    "predictions*",
+    "results.json",
+    TRAINING,
+)  # "*/*": of no folder, checkpoints among them
 
 
 class ProcessorWording(Wording):
@@ -102,10 +109,16 @@ def refuse_what_shards_cannot(model_args: ModelArguments, args: GsvaTrainingArgu
     for name, value, instead in (
         ("feature_cache", args.feature_cache, "train without it"),
         ("quantization", model_args.quantization, "train without it, or data parallel (configs/accelerate/ddp.yaml)"),
-        ("eval_strategy", evaluated, "give --eval_strategy no; --do_eval evaluates whole weights before and after training"),
+        (
+            "eval_strategy",
+            evaluated,
+            "give --eval_strategy no; --do_eval evaluates whole weights before and after training",
+        ),
     ):
         if value:
-            raise ValueError(f"{name}={value} is not possible where weights are shared out (FSDP, DeepSpeed ZeRO-3): {instead}.")
+            raise ValueError(
+                f"{name}={value} is not possible where weights are shared out (FSDP, DeepSpeed ZeRO-3): {instead}."
+            )
 
 
 def load_model(
@@ -131,7 +144,9 @@ def load_model(
             if kept_apart(base) is not None:  # it is merged by now
                 return processor, model
         except ValueError as error:
-            raise ValueError(f"model={args.model!r} is an adapter; name its base with --base_model: {error}") from error
+            raise ValueError(
+                f"model={args.model!r} is an adapter; name its base with --base_model: {error}"
+            ) from error
         return processor, merge(model, args.model)
     apart = kept_apart(args.model)
     if apart is not None and args.quantization:
@@ -242,17 +257,23 @@ def evaluate(processor, model, model_args, data_args, training_args, stage: str)
         if known and not result.has_masks:  # complete before, and with its pictures written
             print(results_table([entry for entry in done if _key(entry) in wanted]), flush=True)
             continue
-        records = [{**record(result, plan, c, stage, model_args.model), "rows": name, "dtype": dtype} for c in conventions]
+        records = [
+            {**record(result, plan, c, stage, model_args.model), "rows": name, "dtype": dtype} for c in conventions
+        ]
         if result.has_masks:
             write_text(plan.rows_file.with_suffix(".pictures.json"), json.dumps(exhibits(plan, result)))
             count = min(data_args.num_pictures, len(plan.rows))
             asked = [askable(plan.rows[n], plan) for n in range(count)]
             pictures = [(row, as_results(rows)) for row, rows in zip(asked, result.pictures)]
-            title = f"{plan.dataset} {plan.split}, {protocol}, {stage if stage == 'as loaded' else stage + ' training'}"
+            title = (
+                f"{plan.dataset} {plan.split}, {protocol}, {stage if stage == 'as loaded' else stage + ' training'}"
+            )
             page = prediction_page(title, results_table(records), pictures)
             page_file = output_dir / name.replace("rows_", "pictures_", 1).replace(".jsonl", ".html")
             write_text(page_file, page)
-            sheet = contact_sheet([labelled_overlay(read_image(row["image"]), found) for row, found in pictures[:SHOWN]])
+            sheet = contact_sheet(
+                [labelled_overlay(read_image(row["image"]), found) for row, found in pictures[:SHOWN]]
+            )
             with replacing(page_file.with_suffix(".png")) as temporary:
                 sheet.save(temporary)
         done = [entry for entry in done if _key(entry) not in wanted] + records
@@ -373,7 +394,9 @@ def consolidate(source: Path, model_args: ModelArguments, output_dir: Path) -> t
     """
     files = [source] if source.is_file() else sorted(source.glob("*.safetensors")) or sorted(source.glob("*.bin"))
     if not files:
-        raise ValueError(f"consolidated={str(source)!r} is no file, and no folder with .safetensors or .bin files in it.")
+        raise ValueError(
+            f"consolidated={str(source)!r} is no file, and no folder with .safetensors or .bin files in it."
+        )
     weights: dict[str, torch.Tensor] = {}
     for file in files:
         weights |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
@@ -416,7 +439,9 @@ def predict(processor, model, data_args: DataArguments, training_args: GsvaTrain
         raise ValueError("--do_predict got pictures but no --expressions; say what to look for.")
     plan = _plan(data_args, training_args, data_args.protocols[0], rows=[])
     if plan.protocol == "teacher_forced":
-        raise ValueError("protocols=teacher_forced needs gold answers, which picture files have not; choose slots or generate.")
+        raise ValueError(
+            "protocols=teacher_forced needs gold answers, which picture files have not; choose slots or generate."
+        )
     for path in data_args.image:  # before the first is predicted
         if not Path(path).is_file():
             raise FileNotFoundError(f"--image {path} does not exist; give the path of a picture file.")
@@ -504,7 +529,9 @@ def push(args: GsvaTrainingArguments) -> None:
         uploads[args.hub_adapter_id] = (output_dir / ADAPTER, None, None)
     for folder, sign in zip((folder for folder, *_ in uploads.values()), ("config.json", "adapter_config.json")):
         if not (folder / sign).is_file():
-            raise FileNotFoundError(f"There is nothing to push: {folder} has no {sign}; give --do_train, and LoRA for an adapter.")
+            raise FileNotFoundError(
+                f"There is nothing to push: {folder} has no {sign}; give --do_train, and LoRA for an adapter."
+            )
     for name, (folder, wanted, unwanted) in uploads.items():
         repository = hub.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
         hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=wanted, ignore_patterns=unwanted)
@@ -519,12 +546,18 @@ def results_table(records: list[dict[str, Any]]) -> str:
     names = ("dataset", "split", "stage", "protocol", "prompts", "threshold", "convention")
     table = [[*names, "pictures", *_COLUMNS]]
     for entry in records:
-        facts = [Path(entry["dataset"]).name, *(str(entry.get(name, "-")) for name in names[1:]), str(entry["samples"])]
+        facts = [
+            Path(entry["dataset"]).name,
+            *(str(entry.get(name, "-")) for name in names[1:]),
+            str(entry["samples"]),
+        ]
         values = (entry["metrics"].get(name) for name in _COLUMNS)
         table.append(facts + ["-" if value is None else format(value, ".4f") for value in values])
     widths = [max(map(len, column)) for column in zip(*table)]
     lines = [
-        "  ".join(f"{cell:{'<' if n < len(names) else '>'}{width}}" for n, (cell, width) in enumerate(zip(line, widths)))
+        "  ".join(
+            f"{cell:{'<' if n < len(names) else '>'}{width}}" for n, (cell, width) in enumerate(zip(line, widths))
+        )
         for line in table
     ]
     lines += undefined_in(records)

@@ -242,9 +242,15 @@ class GsvaTrainer(Trainer):
         begun, plan = time.perf_counter(), self.evaluation
         with self.accelerator.autocast():  # half-precision frozen weights beside float32 trained ones
             result = evaluate_rows(self.accelerator.unwrap_model(self.model), self.processing_class, plan, self._draw)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items() if not math.isnan(value)}
+        metrics = {
+            f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items() if not math.isnan(value)
+        }
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - begun
-        said = {"protocol": plan.protocol, "protocol_note": PROTOCOL_NOTES[plan.protocol], "convention": plan.convention}
+        said = {
+            "protocol": plan.protocol,
+            "protocol_note": PROTOCOL_NOTES[plan.protocol],
+            "convention": plan.convention,
+        }
         self.log({**metrics, **{f"{metric_key_prefix}_{name}": value for name, value in said.items()}})
         self._show_pictures()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -165,7 +165,10 @@ def _terms(columns: _Columns, convention: str) -> dict[str, tuple[np.ndarray, np
         "N_acc": (no_target & rejected, no_target),
         "T_acc": (target & ~rejected, target),
         **{f"Pr@{x}": (target & (iou >= x), target) for x in PRECISION_AT},
-        "malformed": (malformed.astype(bool), np.not_equal(malformed, np.array(None))),  # None: not recorded, False in both
+        "malformed": (
+            malformed.astype(bool),
+            np.not_equal(malformed, np.array(None)),
+        ),  # None: not recorded, False in both
     }
 
 

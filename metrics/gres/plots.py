@@ -25,7 +25,9 @@ def plot_rejection_curves(curves: Mapping[str, Mapping[str, Any]], path: str | o
     figure = Figure()
     path, known = Path(path), figure.canvas.get_supported_filetypes()
     if (suffix := path.suffix[1:].lower()) not in known:
-        raise ValueError(f"{path}: no picture can be written as {suffix!r}; end the name with one of .{', .'.join(known)}")
+        raise ValueError(
+            f"{path}: no picture can be written as {suffix!r}; end the name with one of .{', .'.join(known)}"
+        )
     labels = {}
     for label, curve in curves.items():
         balance = curve["balance"]

@@ -22,11 +22,11 @@ def unpack_tests(archive: Path, folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         with tarfile.open(archive) as tar:
-            wanted = [
-                member for member in tar if member.isfile() and PurePosixPath(member.name).match("*/tests/*.py")
-            ]
+            wanted = [member for member in tar if member.isfile() and PurePosixPath(member.name).match("*/tests/*.py")]
             if not wanted:
-                raise SystemExit(f"{archive.name} holds no tests/*.py: this version's common tests cannot be had from it.")
+                raise SystemExit(
+                    f"{archive.name} holds no tests/*.py: this version's common tests cannot be had from it."
+                )
             tar.extractall(temporary, wanted, filter="data")
         unpacked = Path(temporary, *PurePosixPath(wanted[0].name).parent.parts)
         (unpacked / "__init__.py").touch()  # left out of source distributions, but asked for by a test

@@ -45,7 +45,9 @@ def _open_package(folder: Path):
     }.items():
         room, _, file = name.partition(".")
         if not (folder / room / f"{file}.py").exists():
-            parent = sys.modules.get(f"{PACKAGE}.{room}") or _module(f"{PACKAGE}.{room}", __path__=[str(folder / room)])
+            parent = sys.modules.get(f"{PACKAGE}.{room}") or _module(
+                f"{PACKAGE}.{room}", __path__=[str(folder / room)]
+            )
             setattr(package, room, parent)
             setattr(parent, file, _module(f"{PACKAGE}.{name}", **content))
     _module("fetch_hub_objects_for_ci", url_to_local_path=local_picture)

@@ -32,7 +32,11 @@ draw_ids, common.ids_tensor = common.ids_tensor, draw_text
 class GsvaModelTester:
     """Sizes as in tests/conftest.py, but a small vocabulary, in which `<image>` has a row: a common test embeds it."""
 
-    batch_size, seq_length, is_training = 7, 24, True  # 7 as the attention tests take, which else fill up with other rows
+    batch_size, seq_length, is_training = (
+        7,
+        24,
+        True,
+    )  # 7 as the attention tests take, which else fill up with other rows
     num_hidden_layers, hidden_size, num_attention_heads, vocab_size = 2, 32, 4, 99
     image_size, patch_size, sam_size = 32, 8, 64  # 16 placeholders; masks of 32 x 32 logits
 

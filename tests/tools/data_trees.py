@@ -1,0 +1,129 @@
+"""Small trees of data sets for tests, in their published layouts."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+HEIGHT, WIDTH = 30, 40
+SQUARE = [5, 5, 15, 5, 15, 15, 5, 15]  # 10 x 10 pixels
+
+
+def write(path: Path, content) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def picture(path: Path, size=(WIDTH, HEIGHT), **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.linear_gradient("L").resize(size).convert("RGB").save(path, **options)
+    return path
+
+
+def label_map(path: Path, values) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(values, np.uint8)).save(path)
+    return path
+
+
+def ref(number=0, ann_id=1, image_id=1, split="train", texts=("a cat",)):
+    return {
+        "ref_id": number,
+        "ann_id": ann_id,
+        "image_id": image_id,
+        "split": split,
+        "category_id": 1,
+        "sentences": [
+            {"sent": text, "sent_id": i, "tokens": text.split(), "raw": text} for i, text in enumerate(texts)
+        ],
+        "file_name": f"COCO_train2014_{image_id:012d}_{number}.jpg",
+    }
+
+
+def referring(root: Path, name: str, refs, segmentations=None, images=(1,), pictures=True) -> Path:
+    """A referring set; `segmentations` is annotation id -> segmentation, on the picture of the first ref that names it."""
+    segmentations = {1: [SQUARE]} if segmentations is None else segmentations
+    folder = root / "refer_seg" / name
+    records = [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in images]
+    annotations = [
+        {"id": i, "image_id": images[0], "category_id": 1, "segmentation": segmentation, "iscrowd": 0}
+        for i, segmentation in segmentations.items()
+    ]
+    write(folder / "instances.json", {"images": records, "annotations": annotations, "categories": []})
+    if name == "grefcoco":
+        write(folder / "grefs(unc).json", refs)
+    else:
+        file = {"refcocog": "refs(umd).p", "refzom": "Ref_ZOM.p"}.get(name, "refs(unc).p")
+        write(folder / file, pickle.dumps(refs, protocol=0))
+    place = "saiapr_tc-12" if name == "refclef" else "mscoco/images/train2014"
+    for i in images if pictures else ():
+        picture(root / "refer_seg/images" / place / f"{i}.jpg")
+    return root
+
+
+def reason_seg(root: Path, record=None, split="train", explanations=None, stem="a") -> Path:
+    record = {"text": ["what purrs"], "is_sentence": False, "shapes": []} if record is None else record
+    folder = root / "reason_seg/ReasonSeg"
+    picture(folder / split / f"{stem}.jpg")
+    write(folder / split / f"{stem}.json", record)
+    if explanations is not None:
+        write(folder / "explanatory/train.json", explanations)
+    return root
+
+
+def llava(root: Path, *turns, image="1.jpg", **record) -> Path:
+    record = {"id": "7", "conversations": [{"from": who, "value": text} for who, text in turns], **record}
+    if image:
+        record["image"] = image
+    write(root / "llava_dataset/llava_instruct_150k.json", [record])
+    picture(root / "coco/train2017/1.jpg")
+    return root
+
+
+def ade20k(root: Path, *maps) -> Path:
+    for number, values in enumerate(maps):
+        picture(root / f"ade20k/images/training/{number}.jpg")
+        label_map(root / f"ade20k/annotations/training/{number}.png", values)
+    return root
+
+
+def cocostuff(root: Path, *maps) -> Path:
+    for number, values in enumerate(maps):
+        picture(root / f"coco/train2017/{number}.jpg")
+        label_map(root / f"cocostuff/train2017/{number}.png", values)
+    return root
+
+
+def mapillary(root: Path, names, *maps) -> Path:
+    write(root / "mapillary/config_v2.0.json", {"labels": [{"readable": name} for name in names]})
+    for number, values in enumerate(maps):
+        picture(root / f"mapillary/training/images/{number}.jpg")
+        label_map(root / f"mapillary/training/v2.0/labels/{number}.png", values)
+    return root
+
+
+def parts(root: Path, name: str, category: str, segmentation=(SQUARE,)) -> Path:
+    file, folder = {
+        "paco_lvis": ("vlpart/paco/annotations/paco_lvis_v1_train.json", "coco"),
+        "pascal_part": ("vlpart/pascal_part/train.json", "vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages"),
+    }[name]
+    write(
+        root / file,
+        {
+            "images": [{"id": 1, "file_name": "1.jpg", "height": HEIGHT, "width": WIDTH}],
+            "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "segmentation": list(segmentation)}],
+            "categories": [{"id": 1, "name": category}],
+        },
+    )
+    picture(root / folder / "1.jpg")
+    return root
+
+
+def full(value: int):
+    return np.full((HEIGHT, WIDTH), value)

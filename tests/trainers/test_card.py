@@ -1,0 +1,62 @@
+"""The model card tells what the run's files tell, and nothing that they do not."""
+
+import json
+
+from huggingface_hub import ModelCard
+
+from trainers.arguments import parse_arguments
+from trainers.card import write_card
+
+RECORD = {
+    "stage": "after", "protocol": "slots", "protocol_note": "every slot was the model's own choice", "convention": "rela",
+    "dataset": "own", "split": "val", "samples": 3, "metrics": {"gIoU": 0.51234, "cIoU": 0.4, "N_acc": None},
+    "notes": {"N_acc": "not defined here: no no-target expressions"},
+}  # fmt: skip
+
+
+def arguments(tmp_path, *words):
+    return parse_arguments(["--output_dir", str(tmp_path / "pets"), "--use_cpu", "--dataset", "own", *words])
+
+
+def test_a_card_with_results(tmp_path):
+    folder = tmp_path / "pets"
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps([RECORD]))
+    (folder / "log_history.json").write_text(json.dumps([{"step": 25, "loss": 1.0}, {"step": 50, "loss": 0.5}]))
+    (folder / "curves.png").write_bytes(b"")
+    (folder / "pictures_after_slots.html").write_text("")
+    path = write_card(
+        *arguments(
+            tmp_path, "--model", "a/base", "--data_dir", "/home/me/secret", "--learning_rate", "2e-4", "--lora_r", "4"
+        )
+    )
+    card = ModelCard.load(path)
+    assert card.data.library_name == "transformers" and card.data.license == "other"
+    (first, second) = card.data.eval_results
+    assert (first.metric_name, first.metric_value, first.dataset_split) == ("gIoU (slots, rela)", 0.51234, "val")
+    assert second.metric_name == "cIoU (slots, rela)"  # what is not defined is not claimed
+    for said in (
+        "| own | val | after | slots | rela | 3 | 0.5123 | 0.4000 | - | - | - | - | - | - |",
+        "slots: every slot was the model's own choice.",
+        "| Pr@0.9 | malformed |",
+        "- N_acc on own val: not defined here: no no-target expressions.",
+        "| steps | 50 |",
+        "learning rate 0.0002",
+        "LoRA, rank 4, alpha 16",
+        "![curves](curves.png)",
+        "[pictures_after_slots.html](pictures_after_slots.html)",
+        "Segment Anything | Apache-2.0",
+        "Xia_2024_CVPR",
+    ):
+        assert said in card.text, said
+    assert "/home/me/secret" not in path.read_text()  # a published card names no folder of the machine
+
+
+def test_a_card_without_results_claims_none_and_states_the_bases_licence(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# base\n")
+    path = write_card(*arguments(tmp_path, "--model", str(tmp_path / "base"), "--train_language_model", "full"))
+    card = ModelCard.load(path)
+    assert card.data.license == "apache-2.0" and not card.data.eval_results
+    assert "Not evaluated." in card.text and "The base's card states `apache-2.0`." in card.text
+    assert "| language model | full |" in card.text

@@ -1,0 +1,189 @@
+"""Kept features give the losses of fresh ones, and are never those of another picture or other weights."""
+
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from trainers.collator import GsvaCollator
+from trainers.features import FeatureCache
+from trainers.parts import prepare_for_training
+
+
+@pytest.fixture
+def gsva(make_model):
+    from trainers.arguments import ModelArguments
+
+    return prepare_for_training(make_model(), ModelArguments(train_language_model="frozen"))
+
+
+@pytest.fixture
+def batch(processor, make_picture):
+    def make(*seeds):
+        talk = processor.build_conversation(["a thing"], [False])
+        mask = np.ones((1, 30, 40), np.uint8)
+        examples = [{"image": make_picture(seed), "conversations": [talk], "masks": [mask]} for seed in seeds]
+        return GsvaCollator(processor)(examples)
+
+    return make
+
+
+def count_encodings(model):
+    calls = []
+    model.sam.vision_encoder.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    return calls
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 2e-3)])
+def test_losses_are_those_of_fresh_features_cold_and_warm(gsva, batch, tmp_path, dtype, tolerance):
+    cache = FeatureCache(tmp_path, gsva, dtype)
+    inputs = batch(0, 1)
+    fresh = gsva(**inputs)
+    for _ in range(2):
+        kept = gsva(**cache.fill(inputs))
+        for name in ("ce_loss", "mask_bce_loss", "mask_dice_loss"):
+            torch.testing.assert_close(kept[name], fresh[name], rtol=tolerance, atol=tolerance)
+    assert (cache.misses, cache.hits) == (2, 2)
+
+
+def test_a_picture_is_encoded_once_whatever_batch_it_is_in(gsva, batch, tmp_path):
+    cache = FeatureCache(tmp_path, gsva, verify_every=10**9)
+    cache.hits = 1  # no verification in this test
+    calls = count_encodings(gsva)
+    for seeds in ((0, 1), (1, 2), (2, 0)):
+        cache.fill(batch(*seeds))
+    assert calls == [2, 1]
+    again = FeatureCache(tmp_path, gsva, verify_every=10**9)  # a run that goes on
+    again.hits = 1
+    again.fill(batch(0, 1, 2))
+    assert calls == [2, 1] and again.misses == 0
+
+
+def test_other_weights_have_other_features(make_model, gsva, batch, tmp_path):
+    other = make_model(seed=1).requires_grad_(False)
+    assert FeatureCache(tmp_path, gsva).folder != FeatureCache(tmp_path, other).folder
+    FeatureCache(tmp_path, gsva).fill(batch(0))
+    cache = FeatureCache(tmp_path, other)
+    cache.fill(batch(0))
+    assert cache.misses == 1
+
+
+def test_features_of_another_layer_are_other_features(gsva, batch, tmp_path):
+    """The same weights, read elsewhere: keyed by what the output depends on."""
+    before = FeatureCache(tmp_path, gsva).folder
+    gsva.config.vision_feature_layer = -1
+    assert FeatureCache(tmp_path, gsva).folder != before
+    gsva.config.vision_feature_layer = -2
+    gsva.config.vision_config.transformers_version = "0"  # says nothing about what is computed
+    assert FeatureCache(tmp_path, gsva).folder == before
+
+
+@pytest.mark.parametrize("tower_dtype", [torch.float32, torch.bfloat16])
+def test_features_kept_without_autocast_serve_a_run_with_it(gsva, batch, tmp_path, tower_dtype):
+    """Whoever fills the cache: it holds what the towers give in their own type, and each read passes verification."""
+    gsva.model.vision_tower.to(tower_dtype)
+    gsva.sam.vision_encoder.to(tower_dtype)
+    FeatureCache(tmp_path, gsva).fill(batch(0, 1))
+    cache = FeatureCache(tmp_path, gsva, verify_every=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        for seeds in ((0, 1), (1,), (0,)):  # in batches of other sizes, too
+            cache.fill(batch(*seeds))
+    assert (cache.misses, cache.hits) == (0, 4)
+
+
+def _fill(folder, model, batches):
+    torch.set_num_threads(1)
+    for inputs in batches:
+        FeatureCache(folder, model).fill(inputs)
+
+
+def test_processes_share_a_folder(gsva, batch, tmp_path):
+    """Three at once make the same features in other orders; what is left is whole, and what one process makes."""
+    batches = [batch(n, n + 1) for n in range(5)]
+    processes = [
+        multiprocessing.get_context("fork").Process(
+            target=_fill, args=(tmp_path / "shared", gsva, batches[n:] + batches[:n])
+        )
+        for n in (0, 0, 2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    _fill(tmp_path / "alone", gsva, batches)
+    shared, alone = (sorted((tmp_path / name).rglob("*.*")) for name in ("shared", "alone"))
+    assert [path.name for path in shared] == [path.name for path in alone] and len(alone) == 6
+    for ours, theirs in zip(shared, alone, strict=True):
+        kept, expected = load_file(ours), load_file(theirs)
+        for name, value in expected.items():
+            torch.testing.assert_close(kept[name], value, rtol=0, atol=2e-3)
+
+
+def test_a_broken_file_is_made_again_and_a_wrong_one_is_refused(gsva, batch, tmp_path):
+    FeatureCache(tmp_path, gsva).fill(batch(0))
+    (path,) = tmp_path.glob("*/*.safetensors")
+    path.write_bytes(path.read_bytes()[:100])
+    cache = FeatureCache(tmp_path, gsva)
+    cache.fill(batch(0))
+    assert cache.misses == 1 and not list(tmp_path.glob("*/*.tmp"))
+    wrong = {name: value + 1 for name, value in load_file(path).items()}
+    save_file(wrong, path)
+    with pytest.raises(ValueError, match="differ by .* from what the tower gives"):
+        FeatureCache(tmp_path, gsva).fill(batch(0))
+
+
+def test_size_is_announced_and_is_the_files_size(gsva, batch, tmp_path):
+    cache = FeatureCache(tmp_path, gsva)
+    assert "features of 5 pictures" in cache.announce(5) and " 0 are there" in cache.announce(5)
+    cache.fill(batch(0))
+    (path,) = tmp_path.glob("*/*.safetensors")
+    assert cache.bytes_per_picture <= path.stat().st_size <= cache.bytes_per_picture + 400
+    assert " 1 are there" in cache.announce(5)
+    with pytest.raises(ValueError, match="give another --feature_cache"):
+        cache.announce(10**12)
+
+
+def test_trained_towers_and_batches_without_pictures(make_model, gsva, tmp_path):
+    with pytest.raises(ValueError, match="is trained"):
+        FeatureCache(tmp_path, make_model().requires_grad_(True))
+    words = {"input_ids": torch.ones(1, 3, dtype=torch.long)}
+    assert FeatureCache(tmp_path, gsva).fill(words) is words
+
+
+@pytest.mark.parametrize(
+    ("bf16", "kind", "tolerance"), [(False, "float32", 1e-5), (False, "float16", 2e-3), (True, "float16", 0.03)]
+)
+def test_training_with_the_cache_gives_the_same_losses(
+    make_model, processor, make_picture, tmp_path, bf16, kind, tolerance
+):
+    """In bfloat16 the towers themselves round, which the cache does not: it keeps what they give in their own type."""
+    from trainers.arguments import GsvaTrainingArguments, ModelArguments
+    from trainers.trainer import GsvaTrainer
+
+    class Pictures:
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            talk = processor.build_conversation(["a thing"], [False])
+            image = make_picture(index % 2)
+            return {"image": image, "conversations": [talk], "masks": [np.ones((1, 30, 40), np.uint8)]}
+
+    losses = []
+    for options in ({}, {"feature_cache": str(tmp_path / "kept"), "feature_cache_dtype": kind}):
+        args = GsvaTrainingArguments(
+            output_dir=str(tmp_path / "run"), use_cpu=True, max_steps=3, per_device_train_batch_size=2, save_strategy="no",
+            logging_steps=1, bf16=bf16, **options,
+        )  # fmt: skip
+        model = prepare_for_training(make_model(), ModelArguments(lora_dropout=0.0))
+        trainer = GsvaTrainer(
+            model=model, args=args, train_dataset=Pictures(), data_collator=GsvaCollator(processor),
+            processing_class=processor,
+        )  # fmt: skip
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance) and len(losses[0]) == 3
+    assert (trainer.features.misses, trainer.features.hits) == (2, 4)
