@@ -19,10 +19,10 @@ import run_gres
 from data_scripts import shapes
 from data_scripts.schema import decode_mask
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
-from trainers import runs as stages
 from trainers.arguments import parse_arguments
+from trainers.curves import training_curves
+from trainers.data import evaluation_config
 from trainers.evaluation import PROTOCOL_NOTES
-from trainers.pictures import training_curves
 
 MINI = ROOT / "tests/fixtures/golden_data/mini"
 RECORD = {"protocol", "convention", "stage", "dataset", "split", "samples", "metrics", "model", "seconds"}
@@ -262,7 +262,8 @@ def test_masks_asked_for_after_the_end_are_made(model_dir, shape_options, tmp_pa
 def test_the_evaluation_on_the_way_counts_as_the_one_at_the_end(tmp_path):
     words = ["--do_eval", "--output_dir", str(tmp_path), "--use_cpu", "--conventions", "gsva", "--dataset"]
     plans = {
-        name: stages._plan(*parse_arguments([*words, name])[1:], "slots", rows=[]) for name in ("refcoco", "grefcoco")
+        name: evaluation_config(*parse_arguments([*words, name])[1:], "slots", rows=[])
+        for name in ("refcoco", "grefcoco")
     }
     assert {name: plan.convention for name, plan in plans.items()} == {"refcoco": "gsva_validate", "grefcoco": "gsva"}
 

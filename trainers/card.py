@@ -9,8 +9,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import __version__ as transformers_version
 
+from data_scripts.files import write_text
+
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
-from .pictures import write_text
 
 CARD = "README.md"
 TRAINING = "training.json"  # what a run notes for its card: pictures it could draw from, seconds it took

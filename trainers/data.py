@@ -1,5 +1,10 @@
 """Training data as the arguments name it: one data set, or the paper's mixture of several."""
 
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import BatchFeature, ProcessorMixin
+
 import data_scripts
 from data_scripts.mixture import Mixture, TrainingDataset, load_mixture
 from data_scripts.transforms import (
@@ -9,8 +14,10 @@ from data_scripts.transforms import (
     SemanticTransform,
     Wording,
 )
+from modeling_gsva import GsvaProcessor
 
 from .arguments import DataArguments, GsvaTrainingArguments
+from .evaluation import EvaluationPlan, conventions_for
 
 MIXTURE = "mixture"
 
@@ -57,3 +64,78 @@ def pictures_in(dataset: TrainingDataset | Mixture) -> int:
     """How many rows there are to draw from."""
     parts = [part for family in dataset.sources for part in family] if isinstance(dataset, Mixture) else [dataset]
     return sum(len(part.rows) for part in parts)
+
+
+class ProcessorWording(Wording):
+    """Training examples worded as the processor words evaluation: a small model need not learn twenty phrasings."""
+
+    processor: GsvaProcessor
+
+    def __init__(self, processor: GsvaProcessor):
+        super().__init__(questions=("processor",), answers=(("processor", ""),))
+        object.__setattr__(self, "processor", processor)
+
+    def question(self, template, names):
+        return self.processor.build_conversation(list(names))[0]["content"]
+
+    def answer(self, template, names, present):
+        return self.processor.build_conversation(list(names), [not there for there in present])[1]["content"]
+
+
+@dataclass
+class GsvaCollator:
+    """
+    Batches examples `{"image", "conversations", "masks"}` (see `data_scripts/transforms.py`). Every picture is stacked
+    once, whatever number of conversations it has; conversations point to theirs by `image_index`.
+
+    >>> batch = collator([{"image": picture, "conversations": [talk, talk], "masks": [mask, mask]},
+    ...                   {"image": None, "conversations": [talk], "masks": [no_mask]}])  # doctest: +SKIP
+    >>> batch["image_index"]  # doctest: +SKIP
+    tensor([ 0,  0, -1])
+
+    Args:
+        processor: A [`GsvaProcessor`].
+        max_length: Longest conversation in tokens, the placeholders of the image included.
+    """
+
+    processor: ProcessorMixin
+    max_length: int | None = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> BatchFeature:
+        images, conversations, image_index, masks = [], [], [], []
+        for example in examples:
+            if example["image"] is not None:
+                images.append(example["image"])
+            for conversation, mask in zip(example["conversations"], example["masks"], strict=True):
+                conversations.append(conversation)
+                shows = example["image"] is not None and any("<image>" in turn["content"] for turn in conversation)
+                image_index.append(len(images) - 1 if shows else -1)
+                masks.append(mask)
+        return self.processor(
+            images=images,
+            conversations=conversations,
+            image_index=image_index,
+            masks=masks,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+
+
+def evaluation_config(
+    args: DataArguments, training: GsvaTrainingArguments, protocol: str, rows=None, limit: int | None = None
+) -> EvaluationPlan:
+    limit = min((n for n in (limit, args.max_eval_samples) if n is not None), default=None)
+    return EvaluationPlan(
+        rows=load_rows(args, args.eval_split, limit, args.evaluated) if rows is None else rows,
+        dataset=args.evaluated,
+        split=args.eval_split,
+        protocol=protocol,
+        batch_size=training.per_device_eval_batch_size,
+        one_prompt_per_expression=args.one_prompt_per_expression,
+        threshold=args.threshold,
+        convention=conventions_for(args.evaluated, args.conventions)[0],
+        threads=training.threads or 1,
+        max_new_tokens=args.max_new_tokens,
+        ignore_region=args.ignore_region,
+        task=args.eval_task,
+    )

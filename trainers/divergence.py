@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .pictures import write_text
+from data_scripts.files import write_text
 
 logger = logging.getLogger(__name__)
 

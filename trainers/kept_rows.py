@@ -5,9 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from data_scripts.files import write_text
 from metrics.gres import read_rows
-
-from .pictures import write_text
 
 
 class KeptRows:

@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from data_scripts.files import write_text
 from data_scripts.schema import decode_mask
 from data_scripts.transforms import read_image
 from metrics.gres import METRIC_KEYS, check_together, gres_metrics, plot_rejection_curves, read_rows
 
 from .evaluation import EvaluationPlan, EvaluationResult, askable, truth_of
-from .pictures import contours, write_text
+from .pictures import contours
 
 RESULTS = "results.json"
 

@@ -18,10 +18,12 @@ from transformers import Trainer, TrainerControl
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_utils import sort_checkpoints
 
+from data_scripts.files import replacing
+
 from .divergence import DivergenceWatch
 from .evaluation import PROTOCOL_NOTES, EvaluationPlan, evaluate_rows
-from .features import FeatureCache
-from .pictures import expression_sheet, replacing
+from .feature_cache import FeatureCache
+from .pictures import expression_sheet
 
 LOSS_PARTS = ("ce_loss", "mask_bce_loss", "mask_dice_loss")
 

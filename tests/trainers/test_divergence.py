@@ -88,7 +88,7 @@ def test_the_trainer_stops_before_a_bad_batch_counts(make_model, processor, make
     import numpy as np
 
     from trainers.arguments import GsvaTrainingArguments
-    from trainers.collator import GsvaCollator
+    from trainers.data import GsvaCollator
     from trainers.trainer import GsvaTrainer
 
     class Data(SimpleNamespace):

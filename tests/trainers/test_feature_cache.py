@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainers.collator import GsvaCollator
-from trainers.features import FeatureCache
-from trainers.parts import prepare_for_training
+from trainers.data import GsvaCollator
+from trainers.feature_cache import FeatureCache
+from trainers.freezing import prepare_for_training
 
 
 @pytest.fixture

@@ -18,10 +18,9 @@ from data_scripts.mixture import Mixture, TrainingDataset
 from data_scripts.schema import decode_mask
 from data_scripts.transforms import ConversationTransform, ReferringTransform
 from trainers.arguments import GsvaTrainingArguments, ModelArguments, parse_arguments
-from trainers.collator import GsvaCollator
+from trainers.data import GsvaCollator, ProcessorWording
 from trainers.evaluation import PROTOCOL_NOTES, EvaluationPlan, evaluate_rows
-from trainers.parts import merged, parts_table, prepare_for_training, snapshot, unmoved
-from trainers.runs import ProcessorWording
+from trainers.freezing import merged, parts_table, prepare_for_training, snapshot, unmoved
 from trainers.trainer import LOSS_PARTS, EpochSampler, GsvaTrainer, last_complete_checkpoint
 
 MODES = ("lora", "full", "frozen")
@@ -448,9 +447,9 @@ from data_scripts.mixture import TrainingDataset
 from data_scripts.transforms import ReferringTransform
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
 from trainers.arguments import GsvaTrainingArguments, ModelArguments
-from trainers.collator import GsvaCollator
+from trainers.data import GsvaCollator
 from trainers.evaluation import EvaluationPlan, evaluate_rows
-from trainers.parts import prepare_for_training
+from trainers.freezing import prepare_for_training
 from trainers.trainer import GsvaTrainer
 
 folder, out = sys.argv[1:]

@@ -1,7 +1,7 @@
 """
 Makes the embedded base, `assets/tiny_gsva`: a small GSVA before generalised fine-tuning, as LLaVA and SAM are before GSVA.
 
-    python -m trainers.make_base            # or: make base
+    python assets/make_tiny_gsva.py            # or: make base
 
 Two stages, each resumable from its last checkpoint in `--work_dir`:
 

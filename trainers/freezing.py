@@ -103,3 +103,11 @@ def unmoved(model: nn.Module, before: dict) -> list[str]:
     """Names of trained parameters that are still what they were at `before`."""
     after = snapshot(model)
     return [name for name, print_ in before.items() if after.get(name, print_) == print_]
+
+
+def cast_trained(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """What is trained in `dtype`, the frozen rest as it is. Two types in one model need autocast (bf16, fp16)."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return model

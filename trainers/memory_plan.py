@@ -40,9 +40,8 @@ from modeling_gsva.modeling_gsva import upscaled_mask_losses
 from modeling_gsva.sam_attention_gsva import BIAS_ELEMENTS
 from modeling_gsva.sam_decoder_gsva import SLOTS_AT_A_TIME
 
-from .adapters import cast_trained
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
-from .parts import prepare_for_training
+from .freezing import cast_trained, prepare_for_training
 
 GIB = 1024**3
 MARGIN = 1.5 * GIB  # an assumption: about 0.5 GiB for the CUDA context, the rest for the allocator
