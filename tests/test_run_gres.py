@@ -18,11 +18,11 @@ from PIL import Image
 import run_gres
 from data_scripts import shapes
 from data_scripts.schema import decode_mask
+from evaluation.config import PROTOCOL_NOTES
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
 from trainers.arguments import parse_arguments
 from trainers.curves import training_curves
 from trainers.data import evaluation_config
-from trainers.evaluation import PROTOCOL_NOTES
 
 MINI = ROOT / "tests/fixtures/golden_data/mini"
 RECORD = {"protocol", "convention", "stage", "dataset", "split", "samples", "metrics", "model", "seconds"}
@@ -265,7 +265,10 @@ def test_the_evaluation_on_the_way_counts_as_the_one_at_the_end(tmp_path):
         name: evaluation_config(*parse_arguments([*words, name])[1:], "slots", rows=[])
         for name in ("refcoco", "grefcoco")
     }
-    assert {name: plan.convention for name, plan in plans.items()} == {"refcoco": "gsva_validate", "grefcoco": "gsva"}
+    assert {name: plan.conventions[0] for name, plan in plans.items()} == {
+        "refcoco": "gsva_validate",
+        "grefcoco": "gsva",
+    }
 
 
 def test_curves_name_protocol_and_convention(tmp_path, monkeypatch):

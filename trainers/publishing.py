@@ -7,8 +7,8 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 from peft import PeftModel
 
-from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
-from .card import CARD, TRAINING, write_card
+from .arguments import GsvaTrainingArguments
+from .card import CARD, TRAINING
 from .loading import ADAPTER
 
 # What a run publishes: nothing that names folders of this machine, and no file that others have put beside it.
@@ -44,12 +44,6 @@ def save_adapter(model: PeftModel, output_dir: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
     return folder
-
-
-def describe(model_args: ModelArguments, data_args: DataArguments, training_args: GsvaTrainingArguments) -> None:
-    """The model card of the run, `README.md` in the output directory."""
-    if PartialState().is_main_process:
-        write_card(model_args, data_args, training_args)
 
 
 def push(args: GsvaTrainingArguments) -> None:

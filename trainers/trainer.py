@@ -19,11 +19,14 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_utils import sort_checkpoints
 
 from data_scripts.files import replacing
+from data_scripts.transforms import read_image
+from evaluation.config import PROTOCOL_NOTES, EvaluationConfig
+from evaluation.drawing import expression_sheet
+from evaluation.loop import evaluate_rows
+from evaluation.questions import Question
 
 from .divergence import DivergenceWatch
-from .evaluation import PROTOCOL_NOTES, EvaluationPlan, evaluate_rows
 from .feature_cache import FeatureCache
-from .pictures import expression_sheet
 
 LOSS_PARTS = ("ce_loss", "mask_bce_loss", "mask_dice_loss")
 
@@ -76,7 +79,7 @@ def peak_memory(device: torch.device) -> int:
 class GsvaTrainer(Trainer):
     """
     Args:
-        evaluation ([`EvaluationPlan`]): rows and protocol of `evaluate()`; its metrics are logged as `eval_gIoU` and so on.
+        evaluation ([`EvaluationConfig`]): rows and protocol of `evaluate()`; its metrics are logged as `eval_gIoU` and so on.
 
     Micro-batches of an optimizer step are weighted by what they hold: their cross-entropy by the number of supervised
     tokens of the whole step, their mask losses by its number of masks. Any split into micro-batches and processes gives
@@ -85,7 +88,7 @@ class GsvaTrainer(Trainer):
 
     control: TrainerControl
 
-    def __init__(self, *args, evaluation: EvaluationPlan | None = None, **kwargs):
+    def __init__(self, *args, evaluation: EvaluationConfig | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self._aside: Path | None = None
         self.evaluation = evaluation
@@ -240,20 +243,24 @@ class GsvaTrainer(Trainer):
         pictures are drawn to `OUTPUT_DIR/validation/step-N/`, and shown by the reporters that can.
         """
         if self.evaluation is None:
-            raise ValueError("This trainer has no evaluation plan; pass GsvaTrainer(evaluation=EvaluationPlan(...)).")
-        begun, plan = time.perf_counter(), self.evaluation
+            raise ValueError("This trainer has no evaluation; pass GsvaTrainer(evaluation=EvaluationConfig(...)).")
+        begun, config = time.perf_counter(), self.evaluation
+        convention = config.conventions[0]
         with self.accelerator.autocast():  # half-precision frozen weights beside float32 trained ones
-            result = evaluate_rows(self.accelerator.unwrap_model(self.model), self.processing_class, plan, self._draw)
+            model = self.accelerator.unwrap_model(self.model)
+            result = evaluate_rows(model, self.processing_class, config, on_prediction=self._draw)
         metrics = {
-            f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items() if not math.isnan(value)
+            f"{metric_key_prefix}_{name}": value
+            for name, value in result.metrics(convention).items()
+            if not math.isnan(value)
         }
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - begun
-        said = {
-            "protocol": plan.protocol,
-            "protocol_note": PROTOCOL_NOTES[plan.protocol],
-            "convention": plan.convention,
+        facts = {
+            "protocol": config.protocol,
+            "protocol_note": PROTOCOL_NOTES[config.protocol],
+            "convention": convention,
         }
-        self.log({**metrics, **{f"{metric_key_prefix}_{name}": value for name, value in said.items()}})
+        self.log({**metrics, **{f"{metric_key_prefix}_{name}": value for name, value in facts.items()}})
         self._show_pictures()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._begun += time.perf_counter() - begun  # an evaluation is no training time
@@ -263,15 +270,17 @@ class GsvaTrainer(Trainer):
     def _pictures(self) -> Path:
         return Path(self.args.output_dir) / "validation" / f"step-{self.state.global_step}"
 
-    def _draw(self, index: int, row: dict, results: list[dict]) -> None:
-        """On the process that evaluates the picture."""
-        plan, step = self.evaluation, self.state.global_step
-        if plan is None or index >= getattr(self.args, "validation_pictures", 0):
+    def _draw(self, index: int, row: dict, questions: list[Question], results: list[dict]) -> None:
+        """Draw the sheet of one of the first images, on the process that evaluates it."""
+        config, step = self.evaluation, self.state.global_step
+        if config is None or index >= getattr(self.args, "validation_pictures", 0):
             return
-        title = f"{plan.dataset} {plan.split} {row['image_id']}, step {step}: prediction orange, truth blue; {plan.protocol}: "
-        title += PROTOCOL_NOTES[plan.protocol]
+        title = (
+            f"{config.dataset} {config.split} {row['image_id']}, step {step}: prediction orange, truth blue; "
+            f"{config.protocol}: {PROTOCOL_NOTES[config.protocol]}"
+        )
         with replacing(self._pictures / f"{index:03d}.png") as temporary:
-            expression_sheet(row, results, title).save(temporary)
+            expression_sheet(read_image(row["image"]), questions, results, title).save(temporary)
 
     def _show_pictures(self) -> None:
         """Hands what all processes have drawn to TensorBoard and W&B, where `report_to` asks for them."""

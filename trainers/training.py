@@ -14,13 +14,13 @@ from peft import PeftModel
 
 from data_scripts.files import write_text
 from data_scripts.transforms import Wording
+from evaluation.loop import cpu_threads
 from modeling_gsva import GsvaForConditionalGeneration
 
 from .arguments import GsvaTrainingArguments, ModelArguments
 from .card import TRAINING
 from .curves import training_curves
 from .data import GsvaCollator, ProcessorWording, evaluation_config, pictures_in, training_data
-from .evaluation import cpu_threads
 from .freezing import cast_trained, merged, moved_table, parts_table, prepare_for_training, snapshot, unmoved
 from .loading import ADAPTER, load_model, merge
 from .publishing import save, save_adapter

@@ -3,13 +3,17 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from data_scripts.schema import decode_mask, encode_mask, expression
+from evaluation.config import EvaluationConfig, conventions_for
+from evaluation.loop import check_slot_tokens, evaluate_rows
+from evaluation.records import make_record, record_key, record_keys, results_table, rows_name
+from evaluation.resume import EvaluationProgress, evaluation_identity
 from metrics.gres import check_together, gres_metrics, read_rows
-from trainers.evaluation import EvaluationPlan, check_slot_tokens, conventions_for, evaluate_rows, record
 
 PROTOCOLS = ("teacher_forced", "slots", "generate")
 MAIN_FIELDS = (
@@ -53,15 +57,22 @@ def rows(make_picture):
     return made
 
 
-def plan_of(rows, **options):
+def config_of(rows, **options):
     options = {"dataset": "grefcoco", "split": "val", "batch_size": 2, "max_new_tokens": 8, **options}
-    return EvaluationPlan(rows=rows, **options)
+    return EvaluationConfig(rows=rows, **options)
+
+
+def evaluate_to(file, model, processor, config, resume=True, save_masks=False):
+    """Evaluate with a rows file, as `run_evaluation` does."""
+    identity = evaluation_identity(model, processor, config)
+    with EvaluationProgress(file, identity, resume, save_masks) as progress:
+        return evaluate_rows(model, processor, config, progress)
 
 
 @pytest.mark.parametrize("single", [False, True])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_every_expression_once_in_order(model, processor, rows, protocol, single):
-    result = evaluate_rows(model, processor, plan_of(rows, protocol=protocol, one_prompt_per_expression=single))
+    result = evaluate_rows(model, processor, config_of(rows, protocol=protocol, one_prompt_per_expression=single))
     asked = [(row["image_id"], entry["text"]) for row in rows for entry in row["expressions"]]
     assert [(row["image_id"], row["expression"]) for row in result.rows] == asked
     assert all(set(MAIN_FIELDS) <= row.keys() for row in result.rows)
@@ -78,10 +89,11 @@ def test_every_expression_once_in_order(model, processor, rows, protocol, single
 
 
 def test_areas_are_those_of_the_mask(model, processor, rows):
-    plan = plan_of(rows, protocol="teacher_forced", keep_masks=True)
-    result = evaluate_rows(model, processor, plan)
+    result = evaluate_rows(model, processor, config_of(rows, protocol="teacher_forced"), keep_masks=True)
     pairs = [
-        (r, e) for rows_, row in zip(result.pictures, rows) for r, e in zip(rows_, row["expressions"], strict=True)
+        (r, e)
+        for rows_, row in zip(result.rows_by_image, rows)
+        for r, e in zip(rows_, row["expressions"], strict=True)
     ]
     assert any(decode_mask(row["prediction"]).any() for row, _ in pairs)
     for row, entry in pairs:
@@ -90,21 +102,20 @@ def test_areas_are_those_of_the_mask(model, processor, rows):
 
 
 def test_a_rejected_slot_has_an_empty_prediction(model, processor, rows):
-    plan = plan_of(rows, threshold=math.inf, keep_masks=True)
-    result = evaluate_rows(model, processor, plan)
+    result = evaluate_rows(model, processor, config_of(rows, threshold=math.inf), keep_masks=True)
     for row in result.rows:
         assert row["is_rejected"] and not decode_mask(row["prediction"]).any() and row["intersection"] == 0
-    assert result.metrics["N_acc"] == 1.0 and result.metrics["T_acc"] == 0.0
+    assert result.metrics()["N_acc"] == 1.0 and result.metrics()["T_acc"] == 0.0
     assert sum(row["union"] for row in result.rows) == sum(
         int(decode_mask(e["mask"]).sum()) for row in rows for e in row["expressions"]
     )
 
 
 def test_slots_move_with_the_threshold_and_teacher_forcing_does_not(model, processor, rows):
-    none = evaluate_rows(model, processor, plan_of(rows, threshold=-math.inf)).metrics
+    none = evaluate_rows(model, processor, config_of(rows, threshold=-math.inf)).metrics()
     assert none["T_acc"] == 1.0 and none["N_acc"] == 0.0
     forced = [
-        evaluate_rows(model, processor, plan_of(rows, protocol="teacher_forced", threshold=t)).rows
+        evaluate_rows(model, processor, config_of(rows, protocol="teacher_forced", threshold=t)).rows
         for t in (-9.0, 9.0)
     ]
     assert forced[0] == forced[1]
@@ -123,17 +134,17 @@ def test_gold_answers_are_in_the_input_of_teacher_forcing_only(model, processor,
 
     for protocol in PROTOCOLS:
         seen.clear()
-        evaluate_rows(model, Spy(), plan_of(rows, protocol=protocol))
+        evaluate_rows(model, Spy(), config_of(rows, protocol=protocol))
         gold = [[not decode_mask(e["mask"]).any() for e in row["expressions"]] for row in rows]
         told = [group for batch in seen for group in batch] if seen[0] is not None else None
         assert told == (gold if protocol == "teacher_forced" else None)
 
 
 def test_the_order_of_rows_changes_no_metric(model, processor, rows):
-    one = evaluate_rows(model, processor, plan_of(rows, batch_size=1))
-    other = evaluate_rows(model, processor, plan_of(rows[::-1], batch_size=1))
-    assert one.metrics == pytest.approx(other.metrics, abs=0, nan_ok=True)
-    assert [p for p in reversed(other.pictures)] == one.pictures
+    one = evaluate_rows(model, processor, config_of(rows, batch_size=1))
+    other = evaluate_rows(model, processor, config_of(rows[::-1], batch_size=1))
+    assert one.metrics() == pytest.approx(other.metrics(), abs=0, nan_ok=True)
+    assert [p for p in reversed(other.rows_by_image)] == one.rows_by_image
 
 
 # ---------------------------------------------------------------------------------------------- ReasonSeg
@@ -162,7 +173,7 @@ def test_reasoning_asks_for_the_first_text_with_its_own_prompt(model, processor,
         return talk
 
     monkeypatch.setattr(type(processor), "build_conversation", spy)
-    result = evaluate_rows(model, processor, plan_of(reasoning, dataset="ReasonSeg", batch_size=3))
+    result = evaluate_rows(model, processor, config_of(reasoning, dataset="ReasonSeg", batch_size=3))
     assert [row["expression"] for row in result.rows] == ["What can cut?", "The Tool", "Where is it."]
     assert {text[0]: question for text, question, _ in asked} == {
         "What can cut?": "<image>\n What can cut? Please output segmentation mask.",
@@ -171,7 +182,7 @@ def test_reasoning_asks_for_the_first_text_with_its_own_prompt(model, processor,
     }
     assert {answer for *_, answer in asked} == {"[SEG]"}
     # as they are answered one by one
-    alone = [evaluate_rows(model, processor, plan_of([row], dataset="ReasonSeg")).rows[0] for row in reasoning]
+    alone = [evaluate_rows(model, processor, config_of([row], dataset="ReasonSeg")).rows[0] for row in reasoning]
     for together, single in zip(result.rows, alone):
         assert together["score"] == pytest.approx(single["score"], abs=1e-4)
 
@@ -181,7 +192,8 @@ def test_ignored_pixels_are_foreground_or_left_out_by_name(model, processor, rea
         name: evaluate_rows(
             model,
             processor,
-            plan_of(reasoning, dataset="ReasonSeg", ignore_region=name, threshold=-math.inf, keep_masks=True),
+            config_of(reasoning, dataset="ReasonSeg", ignore_region=name, threshold=-math.inf),
+            keep_masks=True,
         )
         for name in ("foreground", "ignored")
     }
@@ -201,13 +213,13 @@ def test_ignored_pixels_are_foreground_or_left_out_by_name(model, processor, rea
 
 
 def test_a_split_without_no_targets(model, processor, reasoning):
-    plan = plan_of(reasoning, dataset="ReasonSeg", convention="gsva_validate")
-    result = evaluate_rows(model, processor, plan)
-    entry = record(result, plan, "gsva_validate", "as loaded", "tiny")
-    assert math.isnan(result.metrics["N_acc"]) and entry["metrics"]["N_acc"] is None
+    config = config_of(reasoning, dataset="ReasonSeg", conventions=("gsva_validate",))
+    result = evaluate_rows(model, processor, config)
+    entry = make_record(result, config, "gsva_validate", "as loaded", "tiny")
+    assert math.isnan(result.metrics("gsva_validate")["N_acc"]) and entry["metrics"]["N_acc"] is None
     assert "not defined here" in entry["notes"]["N_acc"] and entry["metrics"]["gIoU"] is not None
-    assert conventions_for("ReasonSeg", ["rela", "gsva", "gsva_validate"]) == ["rela", "gsva_validate"]
-    assert conventions_for("grefcoco", ["rela", "gsva"]) == ["rela", "gsva"]
+    assert conventions_for("ReasonSeg", ["rela", "gsva", "gsva_validate"]) == ("rela", "gsva_validate")
+    assert conventions_for("grefcoco", ["rela", "gsva"]) == ("rela", "gsva")
 
 
 # ---------------------------------------------------------------------------------------------- records
@@ -215,9 +227,9 @@ def test_a_split_without_no_targets(model, processor, reasoning):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_record_says_everything(model, processor, rows, protocol):
-    plan = plan_of(rows, protocol=protocol)
-    result = evaluate_rows(model, processor, plan)
-    entry = record(result, plan, "rela", "before", "tiny")
+    config = config_of(rows, protocol=protocol)
+    result = evaluate_rows(model, processor, config)
+    entry = make_record(result, config, "rela", "before", "tiny")
     assert {
         "protocol",
         "convention",
@@ -262,14 +274,14 @@ def kill_after(monkeypatch, model, batches):
 @pytest.mark.parametrize("save_masks", [False, True])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_killed_evaluation_goes_on(model, processor, rows, protocol, save_masks, tmp_path, monkeypatch):
-    def plan(name):
+    def evaluate(name):
         file = tmp_path / name / "rows_x.jsonl"
-        return plan_of(rows, protocol=protocol, rows_file=file, save_masks=save_masks, resume=True)
+        return evaluate_to(file, model, processor, config_of(rows, protocol=protocol), save_masks=save_masks)
 
-    unbroken = evaluate_rows(model, processor, plan("unbroken"))
+    unbroken = evaluate("unbroken")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(patch, model, 2)
-        evaluate_rows(model, processor, plan("killed"))
+        evaluate("killed")
     part = tmp_path / "killed" / "rows_x.part0.jsonl"
     text = part.read_text()
     assert len(text.splitlines()) == 2 and not (tmp_path / "killed" / "rows_x.jsonl").exists()
@@ -277,34 +289,32 @@ def test_a_killed_evaluation_goes_on(model, processor, rows, protocol, save_mask
     asked = []
     segment = model.segment
     monkeypatch.setattr(model, "segment", lambda *a, **k: asked.append(1) or segment(*a, **k))
-    resumed = evaluate_rows(model, processor, plan("killed"))
+    resumed = evaluate("killed")
     assert len(asked) == 2 and resumed.taken_over == 2
-    assert resumed.pictures == unbroken.pictures and resumed.metrics == pytest.approx(
-        unbroken.metrics, abs=0, nan_ok=True
+    assert resumed.rows_by_image == unbroken.rows_by_image and resumed.metrics() == pytest.approx(
+        unbroken.metrics(), abs=0, nan_ok=True
     )
     files = [(tmp_path / name / "rows_x.jsonl").read_bytes() for name in ("unbroken", "killed")]
     assert files[0] == files[1]
     kept = read_rows(tmp_path / "killed" / "rows_x.jsonl")
     assert all(("prediction" in row) == save_masks for row in kept)
-    assert gres_metrics(kept, "rela") == pytest.approx(resumed.metrics, abs=0, nan_ok=True)
+    assert gres_metrics(kept, "rela") == pytest.approx(resumed.metrics(), abs=0, nan_ok=True)
 
 
 def test_a_complete_evaluation_is_not_repeated(model, processor, rows, tmp_path, monkeypatch):
-    from trainers.kept_rows import KeptRows
-
-    plan = plan_of(rows, rows_file=tmp_path / "rows_x.jsonl", resume=True)
-    first = evaluate_rows(model, processor, plan)
-    assert first.has_masks
-    KeptRows(plan.rows_file).close()
+    file, config = tmp_path / "rows_x.jsonl", config_of(rows)
+    first = evaluate_to(file, model, processor, config)
+    assert first.has_masks and not first.was_complete
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows_x.jsonl", "rows_x.meta.json"]
     with monkeypatch.context() as patch:
         kill_after(patch, model, 0)
-        again = evaluate_rows(model, processor, plan)
-        assert again.metrics == first.metrics and again.taken_over == len(rows) and not again.has_masks
-        assert [len(group) for group in again.pictures] == [len(row["expressions"]) for row in rows]
-        with pytest.raises(Killed):  # without resume everything is evaluated anew
-            evaluate_rows(model, processor, plan_of(rows, rows_file=plan.rows_file))
-    assert not plan.rows_file.exists()
+        again = evaluate_to(file, model, processor, config)
+        assert again.metrics() == first.metrics() and again.taken_over == len(rows)
+        assert again.was_complete and not again.has_masks
+        assert [len(group) for group in again.rows_by_image] == [len(row["expressions"]) for row in rows]
+        with pytest.raises(Killed):  # without resume everything is evaluated again
+            evaluate_to(file, model, processor, config, resume=False)
+    assert not file.exists()
 
 
 @pytest.mark.parametrize(
@@ -323,8 +333,8 @@ def test_a_complete_evaluation_is_not_repeated(model, processor, rows, tmp_path,
     ],
 )
 def test_what_changed_since_is_named(make_model, processor, rows, make_picture, tmp_path, changed):
-    options = {"rows_file": tmp_path / "rows_x.jsonl", "resume": True}
-    evaluate_rows(make_model(), processor, plan_of(rows, **options))
+    file, options = tmp_path / "rows_x.jsonl", {}
+    evaluate_to(file, make_model(), processor, config_of(rows))
     model = make_model(seed=1 if changed == "weights" else 0)
     if changed == "threshold":
         options["threshold"] = 0.5
@@ -350,7 +360,7 @@ def test_what_changed_since_is_named(make_model, processor, rows, make_picture, 
         processor.tokenizer.get_vocab = lambda: vocabulary
     name = "data" if changed == "picture" else changed
     with pytest.raises(ValueError, match=rf"rows_x.jsonl was begun with something else.*{name} was .*--resume_eval"):
-        evaluate_rows(model, processor, plan_of(rows, **options))
+        evaluate_to(file, model, processor, config_of(rows, **options))
 
 
 def test_a_picture_on_disk_of_the_same_size_is_another_picture(model, processor, rows, tmp_path):
@@ -362,42 +372,40 @@ def test_a_picture_on_disk_of_the_same_size_is_another_picture(model, processor,
         row = {**rows[1], "image": str(tmp_path / "a.bmp")}
         return datasets.Dataset.from_list([row]).cast_column("image", datasets.Image())
 
-    options = {"rows_file": tmp_path / "rows_x.jsonl", "resume": True}
-    evaluate_rows(model, processor, plan_of(on_disk(1), **options))
+    file = tmp_path / "rows_x.jsonl"
+    evaluate_to(file, model, processor, config_of(on_disk(1)))
     size = (tmp_path / "a.bmp").stat().st_size
-    evaluate_rows(model, processor, plan_of(on_disk(1), **options))  # the same again
+    evaluate_to(file, model, processor, config_of(on_disk(1)))  # the same again
     changed = on_disk(2)
     assert (tmp_path / "a.bmp").stat().st_size == size
     with pytest.raises(ValueError, match="data was"):
-        evaluate_rows(model, processor, plan_of(changed, **options))
+        evaluate_to(file, model, processor, config_of(changed))
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_options_of_other_protocols_do_not_stop_a_resume(model, processor, rows, protocol, tmp_path):
-    options = {"rows_file": tmp_path / "rows_x.jsonl", "resume": True, "protocol": protocol}
-    evaluate_rows(model, processor, plan_of(rows, **options))
+    file = tmp_path / "rows_x.jsonl"
+    evaluate_to(file, model, processor, config_of(rows, protocol=protocol))
     for name, value, counts_for in (("max_new_tokens", 9, "generate"), ("threshold", 0.5, "slots")):
-        plan = plan_of(rows, **{**options, name: value})
+        config = config_of(rows, protocol=protocol, **{name: value})
         if protocol == counts_for:
             with pytest.raises(ValueError, match=f"{name} was"):
-                evaluate_rows(model, processor, plan)
+                evaluate_to(file, model, processor, config)
         else:
-            assert evaluate_rows(model, processor, plan).taken_over == len(rows)
+            assert evaluate_to(file, model, processor, config).taken_over == len(rows)
 
 
 def test_a_broken_meta_file_is_named(model, processor, rows, tmp_path):
-    options = {"rows_file": tmp_path / "rows_x.jsonl", "resume": True}
-    evaluate_rows(model, processor, plan_of(rows, **options))
+    file = tmp_path / "rows_x.jsonl"
+    evaluate_to(file, model, processor, config_of(rows))
     (tmp_path / "rows_x.meta.json").write_text('{"samples": ')
     with pytest.raises(ValueError, match=r"rows_x.meta.json does not say what was begun.*--resume_eval"):
-        evaluate_rows(model, processor, plan_of(rows, **options))
+        evaluate_to(file, model, processor, config_of(rows))
 
 
 def test_thresholds_have_rows_files_and_records_of_their_own():
-    from trainers.runs import _key, results_table, rows_name
-
-    plans = [EvaluationPlan([], "refcoco", "val", threshold=value) for value in (0.0, 25.0, -1.5)]
-    names = [rows_name(plan, "after") for plan in plans]
+    configs = [EvaluationConfig([], "refcoco", "val", threshold=value) for value in (0.0, 25.0, -1.5)]
+    names = [rows_name(config, "after") for config in configs]
     assert names == [f"rows_after_slots_refcoco_val{end}.jsonl" for end in ("", "_threshold_25_0", "_threshold_-1_5")]
     facts = {
         "protocol": "slots",
@@ -408,14 +416,14 @@ def test_thresholds_have_rows_files_and_records_of_their_own():
         "samples": 3,
     }
     records = [
-        {**facts, "prompts": plan.prompts, "threshold": plan.threshold, "metrics": {"gIoU": 0.5, "N_acc": None},
+        {**facts, "prompts": config.prompts, "threshold": config.threshold, "metrics": {"gIoU": 0.5, "N_acc": None},
          "notes": {"N_acc": "not defined here: no no-target expressions"}}
-        for plan in plans
+        for config in configs
     ]  # fmt: skip
-    assert len({_key(entry) for entry in records}) == 3
-    given = EvaluationPlan([], "refcoco", "val", "generate", threshold=25.0)  # which has no threshold
+    assert len({record_key(entry) for entry in records}) == 3
+    given = EvaluationConfig([], "refcoco", "val", "generate", threshold=25.0)  # which has no threshold
     assert rows_name(given, "after") == "rows_after_generate_refcoco_val.jsonl"
-    assert _key(vars(given)) == _key({**vars(given), "threshold": None})
+    assert record_keys(given, "after") == record_keys(replace(given, threshold=0.0), "after")
     table = results_table(records).splitlines()
     assert table[0].split()[:7] == ["dataset", "split", "stage", "protocol", "prompts", "threshold", "convention"]
     assert "refcoco  val" in table[2] and "all expressions in one" in table[2] and "25.0" in table[2]
@@ -437,9 +445,8 @@ def _in_process(rank, world, port, directory, model, processor, rows):
     PartialState._reset_state()
     state = PartialState(cpu=True)
     assert state.num_processes == world
-    plan = plan_of(rows, rows_file=directory / "rows_x.jsonl", resume=True)
-    result = evaluate_rows(model, processor, plan)
-    assert len(result.pictures) == len(rows)
+    result = evaluate_to(directory / "rows_x.jsonl", model, processor, config_of(rows))
+    assert len(result.rows_by_image) == len(rows)
     state.wait_for_everyone()
     state.destroy_process_group()
 
@@ -454,16 +461,16 @@ def test_processes_count_every_expression_once(model, processor, rows, tmp_path,
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (tmp_path / "alone").mkdir()
-    alone = plan_of(rows, rows_file=tmp_path / "alone" / "rows_x.jsonl")
-    evaluate_rows(model, processor, alone)
+    alone = tmp_path / "alone" / "rows_x.jsonl"
+    evaluate_to(alone, model, processor, config_of(rows))
     # a killed start on one process is continued on several
     together = tmp_path / "rows_x.jsonl"
     if world == 2:
         with monkeypatch.context() as patch, pytest.raises(Killed):
             kill_after(patch, model, 1)
-            evaluate_rows(model, processor, plan_of(rows, rows_file=together))
+            evaluate_to(together, model, processor, config_of(rows))
     mp.start_processes(_in_process, (world, port, tmp_path, model, processor, rows), nprocs=world, start_method="fork")
-    assert together.read_bytes() == alone.rows_file.read_bytes()
+    assert together.read_bytes() == alone.read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------- bad input
@@ -473,7 +480,7 @@ def test_a_model_without_rej(make_model, processor):
     model = make_model()
     model.config.rej_token_id = 10**6
     with pytest.raises(ValueError, match=r"no \[REJ\] in its vocabulary.*cannot reject"):
-        evaluate_rows(model, processor, plan_of([{}]))
+        evaluate_rows(model, processor, config_of([{}]))
     model.config.rej_token_id = processor.seg_token_id
     with pytest.raises(ValueError, match=r"means token \d+ by \[REJ\], the processor \d+"):
         check_slot_tokens(model, processor)
@@ -481,8 +488,8 @@ def test_a_model_without_rej(make_model, processor):
 
 def test_a_mask_of_another_size(model, processor, rows):
     entries = [{**entry, "mask": mask_of(31, 40, (1, 1, 9, 9))} for entry in rows[1]["expressions"]]
-    with pytest.raises(ValueError, match=r"image p1 is \(31, 40\), its picture \(30, 40\)"):
-        evaluate_rows(model, processor, plan_of([{**rows[1], "expressions": entries}]))
+    with pytest.raises(ValueError, match=r"image p1 is \(31, 40\), the image \(30, 40\)"):
+        evaluate_rows(model, processor, config_of([{**rows[1], "expressions": entries}]))
 
 
 @pytest.mark.parametrize(
@@ -491,17 +498,17 @@ def test_a_mask_of_another_size(model, processor, rows):
 def test_unknown_names_are_listed(rows, options):
     (name,) = options
     with pytest.raises(ValueError, match=f"{name}="):
-        plan_of(rows, **options)
+        config_of(rows, **options)
 
 
 def test_nothing_to_evaluate(model, processor):
     with pytest.raises(ValueError, match="grefcoco val has no rows"):
-        evaluate_rows(model, processor, plan_of([]))
+        evaluate_rows(model, processor, config_of([]))
 
 
 def test_blank_expressions_are_not_asked_for(model, processor, rows):
     entries = [{**rows[1]["expressions"][0], "text": " . "}, *rows[1]["expressions"]]
     result = evaluate_rows(
-        model, processor, plan_of([{**rows[1], "expressions": entries}, {**rows[0], "expressions": []}])
+        model, processor, config_of([{**rows[1], "expressions": entries}, {**rows[0], "expressions": []}])
     )
-    assert [len(group) for group in result.pictures] == [len(rows[1]["expressions"]), 0]
+    assert [len(group) for group in result.rows_by_image] == [len(rows[1]["expressions"]), 0]
