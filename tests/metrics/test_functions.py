@@ -426,7 +426,7 @@ def test_an_expression_of_one_run_is_in_one_file(tmp_path):
     with pytest.raises(ValueError, match=message):
         read_rows([first, second])
     (tmp_path / "results.json").write_text(json.dumps([{"protocol": "slots"}], indent=1))
-    with pytest.raises(ValueError, match="results.json: no rows file.*rows_"):
+    with pytest.raises(ValueError, match="results.json: not a rows file.*rows_"):
         read_rows(tmp_path / "results.json")
 
 
