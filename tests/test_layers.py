@@ -11,6 +11,7 @@ PARTS = (
     "modeling_gsva",
     "data_scripts",
     "metrics",
+    "conversion",
     "trainers",
     "benchmarks",
     "run_gres",
@@ -24,12 +25,24 @@ MAY_IMPORT = {
     "metrics": (),
     "trainers": ("modeling_gsva", "data_scripts", "metrics"),
     "run_gres": ("trainers", "modeling_gsva", "data_scripts", "metrics"),
-    "convert_checkpoint": ("modeling_gsva",),
+    "conversion": ("modeling_gsva", "data_scripts"),
+    "convert_checkpoint": ("conversion",),
     "benchmarks": PARTS,
     "tests": PARTS,
 }
 TOP_LEVEL = {
-    *("modeling_gsva", "data_scripts", "trainers", "metrics", "configs", "benchmarks", "tests", "assets", ".ci"),
+    *(
+        "modeling_gsva",
+        "data_scripts",
+        "conversion",
+        "trainers",
+        "metrics",
+        "configs",
+        "benchmarks",
+        "tests",
+        "assets",
+        ".ci",
+    ),
     *("convert_checkpoint.py", "run_gres.py", "setup.cfg", "pyproject.toml", "Makefile", "LICENSE", "NOTICE"),
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "PARITY.md", ".gitignore", ".pre-commit-config.yaml"),
 }
@@ -63,6 +76,12 @@ def wrong_imports(path: Path) -> list[str]:
         for line, name in imports(path)
         if (top := name.split(".")[0]) in barred or (top in PARTS and top not in allowed)
     ]
+
+
+def test_the_converter_takes_only_the_writer_of_data_scripts():
+    files = [path for path in FILES if path.relative_to(ROOT).parts[0] == "conversion"]
+    names = {name for path in files for _, name in imports(path) if name.startswith("data_scripts")}
+    assert files and names == {"data_scripts.files"}
 
 
 def test_imports_point_one_way():
