@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from modeling_gsva import GsvaForConditionalGeneration, GsvaModel
-from modeling_gsva.modeling_gsva import MAX_NAMES, GsvaWeightsError
+from modeling_gsva.loading_gsva import MAX_NAMES, GsvaWeightsError
 
 HEAD, LAST, STRANGE = "lm_head.weight", "mask_projector.2.bias", "sam.mask_decoder.stranger"
 
