@@ -317,8 +317,9 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
 
     def save_pretrained(self, save_directory, **kwargs):
         """Overrides [`PreTrainedModel.save_pretrained`] to name the Auto classes and the pipeline in `config.json`."""
-        names = dict.fromkeys(AUTO_CLASSES, f"{__name__.rpartition('.')[2]}.{type(self).__name__}")
-        self.config.auto_map = {**names, **(getattr(self.config, "auto_map", None) or {})}
+        file = type(self).__module__.rpartition(".")[2]  # of a subclass its own, which transformers copies
+        names = dict.fromkeys(AUTO_CLASSES, f"{file}.{type(self).__name__}")
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **names}
         self.config.custom_pipelines = deepcopy(CUSTOM_PIPELINES)
         _note_dtype(self.config, self.dtype)
         super().save_pretrained(save_directory, **kwargs)

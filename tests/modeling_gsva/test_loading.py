@@ -163,6 +163,35 @@ def test_an_adapter_and_its_base_are_both_checked(saved, tmp_path):
         load(adapter)
 
 
+def test_transformers_gives_each_report_to_our_hook_before_it_uses_it(saved, monkeypatch):
+    """`from_pretrained` collects the reports in `mark_tied_weights_as_initialized`, which has no other promise than this."""
+    steps: list[str] = []
+
+    def note(name):
+        method = getattr(GsvaForConditionalGeneration, name)
+
+        def noted(self, *args, **kwargs):
+            steps.append(name)
+            return method(self, *args, **kwargs)
+
+        monkeypatch.setattr(GsvaForConditionalGeneration, name, noted)
+
+    for name in (
+        "mark_tied_weights_as_initialized",
+        "_move_missing_keys_from_meta_to_device",
+        "_initialize_missing_keys",
+        "_adjust_missing_and_unexpected_keys",
+    ):
+        note(name)
+    load(saved)
+    assert steps == [
+        "mark_tied_weights_as_initialized",
+        "_move_missing_keys_from_meta_to_device",
+        "_initialize_missing_keys",
+        "_adjust_missing_and_unexpected_keys",
+    ]
+
+
 def test_an_empty_state_dict_asks_for_fresh_weights(model):
     fresh = GsvaForConditionalGeneration.from_pretrained(None, config=model.config, state_dict={})
     assert fresh.lm_head.weight.shape == model.lm_head.weight.shape
