@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers import trainers as tokenizer_trainers
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast, SamConfig
 
@@ -329,13 +330,15 @@ def train_language(model, processor, pictures: Pictures, args, log):
         rows = random.integers(len(pictures.things), size=args.batch)
         turns, truths = zip(*(conversation(random, row) for row in rows))
         encoded = processor.encode_conversations(list(turns))
-        ids, mask = processor._pad([ids for ids, _ in encoded])
-        labels, _ = processor._pad([labels for _, labels in encoded], value=-100)
+        inputs = processor.tokenizer.pad(
+            {"input_ids": [ids for ids, _ in encoded]}, padding_side="right", return_tensors="pt"
+        )
+        labels = [torch.tensor(labels) for _, labels in encoded]
         rows = torch.from_numpy(rows)
         outputs = model(
-            input_ids=torch.from_numpy(ids),
-            attention_mask=torch.from_numpy(mask),
-            labels=torch.from_numpy(labels),
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            labels=pad_sequence(labels, batch_first=True, padding_value=-100),
             vision_features=clip[rows].float(),
             sam_embeddings=sam[rows].float(),
         )
@@ -368,11 +371,13 @@ def train_language(model, processor, pictures: Pictures, args, log):
             for entries, masks in zip(results, truth):
                 ious += [(e["mask"] & m).sum() / (e["mask"] | m).sum() for e, m in zip(entries, masks)]
             encoded = processor.encode_conversations(questions)
-            ids, mask = processor._pad([ids[:-2] for ids, _ in encoded], side="left")  # up to before "yes</s>"
+            prompts = {"input_ids": [ids[:-2] for ids, _ in encoded]}  # up to before "yes</s>"
+            padded = processor.tokenizer.pad(prompts, padding_side="left", return_tensors="pt")
+            ids, mask = padded["input_ids"], padded["attention_mask"]
             with torch.no_grad():
                 logits = model(
-                    input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask),
-                    position_ids=torch.from_numpy(mask.cumsum(-1) - 1).clamp(min=0),
+                    input_ids=ids, attention_mask=mask,
+                    position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
                     pixel_values=inputs["pixel_values"], logits_to_keep=1,
                 ).logits[:, -1]  # fmt: skip
             said = logits[:, yes] > logits[:, no]
