@@ -9,6 +9,7 @@ import numpy as np
 
 from data_scripts.schema import decode_mask
 from data_scripts.transforms import read_image
+from metrics.gres import kind_of
 
 from .config import EvaluationConfig
 from .drawing import contours, data_url
@@ -18,11 +19,6 @@ from .questions import questions_of
 # The groups of exhibits, in the order of the page.
 GROUPS = ("worst false rejections", "worst missed rejections", "worst masks", "best masks")
 EXHIBITS_PER_KIND = 6
-
-
-def kind_of(row: dict[str, Any]) -> str:
-    """Return the kind of a row's expression: no-target, single-target or multi-target, as the breakdown calls them."""
-    return "no-target" if row["is_no_target"] else "single-target" if row["num_targets"] == 1 else "multi-target"
 
 
 def choose_exhibits(
@@ -48,7 +44,7 @@ def choose_exhibits(
             elif not row["is_no_target"]:
                 ranks = {"worst masks": iou, "best masks": -iou}
             for group, rank in ranks.items():
-                places.setdefault((group, kind_of(row)), []).append((rank, number, position))
+                places.setdefault((group, kind_of(row["is_no_target"], row["num_targets"])), []).append((rank, number, position))
     chosen = []
     for group in GROUPS:
         for (name, _), ranked in sorted(places.items()):
@@ -68,7 +64,7 @@ def make_exhibits(result: EvaluationResult, config: EvaluationConfig) -> list[di
         exhibits.append(
             {
                 "group": group,
-                "kind": kind_of(row),
+                "kind": kind_of(row["is_no_target"], row["num_targets"]),
                 **{name: row[name] for name in names},
                 "picture": data_url(picture, "JPEG", quality=88).partition(",")[2],
             }

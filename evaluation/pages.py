@@ -19,7 +19,7 @@ from .drawing import data_url, overlay, shown_mask, verdict
 from .exhibits import GROUPS
 from .published import SOURCE, published
 from .questions import Question
-from .records import Record, metric_cells, protocol_notes
+from .records import MetricCell, Record, metric_cells, protocol_notes
 
 TEMPLATES = Path(__file__).parent / "templates"
 CURVE_NUMBERS = 21  # points of a rejection curve in the table below it
@@ -47,6 +47,16 @@ class Run:
     name: str
     records: list[Record]
     exhibits: dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class TableLine:
+    """One line of a metric table: words, a count, and metric cells."""
+
+    facts: list[str]
+    samples: int | str
+    cells: list[MetricCell]
+    is_published: bool = False
 
 
 def prediction_page(title: str, table: str, answered: Sequence[AnsweredImage]) -> str:
@@ -119,10 +129,10 @@ def _split(dataset: str, split: str, pairs: list[tuple[str, Record]]) -> dict[st
     for run, record in pairs:
         facts = [run, Path(record.get("model", "")).name, record.get("stage", ""), record["protocol"], _asked(record)]
         facts += [*(of(record) for of in optional.values()), record["convention"]]
-        lines.append({"facts": facts, "samples": record.get("samples", ""), "cells": _cells(record)})
+        lines.append(TableLine(facts, record.get("samples", ""), _cells(record)))
     for record in known:
         facts = ["published", record["model"], "", record["protocol"], record["prompts"], *[""] * len(optional)]
-        lines.append({"facts": [*facts, record["convention"]], "samples": "", "cells": _cells(record), "published": 1})
+        lines.append(TableLine([*facts, record["convention"]], "", _cells(record), is_published=True))
     return {
         "title": f"{dataset} {split}",
         "head": ["run", "model", "stage", "protocol", "prompts", *optional, "convention"],
@@ -136,7 +146,7 @@ def _split(dataset: str, split: str, pairs: list[tuple[str, Record]]) -> dict[st
     }
 
 
-def _cells(record: Record) -> list:
+def _cells(record: Record) -> list[MetricCell]:
     return list(metric_cells(record).values())
 
 
@@ -192,7 +202,7 @@ def _breakdown(run: str, record: Record) -> dict[str, Any]:
         for value, part in groups.items():
             name = value if field == "kind" else f"{value} per prompt"
             # N_acc is not defined in a part without no-targets: not worth a reason in every cell.
-            lines.append({"facts": [name], "samples": part["samples"], "cells": _cells({"metrics": part["metrics"]})})
+            lines.append(TableLine([name], part["samples"], _cells({"metrics": part["metrics"]})))
     return {"title": f"{_name(run, record)}, {record['convention']}", "lines": lines}
 
 
