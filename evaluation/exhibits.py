@@ -44,7 +44,9 @@ def choose_exhibits(
             elif not row["is_no_target"]:
                 ranks = {"worst masks": iou, "best masks": -iou}
             for group, rank in ranks.items():
-                places.setdefault((group, kind_of(row["is_no_target"], row["num_targets"])), []).append((rank, number, position))
+                places.setdefault((group, kind_of(row["is_no_target"], row["num_targets"])), []).append(
+                    (rank, number, position)
+                )
     chosen = []
     for group in GROUPS:
         for (name, _), ranked in sorted(places.items()):

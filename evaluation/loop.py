@@ -107,7 +107,7 @@ def evaluate_rows(
     Raises:
         ValueError: There is nothing to evaluate, or model and processor do not belong together.
     """
-    begun, state = time.perf_counter(), PartialState()
+    begun, state, keep_masks = time.perf_counter(), PartialState(), keep_masks or progress is not None
     check_evaluation(model, processor, config)
     if progress is not None and progress.is_complete:
         rows_by_image = _by_image(progress.read(), config)
@@ -115,7 +115,7 @@ def evaluate_rows(
     size, count = config.batch_size, len(config.rows)
     batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
     finished = progress.finished if progress is not None else {}
-    if finished and state.is_main_process:
+    if progress is not None and finished and state.is_main_process:
         print(f"{progress.path}: {len(finished)} of {len(batches)} batches were finished, going on", flush=True)
     mine = [n for n in range(len(batches)) if n not in finished][state.process_index :: state.num_processes]
     evaluated: list[tuple[int, list[list[MetricRow]]]] = []
@@ -125,14 +125,10 @@ def evaluate_rows(
             rows_by_image = []
             with cpu_threads(config.threads):
                 answers = _answer_batch(model, processor, [config.rows[index] for index in batches[number]], config)
-            for index, (row, questions, results) in zip(batches[number], answers, strict=True):
-                metric_rows = [_metric_row(row, questions, n, result, config) for n, result in enumerate(results)]
-                if keep_masks or progress is not None:
-                    for metric_row, result in zip(metric_rows, results):
-                        metric_row["prediction"] = encode_mask(result["mask"])
-                rows_by_image.append(metric_rows)
+            for index, (row, questions, of_image) in zip(batches[number], answers, strict=True):
+                rows_by_image.append(_metric_rows(row, questions, of_image, config, keep_masks))
                 if on_prediction is not None:
-                    on_prediction(index, row, questions, results)
+                    on_prediction(index, row, questions, of_image)
             evaluated.append((number, rows_by_image))
             if progress is not None:
                 progress.add(number, rows_by_image)
@@ -233,37 +229,50 @@ def _answer_batch(
     return list(zip(rows, asked, results, strict=True))
 
 
-def _metric_row(
-    row: dict[str, Any], questions: list[Question], number: int, result: dict[str, Any], config: EvaluationConfig
-) -> MetricRow:
-    """Return the metric row of question `number` of a row."""
-    question, mask = questions[number], result["mask"]
-    if question.truth.shape != mask.shape:
-        raise ValueError(
-            f"The mask of {question.text!r} in image {row['image_id']} is {question.truth.shape}, the image {mask.shape} "
-            "(height, width); take images and annotations from one release."
-        )
-    intersection, union = question.overlap(mask)
-    threshold = {} if config.used_threshold is None else {"threshold": config.used_threshold}
-    return {
+def _metric_rows(
+    row: dict[str, Any],
+    questions: list[Question],
+    results: list[dict[str, Any]],
+    config: EvaluationConfig,
+    keep_masks: bool,
+) -> list[MetricRow]:
+    """Return the metric row of each question of a row."""
+    run_facts = {
         "dataset": config.dataset,
         "split": config.split,
         "protocol": config.protocol,
         "prompts": config.prompts,
         "ignore_region": config.ignore_region,
-        **threshold,
+        **({} if config.used_threshold is None else {"threshold": config.used_threshold}),
         **config.labels,
         "image_id": row["image_id"],
-        "expression": question.text,
-        "is_no_target": question.is_no_target,
-        "is_rejected": result["is_rejected"],
-        "score": result["score"] if np.isfinite(result["score"]) else None,
-        "intersection": intersection,
-        "union": union,
-        "is_malformed": result["is_malformed"],
-        "num_targets": question.num_targets,
-        "num_expressions": 1 if config.one_prompt_per_expression else len(questions),
     }
+    metric_rows = []
+    for question, result in zip(questions, results, strict=True):
+        mask = result["mask"]
+        if question.truth.shape != mask.shape:
+            raise ValueError(
+                f"The mask of {question.text!r} in image {row['image_id']} is {question.truth.shape}, the image "
+                f"{mask.shape} (height, width); take images and annotations from one release."
+            )
+        intersection, union = question.overlap(mask)
+        metric_rows.append(
+            {
+                **run_facts,
+                "expression": question.text,
+                "is_no_target": question.is_no_target,
+                "is_rejected": result["is_rejected"],
+                "score": result["score"] if np.isfinite(result["score"]) else None,
+                "intersection": intersection,
+                "union": union,
+                "is_malformed": result["is_malformed"],
+                "num_targets": question.num_targets,
+                "num_expressions": 1 if config.one_prompt_per_expression else len(questions),
+            }
+        )
+        if keep_masks:
+            metric_rows[-1]["prediction"] = encode_mask(mask)
+    return metric_rows
 
 
 def _by_image(rows: list[MetricRow], config: EvaluationConfig) -> list[list[MetricRow]]:

@@ -58,7 +58,8 @@ class EvaluationProgress:
 
     def __enter__(self) -> Self:
         """Open the progress on the main process and tell the others the outcome, an error included."""
-        state, outcome = PartialState(), [None]
+        state = PartialState()
+        outcome: list[Any] = [None]
         if state.is_main_process:
             try:
                 outcome = [self._open()]

@@ -88,8 +88,9 @@ def run_evaluation(
         if state.is_main_process:
             print(f"{path} holds no masks; evaluating again for --save_masks", flush=True)
         state.wait_for_everyone()  # until every process has read the rows, which go now
-        again = {"resume": False, "save_masks": True, "num_pictures": num_pictures}
-        run_evaluation(model, processor, config, output_dir, stage, model_name, **again)
+        run_evaluation(
+            model, processor, config, output_dir, stage, model_name, save_masks=True, num_pictures=num_pictures
+        )
     elif state.is_main_process:
         print(results_table(recorded(output_dir, config, stage)), flush=True)
 

@@ -1,6 +1,5 @@
 """The command line from end to end, on a tiny random model: what it writes, what it resumes, and how it refuses."""
 
-import html
 import json
 import os
 import shutil
@@ -8,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import markupsafe
 import numpy as np
 import pytest
 import yaml
@@ -234,7 +234,7 @@ def test_teacher_forced_predictions_say_so(model_dir, shape_options, tmp_path):
     assert "gold answers were in the model's input" in note
     told = json.loads((tmp_path / "predictions.json").read_text())
     assert [entry["protocol_note"] for entry in told] == [note, note]
-    assert f"teacher_forced: {html.escape(note)}" in (tmp_path / "predictions.html").read_text()
+    assert f"teacher_forced: {markupsafe.escape(note)}" in (tmp_path / "predictions.html").read_text()
 
 
 def test_masks_asked_for_after_the_end_are_made(model_dir, shape_options, tmp_path, capsys):
