@@ -445,8 +445,8 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
                 order.
             original_sizes, reshaped_input_sizes: (images, 2) as (height, width), needed for the mask losses.
             mask_labels: per conversation the true masks (slots, height, width) at the image's own size, an empty
-                one for a no-target expression. Where truncation cut slots off, their empty masks still count as in the
-                original, their real ones are left out (the original raises).
+                one for a no-target expression. A slot that truncation cut off (the processor's `max_length` shortens the
+                text and leaves the masks) counts as a mask of constant zero logits, as in the original.
             num_items_in_batch, num_masks_in_batch: numbers of supervised tokens and of masks of the whole optimizer
                 step. Given them, micro-batches add up to exactly the loss of one big batch; without them each batch is
                 averaged by itself, as the original does.
