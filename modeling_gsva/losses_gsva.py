@@ -108,7 +108,7 @@ def batch_mask_losses(
         if tuple(truth.shape[1:]) != original_size:
             raise ValueError(
                 f"mask_labels[{index}] has masks of size {tuple(truth.shape[1:])}, but its image is "
-                f"{original_size} (height, width). Give masks at the picture's own size."
+                f"{original_size} (height, width). Give masks at the image's own size."
             )
         if len(logits) > len(truth):
             raise ValueError(
