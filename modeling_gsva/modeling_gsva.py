@@ -317,7 +317,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
 
     def save_pretrained(self, save_directory, **kwargs):
         """Overrides [`PreTrainedModel.save_pretrained`] to name the Auto classes and the pipeline in `config.json`."""
-        file = type(self).__module__.rpartition(".")[2]  # of a subclass its own, which transformers copies
+        file = type(self).__module__.rpartition(".")[2]  # of a subclass: transformers copies its file
         names = dict.fromkeys(AUTO_CLASSES, f"{file}.{type(self).__name__}")
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **names}
         self.config.custom_pipelines = deepcopy(CUSTOM_PIPELINES)
@@ -445,8 +445,8 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
                 order.
             original_sizes, reshaped_input_sizes: (images, 2) as (height, width), needed for the mask losses.
             mask_labels: per conversation the true masks (slots, height, width) at the image's own size, an empty
-                one for a no-target expression. Where truncation cut slots off, their empty masks still count as in the
-                original, their real ones are left out (the original raises).
+                one for a no-target expression. A slot that truncation cut off (the processor's `max_length` shortens the
+                text and leaves the masks) counts as a mask of constant zero logits, as in the original.
             num_items_in_batch, num_masks_in_batch: numbers of supervised tokens and of masks of the whole optimizer
                 step. Given them, micro-batches add up to exactly the loss of one big batch; without them each batch is
                 averaged by itself, as the original does.
@@ -467,42 +467,34 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
             **kwargs,
         )
         hidden = outputs.last_hidden_state  # (B, L, H)
-        result = GsvaOutput(
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+        passed_on = ("past_key_values", "hidden_states", "attentions", "image_hidden_states")
+        result = GsvaOutput(**{name: outputs.get(name) for name in passed_on})
         if labels is None or not self.training:
             result.logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
         if labels is not None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
-            result.loss = result.ce_loss = self._ce_loss(hidden, targets, num_items_in_batch)
+            if shift_labels is None:
+                shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+            result.loss = result.ce_loss = self._ce_loss(hidden, shift_labels, num_items_in_batch)
 
-        masks = iou = None
+        decoded = None
         if sam_pixel_values is not None or sam_embeddings is not None:
-            if input_ids is None:
-                input_ids = self._slot_ids(inputs_embeds)
+            ids = self._slot_ids(inputs_embeds) if input_ids is None else input_ids
             if sam_embeddings is None:
                 sam_embeddings = self.get_sam_embeddings(sam_pixel_values)
             if image_index is None:
-                image_index = self._one_image_each(input_ids, sam_embeddings)
-            masks, iou = self._add_masks(result, hidden, input_ids, sam_embeddings, image_index)
+                image_index = self._one_image_each(ids, sam_embeddings)
+            decoded = self._add_masks(result, hidden, ids, sam_embeddings, image_index)
             if labels is not None and mask_labels is not None:
-                logits, sizes = result.mask_logits or (), (original_sizes, reshaped_input_sizes)
-                result.mask_bce_loss, result.mask_dice_loss, result.mask_ious = batch_mask_losses(
-                    self.config, logits, mask_labels, image_index, *sizes, num_masks_in_batch
-                )
-                result.loss = result.loss + result.mask_bce_loss + result.mask_dice_loss
+                sizes = original_sizes, reshaped_input_sizes
+                self._add_mask_losses(result, mask_labels, image_index, *sizes, num_masks_in_batch)
         if self.training and labels is not None:
             # A batch may hold no mask, and the IoU estimates never count in the loss; see GsvaModel.forward.
-            if masks is None or iou is None:
-                masks, iou = self._decode_nothing(hidden[:1, 0])
+            masks, iou = decoded or self._decode_nothing(hidden[:1, 0])
             result.loss = result.loss + 0.0 * (masks.sum() + iou.sum())
         return GsvaOutput(**result)  # as a tuple in the order of the fields
 
     def _add_masks(self, result: GsvaOutput, hidden, input_ids, sam_embeddings, image_index):
-        """Put the slots' masks and logits into `result`; return masks and IoU estimates, or (None, None) without `[SEG]`."""
+        """Put the slots' masks and logits into `result`; return masks and IoU estimates, or None without `[SEG]`."""
         slots = self.find_slots(input_ids)  # (S, 2)
         states = hidden[slots[:, 0], slots[:, 1] - 1]  # (S, H): the position that predicts the slot
         is_seg = input_ids[slots[:, 0], slots[:, 1]] == self.config.seg_token_id
@@ -511,7 +503,16 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         result.slot_positions = slots
         result.slot_logits = self._slot_logits(states)
         result.mask_logits, result.iou_scores = masks.split(counts), iou.split(counts)
-        return (masks, iou) if is_seg.any() else (None, None)
+        return (masks, iou) if is_seg.any() else None
+
+    def _add_mask_losses(
+        self, result: GsvaOutput, mask_labels, image_index, original_sizes, reshaped_sizes, num_masks
+    ):
+        assert result.mask_logits is not None  # of _add_masks
+        result.mask_bce_loss, result.mask_dice_loss, result.mask_ious = batch_mask_losses(
+            self.config, result.mask_logits, mask_labels, image_index, original_sizes, reshaped_sizes, num_masks
+        )
+        result.loss = result.loss + result.mask_bce_loss + result.mask_dice_loss
 
     def _slot_logits(self, states: torch.Tensor) -> torch.Tensor:
         return self.lm_head(states)[:, [self.config.seg_token_id, self.config.rej_token_id]].float()

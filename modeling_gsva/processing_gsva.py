@@ -252,7 +252,7 @@ class GsvaProcessor(ProcessorMixin):
             data.update(self.image_processor(images, **kwargs))
             if len(data["original_sizes"]) != len(images):
                 raise ValueError(
-                    f"{len(images)} entries of images hold {len(data['original_sizes'])} pictures; give one picture each."
+                    f"{len(images)} entries of images hold {len(data['original_sizes'])} images; give one image each."
                 )
         if masks is not None:
             data["mask_labels"] = self._check_masks(masks, data["image_index"], data.get("original_sizes", []))
@@ -419,8 +419,8 @@ class GsvaProcessor(ProcessorMixin):
                 )
             if len(mask) and (mask.ndim != 3 or tuple(mask.shape[1:]) != size):
                 raise ValueError(
-                    f"masks[{index}] has shape {tuple(mask.shape)}, but its picture is {size} (height, width); give "
-                    "(slots, height, width) at the picture's own size, after EXIF orientation."
+                    f"masks[{index}] has shape {tuple(mask.shape)}, but its image is {size} (height, width); give "
+                    "(slots, height, width) at the image's own size, after EXIF orientation."
                 )
             checked.append(mask.to(torch.uint8) if len(mask) else torch.zeros(0, *(size or (1, 1)), dtype=torch.uint8))
         return checked

@@ -38,7 +38,7 @@ from transformers import AutoConfig
 from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration
 from modeling_gsva.modeling_gsva import upscaled_mask_losses
 from modeling_gsva.sam_attention_gsva import BIAS_ELEMENTS
-from modeling_gsva.sam_decoder_gsva import SLOTS_AT_A_TIME
+from modeling_gsva.sam_decoder_gsva import MAP_BYTES
 
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
 from .freezing import cast_trained, prepare_for_training
@@ -241,7 +241,7 @@ def sizes_of(model: nn.Module, quantization: str | None) -> Sizes:
 @contextmanager
 def pieces_as_on_a_card() -> Iterator[None]:
     """SAM's attention and mask decoder go through their work in pieces whose size depends on the device."""
-    sizes = BIAS_ELEMENTS, SLOTS_AT_A_TIME
+    sizes = BIAS_ELEMENTS, MAP_BYTES
     usual = [table["cpu"] for table in sizes]
     for table in sizes:
         table["cpu"] = table["default"]
