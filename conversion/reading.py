@@ -405,8 +405,8 @@ class CheckpointSource:
         dropped: `{key: reason}`.
 
     Raises:
-        ValueError: Keys that are neither converted nor dropped, several tensors for one parameter, several or incomplete
-            LoRA adapters. All keys of one kind are listed.
+        ValueError: Another model's tensors, keys that are neither converted nor dropped, several tensors for one parameter,
+            several LoRA adapters. All keys of one kind are listed.
     """
 
     def __init__(self, option: str, path: Path | None, prefix: str = "", required: bool = True):
@@ -475,13 +475,28 @@ class CheckpointSource:
         adapters = {lora[1] for _, lora in self._origins if lora}
         if len(adapters) > 1:
             raise ValueError(f"{self.path} holds several LoRA adapters ({listed(adapters)}); only one can be merged.")
-        if half := [name for name, pair in self.lora.items() if len(pair) != 2]:
-            raise ValueError(f"{self.path}: lora_A without lora_B (or the reverse) for {listed(half)}.")
 
     def floating_dtype(self) -> torch.dtype:
         """Return the floating type that most of the numbers have, float32 if there are none."""
         count: dict[torch.dtype, int] = {}
-        for tensor in self.tensors.values():
+        for tensor in (*self.tensors.values(), *(matrix for pair in self.lora.values() for matrix in pair.values())):
             if tensor.dtype is not None and tensor.dtype.is_floating_point:
                 count[tensor.dtype] = count.get(tensor.dtype, 0) + torch.Size(tensor.shape).numel()
         return max(count, key=count.__getitem__) if count else torch.float32
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a file, an index or a directory under the names they have there.
+
+    Raises:
+        FileNotFoundError: There are no weights, or a shard is missing.
+        ValueError: A file cannot be read, a key is in two files, or numbers are not finite. The message names them.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for file in weight_files(path):
+        weights = WeightFile(file)
+        for key in weights.tensors():
+            if key in state:
+                raise ValueError(f"{path} holds several checkpoints: {file.name} and another file both have {key}.")
+            state[key] = weights.read(key)
+    return state
