@@ -12,7 +12,16 @@ memory stays at a few tensors, however big the checkpoint.
 
 import argparse
 import ctypes
+import platform
+import signal
 import sys
+from importlib.metadata import version
+
+INTERRUPTED = (
+    "error: interrupted. Nothing of --output is left behind; run the command again to start from the beginning."
+)
+if __name__ == "__main__":  # before the imports that take seconds
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))
 
 from conversion import build_llama_tokenizer, convert, reverse, to_original, to_ours
 
@@ -61,8 +70,17 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     try:
         summary = reverse(args) if args.reverse else convert(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except (ValueError, OSError, ImportError) as error:  # each says in a sentence what is wrong and what to do
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except Exception as error:
+        libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "safetensors"))
+        error.add_note(
+            "This should not happen, and nothing of --output is left behind. Please report these lines with the command and the "
+            f"versions: Python {platform.python_version()}, {libraries}."
+        )
+        raise
     print(f"Wrote {args.output}")
     for key, value in summary.items():
         print(f"  {key}: {value}")
