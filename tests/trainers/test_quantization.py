@@ -160,7 +160,7 @@ def test_a_qlora_step_on_the_processor_then_adapter_then_merge(base, processor, 
 def test_an_adapter_holds_nothing_that_is_frozen(make_model, tmp_path):
     from safetensors import safe_open
 
-    from trainers.loading import save_adapter
+    from trainers.publishing import save_adapter
 
     model = prepare_for_training(make_model(), ModelArguments())
     folder = save_adapter(model, tmp_path)
