@@ -218,7 +218,8 @@ def test_autograd_keeps_nothing_of_frozen_towers_and_less_with_checkpointing(mak
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bf16_trains_float32_weights_and_evaluates(base, processor, make_picture, dtype, tmp_path):
     from trainers.evaluation import EvaluationPlan
-    from trainers.loading import cast_trained, load_model
+    from trainers.freezing import cast_trained
+    from trainers.loading import load_model
     from trainers.trainer import GsvaTrainer
 
     _, model = load_model(ModelArguments(model=str(base), dtype=dtype))
