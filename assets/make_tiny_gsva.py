@@ -355,43 +355,44 @@ def train_language(model, processor, images: Images, args, log):
         bce, dice = square_mask_losses(torch.cat(outputs.mask_logits), torch.cat(truths)[:, ::2, ::2])
         return {"ce": outputs.ce_loss, "bce": 2.0 * bce, "dice": 0.5 * dice}
 
-    def evaluate():
-        """Return the share of right answers to existence questions and the mean IoU of masks, on images of another split."""
-        model.eval()
-        random = np.random.default_rng(7)
-        right, ious = [], []
-        yes, no = (processor.tokenizer(word, add_special_tokens=False)["input_ids"][-1] for word in (" yes", " no"))
-        for start in range(0, 192, 64):
-            batch, expressions, questions, truth, answers = [], [], [], [], []
-            for index in range(start, start + 64):
-                image, things = shapes.draw_picture(
-                    np.random.default_rng([IMAGE_SEED, shapes.SPLIT_CODES["test"], index, 0])
-                )
-                items = shapes.make_expressions(random, things)
-                batch.append(image)
-                expressions.append([text for text, targets in items if targets])
-                truth.append([np.any([t.mask for t in targets], 0) for _, targets in items if targets])
-                text, targets = items[random.integers(len(items))]
-                question = {"role": "user", "content": f"<image>\nis there {text}?"}
-                questions.append([question, {"role": "assistant", "content": "yes"}])
-                answers.append(bool(targets))
-            inputs = processor(images=batch, expressions=expressions, return_tensors="pt")
-            results = processor.post_process_segmentation(model.segment(**inputs), inputs)
-            for entries, masks in zip(results, truth):
-                ious += [(e["mask"] & m).sum() / (e["mask"] | m).sum() for e, m in zip(entries, masks)]
-            encoded = processor.encode_conversations(questions)
-            ids, mask = pad([ids[:-2] for ids, _ in encoded], side="left")  # without "yes</s>"
-            with torch.no_grad():
-                logits = model(
-                    input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                    pixel_values=inputs["pixel_values"], logits_to_keep=1,
-                ).logits[:, -1]  # fmt: skip
-            answers_yes = logits[:, yes] > logits[:, no]
-            right += (answers_yes == torch.tensor(answers)).tolist()
-        model.train()
-        return {"existence": round(float(np.mean(right)), 4), "mask_iou": round(float(np.mean(ious)), 4)}
+    stage.run(losses, lambda: evaluate(model, processor))
 
-    stage.run(losses, evaluate)
+
+def evaluate(model, processor) -> dict[str, float]:
+    """Return the share of right answers to existence questions and the mean IoU of masks, on images of another split."""
+    model.eval()
+    random = np.random.default_rng(7)
+    right, ious = [], []
+    yes, no = (processor.tokenizer(word, add_special_tokens=False)["input_ids"][-1] for word in (" yes", " no"))
+    for start in range(0, 192, 64):
+        batch, expressions, questions, truth, answers = [], [], [], [], []
+        for index in range(start, start + 64):
+            image, things = shapes.draw_picture(
+                np.random.default_rng([IMAGE_SEED, shapes.SPLIT_CODES["test"], index, 0])
+            )
+            items = shapes.make_expressions(random, things)
+            batch.append(image)
+            expressions.append([text for text, targets in items if targets])
+            truth.append([np.any([t.mask for t in targets], 0) for _, targets in items if targets])
+            text, targets = items[random.integers(len(items))]
+            question = {"role": "user", "content": f"<image>\nis there {text}?"}
+            questions.append([question, {"role": "assistant", "content": "yes"}])
+            answers.append(bool(targets))
+        inputs = processor(images=batch, expressions=expressions, return_tensors="pt")
+        results = processor.post_process_segmentation(model.segment(**inputs), inputs)
+        for entries, masks in zip(results, truth):
+            ious += [(e["mask"] & m).sum() / (e["mask"] | m).sum() for e, m in zip(entries, masks)]
+        encoded = processor.encode_conversations(questions)
+        ids, mask = pad([ids[:-2] for ids, _ in encoded], side="left")  # without "yes</s>"
+        with torch.no_grad():
+            logits = model(
+                input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                pixel_values=inputs["pixel_values"], logits_to_keep=1,
+            ).logits[:, -1]  # fmt: skip
+        answers_yes = logits[:, yes] > logits[:, no]
+        right += (answers_yes == torch.tensor(answers)).tolist()
+    model.train()
+    return {"existence": round(float(np.mean(right)), 4), "mask_iou": round(float(np.mean(ious)), 4)}
 
 
 class Log(list):
