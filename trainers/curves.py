@@ -1,4 +1,4 @@
-"""Curves of a training run."""
+"""Draw the curves of a training run."""
 
 import textwrap
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from data_scripts.files import replacing
 
 
 def curve_notes(history: Sequence[dict[str, Any]]) -> list[str]:
-    """What the evaluations in a trainer's `log_history` are.
+    """Return the protocols and conventions of the evaluations in a trainer's `log_history`, and the notes on them.
 
     >>> curve_notes([{"eval_protocol": "slots", "eval_protocol_note": "own choice", "eval_convention": "rela"}])
     ['eval: slots, rela', 'slots: own choice']
@@ -21,8 +21,8 @@ def curve_notes(history: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def training_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
-    """Curves of the loss parts and of the metrics, by name of protocol and convention, from a trainer's `log_history`."""
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+    """Draw the loss parts and the evaluation metrics in a trainer's `log_history` to the image file `path`."""
+    from matplotlib.figure import Figure  # unlike pyplot it needs no window system and has no global state
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     losses, metrics = figure.subplots(1, 2)

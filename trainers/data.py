@@ -1,7 +1,7 @@
-"""Training data as the arguments name it: one data set, or the paper's mixture of several."""
+"""Load the training data that the arguments name, one data set or the paper's mixture of several, and batch it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
@@ -24,19 +24,21 @@ MIXTURE = "mixture"
 
 
 def load_rows(args: DataArguments, split: str, limit: int | None, name: str | None = None):
-    """The first `limit` rows (None: all) of a split of `name`, by default of `args.dataset`."""
+    """Return the first `limit` rows (None: all) of a split of the data set `name`, by default `args.dataset`."""
     rows = data_scripts.load(name or args.dataset, args.data_dir, split, **args.options)
     return rows.select(range(min(limit, len(rows)))) if limit is not None else rows
 
 
 def training_data(args: DataArguments, training: GsvaTrainingArguments, wording: Wording) -> TrainingDataset | Mixture:
     """
-    Training examples by index. An epoch of a data set is every picture once; an epoch of the mixture is
-    `steps_per_epoch` optimizer steps of examples drawn with replacement, as in the original (main.py:
-    batch_size * grad_accumulation_steps * steps_per_epoch * world_size).
+    Return training examples by index.
+
+    In an epoch of a data set each image comes once. An epoch of the mixture is `steps_per_epoch` optimizer steps of
+    examples drawn with replacement, as in the original (main.py: batch_size * grad_accumulation_steps *
+    steps_per_epoch * world_size).
 
     Raises:
-        ValueError: a mixture without data_dir, or of families that do not exist.
+        ValueError: The mixture has no `data_dir`, or names families that do not exist.
     """
     referring = ReferringTransform(wording, args.num_expressions, args.all_absent)
     if args.dataset != MIXTURE:
@@ -61,20 +63,21 @@ def training_data(args: DataArguments, training: GsvaTrainingArguments, wording:
     )
 
 
-def pictures_in(dataset: TrainingDataset | Mixture) -> int:
-    """How many rows there are to draw from."""
+def num_images(dataset: TrainingDataset | Mixture) -> int:
+    """Return the number of rows that examples are made from."""
     parts = [part for family in dataset.sources for part in family] if isinstance(dataset, Mixture) else [dataset]
     return sum(len(part.rows) for part in parts)
 
 
+@dataclass(frozen=True)
 class ProcessorWording(Wording):
-    """Training examples worded as the processor words evaluation: a small model need not learn twenty phrasings."""
+    """Words training examples as the processor words evaluation, so that a small model need not learn twenty phrasings."""
 
+    # One question and one answer to draw from. Their text is not used.
+    questions: tuple[str, ...] = field(default=("processor",), init=False)
+    answers: tuple[tuple[str, str], ...] = field(default=(("processor", ""),), init=False)
+    separator: str = field(default=", ", init=False)
     processor: GsvaProcessor
-
-    def __init__(self, processor: GsvaProcessor):
-        super().__init__(questions=("processor",), answers=(("processor", ""),))
-        object.__setattr__(self, "processor", processor)
 
     def question(self, template, names):
         return self.processor.build_conversation(list(names))[0]["content"]
@@ -86,8 +89,8 @@ class ProcessorWording(Wording):
 @dataclass
 class GsvaCollator:
     """
-    Batches examples `{"image", "conversations", "masks"}` (see `data_scripts/transforms.py`). Every picture is stacked
-    once, whatever number of conversations it has; conversations point to theirs by `image_index`.
+    Batches examples `{"image", "conversations", "masks"}` (see `data_scripts/transforms.py`). Every image is stacked
+    once, even if several conversations are about it; `image_index` holds the image of each conversation, or -1.
 
     >>> batch = collator([{"image": picture, "conversations": [talk, talk], "masks": [mask, mask]},
     ...                   {"image": None, "conversations": [talk], "masks": [no_mask]}])  # doctest: +SKIP
@@ -96,7 +99,7 @@ class GsvaCollator:
 
     Args:
         processor: A [`GsvaProcessor`].
-        max_length: Longest conversation in tokens, the placeholders of the image included.
+        max_length: Longest conversation in tokens, including the placeholders of the image.
     """
 
     processor: ProcessorMixin
@@ -109,8 +112,8 @@ class GsvaCollator:
                 images.append(example["image"])
             for conversation, mask in zip(example["conversations"], example["masks"], strict=True):
                 conversations.append(conversation)
-                shows = example["image"] is not None and any("<image>" in turn["content"] for turn in conversation)
-                image_index.append(len(images) - 1 if shows else -1)
+                has_image = example["image"] is not None and any("<image>" in turn["content"] for turn in conversation)
+                image_index.append(len(images) - 1 if has_image else -1)
                 masks.append(mask)
         return self.processor(
             images=images,

@@ -1,4 +1,4 @@
-"""LoRA and QLoRA: the quantized base, and adapters that are saved small, loaded over the base, and merged."""
+"""Load models: quantized ones, and adapters, which are merged into their base."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +14,16 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
 
 from .arguments import ModelArguments
-
-ADAPTER = "adapter"
+from .output_folder import ADAPTER
 
 
 def quantization_config(kind: str, dtype: str) -> BitsAndBytesConfig:
     """
+    Return the settings of bitsandbytes. The model itself says which modules are not quantized (`NOT_QUANTIZED`).
+
     Args:
         kind: "4bit" (nf4 with doubly quantized scales, as QLoRA: arXiv 2305.14314, section 3) or "8bit" (LLM.int8).
-        dtype: Of the arithmetic, as in the model arguments; "auto" is bfloat16.
-
-    What stays unquantized is the model's own decision (`NOT_QUANTIZED` in modeling_gsva.py).
+        dtype: Type of the arithmetic, as in the model arguments; "auto" is bfloat16.
     """
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -37,29 +36,31 @@ def quantization_config(kind: str, dtype: str) -> BitsAndBytesConfig:
 
 
 def is_adapter(name: str | Path) -> bool:
-    """Whether a directory, or a repository of the Hub, holds an adapter instead of a model."""
+    """Return whether a directory, or a repository of the Hub, holds an adapter instead of a model."""
     try:
         return find_adapter_config_file(str(name)) is not None
-    except OSError:  # neither; whoever loads it says so
+    except OSError:  # it holds neither; loading it raises an error
         return False
 
 
 def base_of(directory: str | Path) -> str:
-    """The model that an adapter was trained on, as it was named then; one that names none lies in its base's folder."""
+    """Return the base model that an adapter names. An adapter that names none lies in the folder of its base."""
     return PeftConfig.from_pretrained(str(directory)).base_model_name_or_path or str(Path(directory).resolve().parent)
 
 
-def kept_apart(directory: str | Path) -> Path | None:
-    """The adapter in a model's directory that its weights lack (`convert_checkpoint.py --keep_lora` names no base in it)."""
+def unmerged_adapter(directory: str | Path) -> Path | None:
+    """Return the path of an adapter that is not yet merged into the model beside it, or None.
+
+    Such adapters (`convert_checkpoint.py --keep_lora`) name no base model.
+    """
     folder = Path(directory) / ADAPTER
-    named = (folder / "adapter_config.json").is_file() and PeftConfig.from_pretrained(
-        str(folder)
-    ).base_model_name_or_path
-    return folder if named is None else None
+    if not (folder / "adapter_config.json").is_file():
+        return None
+    return folder if PeftConfig.from_pretrained(str(folder)).base_model_name_or_path is None else None
 
 
 def merge(base: nn.Module, directory: str | Path) -> nn.Module:
-    """The base with the adapter of `directory` merged into its weights."""
+    """Return the base with the adapter of `directory` merged into its weights."""
     return PeftModel.from_pretrained(base, str(directory)).merge_and_unload()
 
 
@@ -67,12 +68,13 @@ def load_model(
     args: ModelArguments, device: torch.device | str | None = None
 ) -> tuple[GsvaProcessor, GsvaForConditionalGeneration]:
     """
-    Processor and model, on this process's device if no other is named. A local directory is read by the project's own
-    classes, anything else as remote code. An adapter's directory gives its base with the adapter merged into it, as does a
-    converted one with LoRA kept apart.
+    Return processor and model, by default on the device of this process.
+
+    A local directory is read by the project's classes, anything else as remote code. An adapter's directory gives the base
+    with the adapter merged into it, and so does a converted model beside an unmerged adapter.
 
     Raises:
-        ValueError: what is asked for is no GSVA model, or cannot be read.
+        ValueError: `args.model` is not a GSVA model, or cannot be read.
     """
     if is_adapter(args.model):
         if args.quantization:
@@ -83,17 +85,17 @@ def load_model(
         base = args.base_model or base_of(args.model)
         try:
             processor, model = load_model(replace(args, model=base, base_model=None), device)
-            if kept_apart(base) is not None:  # it is merged by now
+            if unmerged_adapter(base) is not None:  # load_model has merged it
                 return processor, model
         except ValueError as error:
             raise ValueError(
                 f"model={args.model!r} is an adapter; name its base with --base_model: {error}"
             ) from error
         return processor, merge(model, args.model)
-    apart = kept_apart(args.model)
-    if apart is not None and args.quantization:
+    adapter = unmerged_adapter(args.model)
+    if adapter is not None and args.quantization:
         raise ValueError(
-            f"model={args.model!r} keeps its LoRA apart in {apart}, which cannot be merged into a quantized base: convert the "
+            f"model={args.model!r} keeps its LoRA in {adapter}, which cannot be merged into a quantized base: convert the "
             "checkpoint without --keep_lora."
         )
     options: dict[str, Any] = {"dtype": args.dtype}
@@ -114,6 +116,6 @@ def load_model(
             f"model={args.model!r} cannot be loaded ({error}). Give a directory that save_pretrained or "
             "convert_checkpoint.py wrote, or a Hub id."
         ) from error
-    if apart is not None:
-        model = merge(model, apart)
+    if adapter is not None:
+        model = merge(model, adapter)
     return processor, model if args.quantization else model.to(device or PartialState().device)

@@ -1,58 +1,47 @@
-"""Save and publish what a run has trained."""
+"""Save and publish a trained model."""
 
-import shutil
 from pathlib import Path
 
 from accelerate import PartialState
 from huggingface_hub import HfApi
 from peft import PeftModel
 
+from data_scripts.files import adding_files, replacing_folder
+from evaluation.records import RESULTS
+
 from .arguments import GsvaTrainingArguments
-from .card import CARD, TRAINING
-from .loading import ADAPTER
+from .output_folder import ADAPTER, CARD, CURVES, TRAINING
 
-# What a run publishes: nothing that names folders of this machine, and no file that others have put beside it.
-PUBLISHED = ("*.safetensors", "*.json", "*.jinja", "*.py", CARD, "curves.png", "pictures_*")
-
-
-UNPUBLISHED = (
-    "*/*",
-    ".*",
-    "rows_*",
-    "predictions*",
-    "results.json",
-    TRAINING,
-)  # "*/*": of no folder, checkpoints among them
+# Files that a run publishes. Nothing in them names folders of this machine, and files that others put beside them stay.
+PUBLISHED = ("*.safetensors", "*.json", "*.jinja", "*.py", CARD, CURVES, "pictures_*")
+# Not published although PUBLISHED matches them. "*/*": all subfolders, such as checkpoints.
+UNPUBLISHED = ("*/*", ".*", "rows_*", "predictions*", RESULTS, TRAINING)
 
 
 def save(processor, model, output_dir: Path) -> None:
-    """Model and processor as a directory that the Auto classes load; written aside and moved file by file."""
-    aside = output_dir / ".saving"
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    processor.save_pretrained(aside)
-    for file in aside.iterdir():
-        file.replace(output_dir / file.name)
-    aside.rmdir()
+    """Save model and processor as a directory that the Auto classes load. Files are moved in when all are written."""
+    with adding_files(output_dir) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
 
 
 def save_adapter(model: PeftModel, output_dir: Path) -> Path:
-    """`OUTPUT_DIR/adapter`: LoRA and the parts trained in full, without the base; written aside and moved."""
-    folder, aside = output_dir / ADAPTER, output_dir / f".{ADAPTER}"
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside, save_embedding_layers=False)  # they are in it already, as modules_to_save
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
-    return folder
+    """Save LoRA and the fully trained parts, without the base, in `OUTPUT_DIR/adapter`, and return that path."""
+    with replacing_folder(output_dir / ADAPTER) as folder:
+        # The embedding layers are among the fully trained parts already (modules_to_save).
+        model.save_pretrained(folder, save_embedding_layers=False)
+    return output_dir / ADAPTER
 
 
 def push(args: GsvaTrainingArguments) -> None:
     """
-    Uploads what lies in output_dir, each repository in one commit: the model with processor, card and pictures to
-    `hub_model_id` (by default the name of output_dir), and the adapter alone to `hub_adapter_id`, if it is named.
+    Upload the results in `output_dir`, each repository in one commit.
+
+    The model with processor, card and pictures goes to `hub_model_id` (by default the name of `output_dir`), and the adapter
+    alone to `hub_adapter_id` if it is given.
 
     Raises:
-        FileNotFoundError: there is no trained model, or no adapter, in output_dir.
+        FileNotFoundError: There is no trained model, or no adapter, in `output_dir`.
     """
     if not PartialState().is_main_process:
         return
@@ -61,12 +50,12 @@ def push(args: GsvaTrainingArguments) -> None:
     uploads = {args.hub_model_id or output_dir.name: (output_dir, list(PUBLISHED), list(UNPUBLISHED))}
     if args.hub_adapter_id:
         uploads[args.hub_adapter_id] = (output_dir / ADAPTER, None, None)
-    for folder, sign in zip((folder for folder, *_ in uploads.values()), ("config.json", "adapter_config.json")):
-        if not (folder / sign).is_file():
+    for folder, required in zip((folder for folder, *_ in uploads.values()), ("config.json", "adapter_config.json")):
+        if not (folder / required).is_file():
             raise FileNotFoundError(
-                f"There is nothing to push: {folder} has no {sign}; give --do_train, and LoRA for an adapter."
+                f"There is nothing to push: {folder} has no {required}; give --do_train, and LoRA for an adapter."
             )
-    for name, (folder, wanted, unwanted) in uploads.items():
+    for name, (folder, allowed, ignored) in uploads.items():
         repository = hub.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
-        hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=wanted, ignore_patterns=unwanted)
+        hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=allowed, ignore_patterns=ignored)
         print(f"pushed {folder} to {repository}", flush=True)

@@ -160,7 +160,7 @@ def test_a_qlora_step_on_the_processor_then_adapter_then_merge(base, processor, 
 def test_an_adapter_holds_nothing_that_is_frozen(make_model, tmp_path):
     from safetensors import safe_open
 
-    from trainers.loading import save_adapter
+    from trainers.publishing import save_adapter
 
     model = prepare_for_training(make_model(), ModelArguments())
     folder = save_adapter(model, tmp_path)
@@ -218,7 +218,8 @@ def test_autograd_keeps_nothing_of_frozen_towers_and_less_with_checkpointing(mak
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bf16_trains_float32_weights_and_evaluates(base, processor, make_picture, dtype, tmp_path):
     from evaluation import EvaluationConfig
-    from trainers.loading import cast_trained, load_model
+    from trainers.freezing import cast_trained
+    from trainers.loading import load_model
     from trainers.trainer import GsvaTrainer
 
     _, model = load_model(ModelArguments(model=str(base), dtype=dtype))

@@ -21,7 +21,7 @@ from evaluation.config import PROTOCOL_NOTES, EvaluationConfig
 from evaluation.loop import evaluate_rows
 from trainers.arguments import GsvaTrainingArguments, ModelArguments, parse_arguments
 from trainers.data import GsvaCollator, ProcessorWording
-from trainers.freezing import merged, parts_table, prepare_for_training, snapshot, unmoved
+from trainers.freezing import merge_lora, parts_table, prepare_for_training, snapshot, unmoved
 from trainers.trainer import LOSS_PARTS, EpochSampler, GsvaTrainer, last_complete_checkpoint
 
 MODES = ("lora", "full", "frozen")
@@ -250,7 +250,7 @@ def test_every_trained_parameter_changes_and_no_frozen_one_does(make_trainer, mo
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(before[name], parameter) != parameter.requires_grad, name
     assert unmoved(trainer.model, prints) == []
-    plain = merged(trainer.model)
+    plain = merge_lora(trainer.model)
     assert not [name for name, _ in plain.named_parameters() if "lora" in name or "modules_to_save" in name]
     assert torch.equal(plain.lm_head.weight, dict(plain.named_parameters())["lm_head.weight"])
     changed = dict(plain.named_parameters())["model.language_model.layers.0.self_attn.q_proj.weight"]
