@@ -53,9 +53,7 @@ def read_rows(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[di
     first: dict[tuple, Path] = {}  # expression of a run -> its file
     for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: no such rows file; an evaluation writes one beside its results.json"
-            )
+            raise FileNotFoundError(f"{path}: no such rows file; an evaluation writes one beside its results.json")
         if path.resolve() in seen:
             raise ValueError(f"{path}: given twice, so every expression would count twice")
         seen.add(path.resolve())
