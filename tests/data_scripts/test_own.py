@@ -38,7 +38,7 @@ def test_own_data_in_every_form(root):
     rows = data_scripts.load("own", root)
     found = [(mask_area(row["expressions"][0]["mask"]), row["expressions"][0]["num_targets"]) for row in rows]
     assert found == [(100, 1), (100, 1), (100, 1), (100, 1), (0, 0), (150, 1)]
-    assert rows[0]["image"].size == (trees.WIDTH, trees.HEIGHT) and rows[0]["image_id"] == "1"
+    assert rows[0]["image"].size == (trees.WIDTH, trees.HEIGHT) and rows[0]["image_id"] == "cats/1.jpg"
     assert "[SEG]" in words(TrainingDataset(rows, ReferringTransform())[0])[0][1]
 
 

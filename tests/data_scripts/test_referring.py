@@ -146,14 +146,15 @@ def test_nothing_to_ask_for_anywhere_says_so(root):
 
 
 def test_refs_without_sentences_give_their_place_to_another_picture(root):
-    trees.referring(root, "refcoco", [trees.ref(0, texts=[]), trees.ref(1, image_id=2)], images=(1, 2))
+    refs = [trees.ref(0, texts=[]), trees.ref(1, ann_id=2, image_id=2)]
+    trees.referring(root, "refcoco", refs, {1: [SQUARE], 2: [SQUARE]}, images=(1, 2))
     dataset = TrainingDataset(data_scripts.load("refcoco", root), ReferringTransform())
     assert [example["image_id"] for example in dataset] == ["2", "2"]
 
 
 def test_pictures_with_absent_things_only_give_their_place_to_others(root):
-    refs = [trees.ref(0, ann_id=[-1]), *(trees.ref(i, image_id=i + 1, ann_id=[1]) for i in range(1, 5))]
-    trees.referring(root, "grefcoco", refs, images=(1, 2, 3, 4, 5))
+    refs = [trees.ref(0, ann_id=[-1]), *(trees.ref(i, image_id=i + 1, ann_id=[i]) for i in range(1, 5))]
+    trees.referring(root, "grefcoco", refs, {i: [SQUARE] for i in range(1, 5)}, images=(1, 2, 3, 4, 5))
     rows = data_scripts.load("grefcoco", root)
     taken = {TrainingDataset(rows, ReferringTransform())[epoch * 5]["image_id"] for epoch in range(40)}
     assert taken == {"2", "3", "4", "5"}  # not one of them again and again

@@ -55,8 +55,13 @@ def referring(root: Path, name: str, refs, segmentations=None, images=(1,), pict
     segmentations = {1: [SQUARE]} if segmentations is None else segmentations
     folder = root / "refer_seg" / name
     records = [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in images]
+    named = {
+        number: one["image_id"]
+        for one in reversed(refs)
+        for number in (one["ann_id"] if isinstance(one["ann_id"], list) else [one["ann_id"]])
+    }
     annotations = [
-        {"id": i, "image_id": images[0], "category_id": 1, "segmentation": segmentation, "iscrowd": 0}
+        {"id": i, "image_id": named.get(i, images[0]), "category_id": 1, "segmentation": segmentation, "iscrowd": 0}
         for i, segmentation in segmentations.items()
     ]
     write(folder / "instances.json", {"images": records, "annotations": annotations, "categories": []})
