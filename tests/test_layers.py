@@ -1,4 +1,4 @@
-"""The shape of the project: who imports whom, what lies at the top level, and calls that run what a file says."""
+"""The structure of the project: imports, names at the top level, and calls that would execute the content of a file."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""Every test of transformers that is skipped or overridden here stands in README.md with its reason, and no other does."""
+"""README.md lists every test of transformers that is skipped or overridden here with its reason, and no other test."""
 
 import inspect
 import os
