@@ -76,8 +76,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     `GsvaImageProcessor` has the same rules for Pillow's images, which it cannot import from here.
 
     Raises:
-        ValueError: The pixels have another range, which cannot be told from the file (32 bits, floating point), or colours
-            that Pillow does not convert (LAB).
+        ValueError: The range of the pixels is not known (32 bits, floating point), or Pillow does not convert their colours
+            (LAB).
     """
     if image.mode.startswith("I;16"):
         array = np.asarray(image).astype(np.float64)
