@@ -301,7 +301,7 @@ def weight_files(path: Path, required: bool = True) -> list[Path]:
         ValueError: An index that does not name files beside it, several indices in a directory, one shard of several.
     """
     if index := find_index(path):
-        return require_all_shards(_files_of_index(index))
+        return require_all_shards(_files_of_index(index, required))
     if path.is_file():
         if (match := SHARD.fullmatch(path.name)) and int(match["total"]) > 1:
             raise ValueError(
@@ -375,7 +375,7 @@ def require_all_shards(files: list[Path]) -> list[Path]:
     return files
 
 
-def _files_of_index(path: Path) -> list[Path]:
+def _files_of_index(path: Path, required: bool) -> list[Path]:
     weight_map = read_json(path).get("weight_map")
     names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
     # A bare name: a path that leads elsewhere is not a file of this checkpoint.
@@ -388,7 +388,10 @@ def _files_of_index(path: Path) -> list[Path]:
             f"{path}: weight_map must name files beside it, got {short_repr(wrong[0])}; download it again."
         )
     names = sorted(set(names))
-    if missing := [name for name in names if not (path.parent / name).is_file()]:
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing == names and not required:
+        return []  # a base downloaded without its weights
+    if missing:
         raise FileNotFoundError(
             f"{path} lists {listed(missing)}, which {'are' if missing[1:] else 'is'} not beside it."
         )

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conversions import FORMS, FROZEN, assert_equal, expected, peft_names, run, 
 from safetensors.torch import save_file
 
 from conversion import reading
+from convert_checkpoint import main
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -210,3 +212,17 @@ def test_a_state_dict_is_read_whole(original, tmp_path):
         torch.save({key: state[key] for key in names[i::2]}, tmp_path / f"m-0000{i + 1}-of-00002.bin")
     back = reading.read_state_dict(tmp_path)
     assert sorted(back) == names and all(torch.equal(back[key], state[key]) for key in names)
+
+
+def test_a_base_without_weights_may_have_their_index(original, tmp_path):
+    """As a download of the small files alone leaves it: the checkpoint has all weights."""
+    base = tmp_path / "base"
+    shutil.copytree(original / "llava", base)
+    (base / "pytorch_model.bin").unlink()
+    weight_map = {"model.norm.weight": "pytorch_model-00001-of-00002.bin", "x": "pytorch_model-00002-of-00002.bin"}
+    (base / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    words = ["--checkpoint", original / "full.pt", "--llava", base, "--clip", original / "clip", "--output"]
+    main([str(word) for word in (*words, tmp_path / "out")])
+    torch.save({"model.norm.weight": torch.ones(32)}, base / "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(SystemExit, match="pytorch_model-00002-of-00002.bin, which is not beside it"):
+        main([str(word) for word in (*words, tmp_path / "again")])
