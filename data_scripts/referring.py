@@ -1,6 +1,6 @@
 """The referring sets in their published layout: refclef, refcoco, refcoco+, refcocog, grefcoco, refzom.
 
-Each is a file of *refs* (which annotations a few sentences name) beside COCO's `instances.json`:
+Each is a file of *refs* (sentences and the annotations that they name) beside COCO's `instances.json`:
 
     DATA_DIR/refer_seg/NAME/{refs(unc).p, instances.json}
     DATA_DIR/refer_seg/images/{mscoco/images/train2014, saiapr_tc-12}/*.jpg
@@ -15,10 +15,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .builder import IMAGE, Kinds, RowBuilder, at, entries, expect, picture_of, read_json, read_plain_pickle, require
-from .schema import empty_mask, expression, merge_masks, segmentation_to_rle, shown
+from .builder import RowBuilder
+from .images import check_image_size
+from .masks import check_annotation, empty_mask, merge_masks, segmentation_to_rle
+from .records import (
+    IMAGE,
+    Kinds,
+    at,
+    entries,
+    expect,
+    image_path,
+    read_json,
+    read_plain_pickle,
+    require,
+    short_repr,
+)
+from .schema import expression
 
-# the fields of a ref that are read
+# the fields of a ref that this project reads
 REF: Kinds = {
     "ref_id": (int, str),
     "ann_id": (int, str, list, tuple),
@@ -31,11 +45,11 @@ TRAIN2014 = "refer_seg/images/mscoco/images/train2014"
 
 @dataclass(frozen=True)
 class Layout:
-    """Where one referring set keeps its files, relative to `data_dir`."""
+    """The places of a referring set's files, relative to `data_dir`."""
 
-    refs: tuple[str, ...]  # the first that exists is read
-    pictures: tuple[str, ...] = (TRAIN2014,)
-    # refcoco's convention: "test" is every split with that word in its name, "testA" every one with that letter
+    refs: tuple[str, ...]  # the first one that exists is read
+    images: tuple[str, ...] = (TRAIN2014,)
+    # refcoco's convention: "test" is every split with that word in its name, "testA" every split with that letter
     letters: bool = True
 
 
@@ -45,7 +59,7 @@ LAYOUTS = {
     "refcoco+": Layout(("refs(unc).p",)),
     "refcocog": Layout(("refs(umd).p",)),
     "grefcoco": Layout(("grefs(unc).p", "grefs(unc).json"), letters=False),
-    # published as "Ref-ZOM(final).p"; the original wants "Ref_ZOM.p". Its pictures are COCO's of train and val 2014.
+    # published as "Ref-ZOM(final).p", which the original expects as "Ref_ZOM.p"; its images are COCO's train and val 2014
     "refzom": Layout(
         ("Ref_ZOM.p", "Ref-ZOM(final).p"),
         (TRAIN2014, "refer_seg/images/mscoco/images/val2014", "coco/train2014", "coco/val2014"),
@@ -55,7 +69,7 @@ LAYOUTS = {
 
 
 def splits_of(name: str, letters: bool) -> list[str]:
-    """The splits to which a ref marked `name` belongs.
+    """Return the splits to which a ref of split `name` belongs.
 
     >>> splits_of("testAB", letters=True)
     ['testAB', 'test', 'testA', 'testB']
@@ -67,8 +81,18 @@ def splits_of(name: str, letters: bool) -> list[str]:
     return list(dict.fromkeys([name, "test", *(f"test{letter}" for letter in name[len("test") :])]))
 
 
+def check_ref(ref: Any, where: str) -> dict[str, Any]:
+    """Return a ref whose fields have the right types. Raises ValueError otherwise."""
+    expect(ref, where, **REF)
+    for _ in entries(ref, "sentences", where, sent=str):
+        pass
+    if not re.fullmatch(r"\w{1,64}", ref["split"]) or ref["split"] == "all":  # what `datasets` accepts
+        raise ValueError(f"{where}: split is {short_repr(ref['split'])}; it must be a word of letters and digits.")
+    return ref
+
+
 class ReferringBuilder(RowBuilder):
-    """One row per picture of a split, with the sentences of all its refs in the order of the file."""
+    """One row per image of a split, with the sentences of all its refs in the order of the file."""
 
     @property
     def layout(self) -> Layout:
@@ -80,110 +104,123 @@ class ReferringBuilder(RowBuilder):
 
     @property
     def refs_path(self) -> Path:
-        found = [self.folder / name for name in self.layout.refs if (self.folder / name).exists()]
-        wanted = " or ".join(self.layout.refs)
-        return found[0] if found else require(self.folder / self.layout.refs[0], f"the refs of {self.title}: {wanted}")
+        paths = [self.folder / name for name in self.layout.refs]
+        purpose = f"the refs of {self.title}: {' or '.join(self.layout.refs)}"
+        return next((path for path in paths if path.exists()), None) or require(paths[0], purpose)
 
     def files(self) -> list[Path]:
         files = [self.refs_path, require(self.folder / "instances.json", f"the annotations of {self.title}")]
-        if len(self.layout.pictures) > 1:  # the stored paths depend on which folder holds which picture
-            files += [self.root / place for place in self.layout.pictures if (self.root / place).is_dir()]
+        if len(self.layout.images) > 1:  # the paths in the rows depend on the folder that holds an image
+            files += [self.root / place for place in self.layout.images if (self.root / place).is_dir()]
         return files
 
     @cached_property
     def refs(self) -> dict[str, dict[Any, list[dict]]]:
-        """Split -> image id -> refs in the order of the file."""
+        """{split: {image id: refs in the order of the file}}."""
         path = self.refs_path
         records = read_json(path) if path.suffix == ".json" else read_plain_pickle(path)
         if not isinstance(records, list):
             raise ValueError(f"{path} must hold a list of refs, got {type(records).__name__}; download it again.")
         refs: dict[str, dict[Any, list[dict]]] = {}
         for number, record in enumerate(records):
-            where = f"{path}: record {number}"
-            expect(record, where, **REF)
-            for _ in entries(record, "sentences", where, sent=str):
-                pass
-            if not re.fullmatch(r"\w{1,64}", record["split"]) or record["split"] == "all":  # as `datasets` wants them
-                raise ValueError(
-                    f"{where}: split is {shown(record['split'])}; it must be a word of letters and digits."
-                )
-            for split in splits_of(record["split"], self.layout.letters):
-                refs.setdefault(split, {}).setdefault(record["image_id"], []).append(record)
+            if self.attempt(check_ref, record, f"{path}: record {number}") is not None:
+                for split in splits_of(record["split"], self.layout.letters):
+                    refs.setdefault(split, {}).setdefault(record["image_id"], []).append(record)
+        if not records:
+            raise ValueError(f"{path} has no refs, so {self.title} has no split; download it again.")
         return refs
 
     @cached_property
     def instances(self) -> tuple[dict[Any, dict], dict[Any, dict]]:
-        """Image id -> image record, annotation id -> annotation record of instances.json."""
+        """{image id: image record} and {annotation id: annotation record} of instances.json."""
         path = self.folder / "instances.json"
         content = read_json(path)
-        images = {record["id"]: record for _, record in entries(content, "images", str(path), **IMAGE)}
+        images = self.by_id(self.entries(content, "images", str(path), **IMAGE), "file_name")
         kinds: Kinds = {"id": (int, str), "segmentation": object}
-        return images, {record["id"]: record for _, record in entries(content, "annotations", str(path), **kinds)}
+        return images, self.by_id(self.entries(content, "annotations", str(path), **kinds), "image_id")
 
     @cached_property
-    def pictures(self) -> dict[str, Path]:
-        """File name -> path, where a set's pictures may lie in several folders."""
-        found: dict[str, Path] = {}
-        for place in self.layout.pictures:
+    def image_folders(self) -> dict[str, Path]:
+        """{file name: folder}, for a set whose images may lie in several folders."""
+        folders: dict[str, Path] = {}
+        for place in self.layout.images:
             if (self.root / place).is_dir():
                 for path in (self.root / place).iterdir():
-                    found.setdefault(path.name, path)
-        return found
+                    folders.setdefault(path.name, path.parent)
+        return folders
 
-    def picture(self, image: dict[str, Any]) -> str:
-        folder = self.root / self.layout.pictures[0]
-        if len(self.layout.pictures) > 1 and image["file_name"] in self.pictures:
-            folder = self.pictures[image["file_name"]].parent
-        return picture_of(image, folder, str(self.folder / "instances.json"))
+    def find_image(self, image: dict[str, Any]) -> str:
+        """Return the path of an image of instances.json."""
+        folder = self.root / self.layout.images[0]
+        if len(self.layout.images) > 1:
+            folder = self.image_folders.get(image["file_name"], folder)
+        return image_path(image, folder, str(self.folder / "instances.json"))
 
     def split_names(self) -> list[str]:
         return list(self.refs)
 
     def mask_of(self, ref: dict, image: dict, cache: dict) -> tuple[dict, int]:
-        """The union of a ref's annotations and how many there are."""
+        """Return the union of a ref's annotations, and their number. `cache` keeps the masks of one image."""
         ids = ref["ann_id"] if isinstance(ref["ann_id"], (list, tuple)) else [ref["ann_id"]]
         if wrong := [number for number in ids if not isinstance(number, (int, str))]:
             raise ValueError(
-                f"{self.refs_path}: ref {shown(ref['ref_id'])} names annotation {shown(wrong[0])}, no number."
+                f"{self.refs_path}: ref {short_repr(ref['ref_id'])} names annotation {short_repr(wrong[0])}, not an id."
             )
-        ids = [number for number in ids if number != -1]  # gRefCOCO writes "no target" as [-1], Ref-ZOM as []
-        for number in ids:
-            if number in cache:
-                continue
-            if number not in self.instances[1]:
-                raise ValueError(
-                    f"{self.refs_path}: ref {ref['ref_id']} names annotation {number!r}, which "
-                    f"{self.folder / 'instances.json'} does not have; take both files from one release."
-                )
-            with at(f"{self.folder / 'instances.json'}: annotation {number!r}"):
-                segmentation = self.instances[1][number]["segmentation"]
-                cache[number] = segmentation_to_rle(segmentation, image["height"], image["width"])
-        if not ids:
+        present = [number for number in ids if number != -1]  # gRefCOCO writes "no target" as [-1], Ref-ZOM as []
+        if present and len(present) < len(ids):
+            raise ValueError(f"{self.refs_path}: ref {ref['ref_id']} names no target (-1) and annotations {present}.")
+        for number in present:
+            if number not in cache:
+                cache[number] = self.annotation_mask(number, ref, image)
+        if not present:
             return empty_mask(image["height"], image["width"]), 0
-        try:
-            return merge_masks([cache[number] for number in ids]), len(ids)
-        except ValueError as error:
-            raise ValueError(f"{self.refs_path}: ref {ref['ref_id']} names annotations {ids}: {error}") from None
+        return merge_masks([cache[number] for number in present]), len(present)
+
+    def annotation_mask(self, number: int | str, ref: dict, image: dict) -> dict:
+        """Return the mask of an annotation. Raises ValueError if it is not of this image, or has no mask."""
+        path = self.folder / "instances.json"
+        annotation = self.instances[1].get(number)
+        if annotation is None:
+            raise ValueError(
+                f"{self.refs_path}: ref {ref['ref_id']} names annotation {number!r}, which {path} does not have; take both "
+                f"files from one release."
+            )
+        with at(f"{path}: annotation {number!r}"):
+            if annotation.get("image_id", image["id"]) != image["id"]:
+                raise ValueError(
+                    f"it is of image {annotation['image_id']!r}, but ref {ref['ref_id']} names it for image "
+                    f"{image['id']!r}; take both files from one release."
+                )
+            check_annotation(annotation)
+            return segmentation_to_rle(annotation["segmentation"], image["height"], image["width"])
 
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
-        images = self.instances[0]
         for image_id, refs in sorted(self.refs[split].items(), key=lambda item: (isinstance(item[0], str), item[0])):
-            image = images.get(image_id)
-            if image is None:
-                raise ValueError(
-                    f"{self.refs_path}: ref {refs[0]['ref_id']} names picture {image_id!r}, which "
-                    f"{self.folder / 'instances.json'} does not have; take both files from one release."
-                )
-            path = self.picture(image)
-            cache: dict[Any, dict] = {}
-            expressions = []
-            for ref in refs:
+            row = self.attempt(self.row, image_id, refs)
+            if row is not None:
+                yield row
+
+    def row(self, image_id: int | str, refs: list[dict]) -> dict[str, Any]:
+        """Return the row of an image with all its refs of one split."""
+        image = self.instances[0].get(image_id)
+        if image is None:
+            raise ValueError(
+                f"{self.refs_path}: ref {refs[0]['ref_id']} names image {image_id!r}, which "
+                f"{self.folder / 'instances.json'} does not have; take both files from one release."
+            )
+        path = self.find_image(image)
+        with at(f"{self.folder / 'instances.json'}: image {image_id!r}"):
+            check_image_size(path, (image["height"], image["width"]))
+        cache: dict[Any, dict] = {}
+        expressions = []
+        for ref in refs:
+            with self.collecting():
                 mask, num_targets = self.mask_of(ref, image, cache)
                 expressions += [expression(sentence["sent"], mask, num_targets) for sentence in ref["sentences"]]
-            yield {
-                "image": {"path": path, "bytes": None},
-                "image_id": str(image_id),
-                "height": image["height"],
-                "width": image["width"],
-                "expressions": expressions,
-            }
+        return {
+            "image": {"path": path, "bytes": None},
+            "image_id": str(image_id),
+            "height": image["height"],
+            "width": image["width"],
+            "expressions": expressions,
+        }

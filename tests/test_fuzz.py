@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data_scripts
-from data_scripts.schema import check_rle
+from data_scripts.masks import check_rle
 
 EXAMPLES = 200
 

@@ -37,7 +37,7 @@ def test_kept_lora_gives_the_outputs_of_merged_lora(original, tmp_path):
     from peft import PeftModel
 
     from trainers.arguments import ModelArguments
-    from trainers.runs import load_model
+    from trainers.loading import load_model
 
     torch.save(peft_names(original), tmp_path / "gsva.bin")
     run(original, tmp_path / "gsva.bin", tmp_path / "merged")
