@@ -1,4 +1,4 @@
-"""Every data set that GSVA is trained and evaluated on, in one schema (see `schema.py`).
+"""All data sets that GSVA is trained and evaluated on, in one schema (`schema.py`).
 
 >>> import data_scripts
 >>> rows = data_scripts.load("grefcoco", data_dir="dataset", split="val")  # doctest: +SKIP
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .builder import RowBuilder
 
-# name -> module and builder class; a module is imported when one of its data sets is asked for
+# name -> module and builder class; a module is imported when one of its data sets is loaded
 BUILDERS = {
     **dict.fromkeys(
         ("refclef", "refcoco", "refcoco+", "refcocog", "grefcoco", "refzom"), ("referring", "ReferringBuilder")
@@ -32,12 +32,12 @@ BUILDERS = {
     "llava_instruct_150k": ("vqa", "ConversationBuilder"),
     "own": ("own", "OwnBuilder"),
 }
-# made in memory, from options instead of files
+# data sets drawn from options instead of read from files
 GENERATED = {"shapes": ("shapes", "load")}
 
 
 def names() -> list[str]:
-    """The data sets that `load` knows."""
+    """Return the names of the data sets that `load` accepts."""
     return [*BUILDERS, *GENERATED]
 
 
@@ -53,15 +53,15 @@ def load(
     num_proc: int | None = None,
     **options: Any,
 ) -> datasets.Dataset:
-    """Rows of one split of a data set, memory-mapped from Arrow files that the first call builds.
+    """Return the rows of one split of a data set, memory-mapped from Arrow files that the first call writes.
 
     Args:
-        name: One of `names()`, or the folder or Hub id, with a slash, of a set written by `data_scripts.publish`.
+        name: One of `names()`, or the folder or Hub id (with a slash) of a set written by `data_scripts.publish`.
         data_dir: The folder that holds the original's tree (`refer_seg/`, `coco/`, `ade20k/`, ...).
         split: A split that the data set's files hold, or several ("train+val"), or a slice ("train[:100]").
-        cache_dir: Where the Arrow files go; by default the cache of `datasets`.
-        num_proc: Processes that share the first build of a set of label maps.
-        options: What a generated data set takes (`shapes`: size, seed); others take none.
+        cache_dir: The folder of the Arrow files; by default the cache of `datasets`.
+        num_proc: The number of processes that share the first build of a set of label maps.
+        options: Options of a generated data set (`shapes`: size, seed, task); others have none.
 
     Raises:
         ValueError: The name or the split does not exist (the message lists those that do), or a record is wrong.
@@ -71,9 +71,11 @@ def load(
         common = {"cache_dir": cache_dir, "num_proc": num_proc}
         options.update({key: value for key, value in common.items() if value is not None})
         generate = _get(GENERATED[name])
-        known = signature(generate).parameters
-        if unknown := [option for option in options if option not in known]:
-            raise ValueError(f"{name!r} takes no option {', '.join(unknown)}; its options are {', '.join(known)}.")
+        parameters = signature(generate).parameters
+        if unknown := [option for option in options if option not in parameters]:
+            raise ValueError(
+                f"{name!r} takes no option {', '.join(unknown)}; its options are {', '.join(parameters)}."
+            )
         return generate(split=split, **options)
     if options:
         raise ValueError(f"{name!r} takes no option {', '.join(options)}.")
@@ -95,19 +97,19 @@ def _load_published(name: str, split: str, cache_dir: str | None) -> datasets.Da
             f"write it with `python -m data_scripts.publish`."
         )
     for chunk in rows.data.column("image").chunks:
-        # a path without bytes is one of this machine, whoever wrote it
+        # A path without bytes would be opened on this machine, whoever wrote it.
         if pyarrow.compute.any(
             pyarrow.compute.and_(chunk.field("bytes").is_null(), chunk.field("path").is_valid())
         ).as_py():
             raise ValueError(
-                f"{name} names pictures by their paths instead of holding them; write it with "
+                f"{name} names images by their paths instead of holding them; write it with "
                 f"`python -m data_scripts.publish`, or load it from its folder with name='own'."
             )
     return rows
 
 
 def load_builder(name: str, data_dir: str | os.PathLike | None, cache_dir: str | None = None) -> RowBuilder:
-    """The builder behind `load`, for building, publishing or asking for its splits. Raises what `load` does."""
+    """Return the builder behind `load`, to build, to publish or to list splits. Raises the errors of `load`."""
     if name not in BUILDERS:
         raise ValueError(
             f"There is no data set {name!r}; the names are {', '.join(names())}, or the path or Hub id, with a slash, "

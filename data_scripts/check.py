@@ -1,10 +1,10 @@
-"""Say which data sets are complete and what is missing, before anyone waits for a training run.
+"""Report which data sets are complete and what is missing, before a training run.
 
     python -m data_scripts.check DATA_DIR [NAME ...] [--open]
 
-Builds each data set (a training run then finds it built) and looks for every picture; with --open every picture is also
-decoded and its size compared with its annotations. Without names: every data set of which DATA_DIR holds a part.
-Exits with 1 when one that was named, or of which a part is there, is not complete.
+The command builds each data set, which a training run then finds built, and looks for every image. With --open it also
+decodes every image and compares its size with the annotations. Without names it checks every data set of which DATA_DIR
+holds a part. It exits with 1 if one of them is not complete.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from datasets import Image
 from tqdm import tqdm
 
 from . import BUILDERS, load_builder
-from .transforms import PictureError, read_image
+from .images import PictureError, read_image
 
-# the first folder of each data set: if it is not there, the data set is not wanted rather than incomplete
+# the first folder of each data set; without it, the data set counts as not there instead of incomplete
 ROOTS = {
     **{name: f"refer_seg/{name}" for name in ("refclef", "refcoco", "refcoco+", "refcocog", "grefcoco", "refzom")},
     "ade20k": "ade20k",
@@ -37,7 +37,7 @@ ROOTS = {
 
 @dataclass
 class Finding:
-    """What is there of a data set, and what is wrong with it."""
+    """The contents of a data set, and its problems."""
 
     name: str
     splits: dict[str, int] = field(default_factory=dict)
@@ -53,16 +53,14 @@ class Finding:
         return "\n    ".join(lines + self.problems)
 
 
-def check(
-    name: str, data_dir: str | os.PathLike, open_pictures: bool = False, cache_dir: str | None = None
-) -> Finding:
-    """Build one data set and look for its pictures.
+def check(name: str, data_dir: str | os.PathLike, open_images: bool = False, cache_dir: str | None = None) -> Finding:
+    """Build one data set and look for its images.
 
     Args:
         name: See `data_scripts.names()`.
         data_dir: See `data_scripts.load`.
-        open_pictures: Whether to decode every picture and to compare its size with its annotations.
-        cache_dir: Where the Arrow files go.
+        open_images: Whether to decode every image and to compare its size with its annotations.
+        cache_dir: The folder of the Arrow files.
     """
     finding = Finding(name)
     try:
@@ -82,31 +80,31 @@ def check(
             if image is None or image["path"] in seen:
                 continue
             seen.add(image["path"])
-            if open_pictures:
+            if open_images:
                 try:
                     read_image(image, (row["height"], row["width"]) if "height" in row else None)
                 except PictureError as error:
                     bad[image["path"]] = str(error)
             elif image["bytes"] is None and not os.path.exists(image["path"]):
-                bad[image["path"]] = f"The picture {image['path']} is missing."
+                bad[image["path"]] = f"The image {image['path']} is missing."
     if bad:
-        finding.problems.append(f"{len(bad)} of {len(seen)} pictures are missing or wrong, the first:")
+        finding.problems.append(f"{len(bad)} of {len(seen)} images are missing or wrong, the first:")
         finding.problems.extend(list(bad.values())[:3])
     return finding
 
 
 def find(data_dir: str | os.PathLike) -> list[str]:
-    """The data sets of which a folder holds a part."""
-    there = [name for name, root in ROOTS.items() if (Path(data_dir) / root).exists()]
-    suffixes = (".jsonl", ".parquet") if there else (".jsonl", ".parquet", ".json")
-    return there + ["own"] * any(path.suffix in suffixes for path in Path(data_dir).iterdir())
+    """Return the data sets of which a folder holds a part."""
+    names = [name for name, root in ROOTS.items() if (Path(data_dir) / root).exists()]
+    suffixes = (".jsonl", ".parquet") if names else (".jsonl", ".parquet", ".json")
+    return names + ["own"] * any(path.suffix in suffixes for path in Path(data_dir).iterdir())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_scripts.check", description=__doc__.split("\n")[0])
     parser.add_argument("data_dir")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BUILDERS)}")
-    parser.add_argument("--open", action="store_true", help="decode every picture")
+    parser.add_argument("--open", action="store_true", help="decode every image")
     parser.add_argument("--cache_dir")
     arguments = parser.parse_args(argv)
     if not os.path.isdir(arguments.data_dir):

@@ -1,20 +1,20 @@
-"""Training sets: map-style, and a pure function of the index, so that workers, ranks and resumed runs agree.
+"""Map-style training sets whose items depend on the index alone, so that workers, ranks and resumed runs agree.
 
-Item `epoch * len(dataset) + i` is item `i` as epoch `epoch` words it: a sampler that counts on from epoch to epoch
-(`trainers`) gets new sentences in every epoch and the same ones in every run.
+Item `epoch * len(dataset) + i` is item `i` in the wording of epoch `epoch`. A sampler that keeps counting from epoch to
+epoch (`trainers`) gets new sentences in every epoch and the same sentences in every run.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from .images import PictureError
 from .transforms import (
     ConversationTransform,
     Draws,
     Example,
-    PictureError,
     ReasoningTransform,
     ReferringTransform,
     SemanticTransform,
@@ -23,7 +23,7 @@ from .transforms import (
 
 logger = logging.getLogger(__name__)
 
-# family -> (the original's rate, transform, the original's data sets); see main.py of LeapLabTHU/GSVA at 618dc79
+# family -> (the original's rate, transform, the original's data sets); main.py of LeapLabTHU/GSVA at 618dc79
 FAMILIES: dict[str, tuple[float, type[Transform], tuple[str, ...]]] = {
     "sem_seg": (9, SemanticTransform, ("ade20k", "cocostuff", "mapillary", "paco_lvis", "pascal_part")),
     "refer_seg": (3, ReferringTransform, ("refclef", "refcoco", "refcoco+", "refcocog")),
@@ -32,8 +32,8 @@ FAMILIES: dict[str, tuple[float, type[Transform], tuple[str, ...]]] = {
 }
 
 
-class _Indexed:
-    """A sequence whose item is found by drawing until there is something to ask for, within bounds."""
+class _DrawnExamples:
+    """A sequence of examples. Rows are drawn for an item until one has something to ask for, `max_redraws` times."""
 
     def __init__(self, length: int, seed: int, max_redraws: int):
         self.length, self.seed, self.max_redraws = length, seed, max_redraws
@@ -49,34 +49,41 @@ class _Indexed:
             raise IndexError(f"Items are numbered epoch * {self.length} + i from 0, got {index}.")
         epoch, i = divmod(int(index), self.length)
         draws = Draws(self.seed, epoch, i)
-        draw = self.source(i, draws)
-        for _ in range(self.max_redraws + 1):
-            example = draw()
+        source = self.source_of(draws)
+        for attempt in range(self.max_redraws + 1):
+            example = self.attempt(i, attempt, source, draws)
             if example is not None:
                 return example
         raise ValueError(
-            f"Item {index}: none of {self.max_redraws + 1} pictures had anything to ask for; check the data with "
-            f"`python -m data_scripts.check`, or let questions be about absent things only (all_absent=True)."
+            f"Item {index}: none of {self.max_redraws + 1} images had anything to ask for; check the data with "
+            f"`python -m data_scripts.check`, or allow questions about absent things only (all_absent=True)."
         )
 
-    def source(self, i: int, draws: Draws) -> Callable[[], Example | None]:
-        """A function that tries once to make item `i`."""
+    def source_of(self, draws: Draws) -> Any:
+        """Draw what stays the same in all attempts to make an item; nothing by default."""
+        return None
+
+    def attempt(self, i: int, attempt: int, source: Any, draws: Draws) -> Example | None:
+        """Try to make item `i`; `attempt` counts from 0. Returns None if the row has nothing to ask for."""
         raise NotImplementedError
 
 
-class TrainingDataset(_Indexed):
+class TrainingDataset(_DrawnExamples):
     """Every row of a data set once per epoch.
 
-    A row with nothing to ask for (no expression, or only absent ones) gives its place to another, drawn at random:
-    the original takes the first row instead, again and again (Q18).
+    A row with nothing to ask for (no expression, or only absent ones) is replaced by another row drawn at random. The
+    original always takes the first row instead (Q18).
 
     Args:
-        rows: Rows as `data_scripts.load` gives them, or any sequence of such dicts.
-        transform: Makes an example of a row; see `transforms.py`.
-        seed: A number from 0.
-        max_redraws: How many other rows to try before giving up.
+        rows: Rows from `data_scripts.load`, or any sequence of such dicts.
+        transform: Makes an example from a row; see `transforms.py`.
+        seed: A whole number, 0 or more.
+        max_redraws: The number of other rows to try before an error.
         on_bad_image: "raise" a `PictureError` that names the file, or "skip" the row for another, with a warning.
             `skipped` counts the skips of this process.
+
+    Raises:
+        ValueError: There are no rows, or `on_bad_image` has another value.
     """
 
     def __init__(
@@ -91,7 +98,7 @@ class TrainingDataset(_Indexed):
             raise ValueError(f"on_bad_image must be 'raise' or 'skip', got {on_bad_image!r}.")
         if not len(rows):
             raise ValueError("There are no rows to train on.")
-        if hasattr(rows, "cast_column"):  # the picture is read only once it is known that it is wanted (Q45)
+        if hasattr(rows, "cast_column"):  # an image is decoded only if the question needs it (Q45)
             from datasets import Image
 
             rows = rows.cast_column("image", Image(decode=False))
@@ -100,7 +107,7 @@ class TrainingDataset(_Indexed):
         super().__init__(len(rows), seed, max_redraws)
 
     def example(self, i: int, draws: Draws) -> Example | None:
-        """Row `i` as `draws` words it; None when it has nothing to ask for, or was skipped."""
+        """Return row `i` as an example, or None if it has nothing to ask for or was skipped."""
         try:
             return self.transform.example(self.rows[i], draws)
         except PictureError as error:
@@ -110,26 +117,24 @@ class TrainingDataset(_Indexed):
             logger.warning("Skipped (%d so far in this process): %s", self.skipped, error)
             return None
 
-    def source(self, i: int, draws: Draws) -> Callable[[], Example | None]:
-        first = iter([i])
-
-        def draw() -> Example | None:
-            row = next(first, None)
-            return self.example(draws.index(len(self.rows), "row") if row is None else row, draws)
-
-        return draw
+    def attempt(self, i: int, attempt: int, source: Any, draws: Draws) -> Example | None:
+        return self.example(i if attempt == 0 else draws.index(len(self.rows), "row"), draws)
 
 
-class Mixture(_Indexed):
-    """Families of data sets drawn at given rates: first a family, then evenly a data set in it, then evenly a row.
+class Mixture(_DrawnExamples):
+    """Families of data sets drawn at given rates: first a family, then one of its data sets, then a row of it.
 
-    Drawing again stays within the family, which keeps the rates.
+    Data sets of a family, and rows of a data set, are drawn with equal chance. Further attempts stay in the family, which
+    keeps the rates.
 
     Args:
-        families: Name -> (rate, its training sets). Rates are relative.
+        families: Name -> (rate, training sets). Rates are relative.
         length: Items per epoch.
-        seed: A number from 0.
-        max_redraws: How many other rows to try before giving up.
+        seed: A whole number, 0 or more.
+        max_redraws: The number of other rows to try before an error.
+
+    Raises:
+        ValueError: No family or item, or a family with a rate of 0 or without data sets.
     """
 
     def __init__(
@@ -148,18 +153,16 @@ class Mixture(_Indexed):
         self.sources = [list(sources) for _, sources in families.values()]
         super().__init__(length, seed, max_redraws)
 
-    def source(self, i: int, draws: Draws) -> Callable[[], Example | None]:
-        family = self.sources[draws.weighted(self.rates, "family")]
+    def source_of(self, draws: Draws) -> list[TrainingDataset]:
+        return self.sources[draws.weighted(self.rates, "family")]
 
-        def draw() -> Example | None:
-            source = family[draws.index(len(family), "data set")]
-            return source.example(draws.index(len(source), "row"), draws)
-
-        return draw
+    def attempt(self, i: int, attempt: int, source: list[TrainingDataset], draws: Draws) -> Example | None:
+        dataset = source[draws.index(len(source), "data set")]
+        return dataset.example(draws.index(len(dataset), "row"), draws)
 
 
 def family_of(name: str) -> str:
-    """The family of a data set; what is in none of the original's lists is a referring set."""
+    """Return the family of a data set. Sets that are in none of the original's lists are referring sets."""
     return next((family for family, (_, _, names) in FAMILIES.items() if name in names), "refer_seg")
 
 
@@ -174,15 +177,18 @@ def load_mixture(
     cache_dir: str | None = None,
     transforms: Mapping[str, Transform] | None = None,
 ) -> Mixture:
-    """The original's mixture, or part of it; nothing is loaded that is not asked for.
+    """Load the original's mixture, or part of it. Only the data sets asked for are loaded.
 
     Args:
         data_dir: See `data_scripts.load`.
-        datasets: Family -> names of its data sets; by default the original's thirteen less grefcoco and refzom.
+        datasets: Family -> names of its data sets; by default the original's thirteen without grefcoco and refzom.
         rates: Family -> rate; by default the original's 9, 3, 3, 1.
         length: Items per epoch.
-        transforms: Family -> transform, where the default one (the original's wording, three expressions) is not meant.
+        transforms: Family -> transform, to replace the default (the original's wording, three expressions).
         seed, split, on_bad_image, cache_dir: As for `TrainingDataset` and `data_scripts.load`.
+
+    Raises:
+        ValueError: A family does not exist; else the errors of `data_scripts.load`.
     """
     from . import load
 

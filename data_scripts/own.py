@@ -1,12 +1,11 @@
-"""Your own pictures and expressions, from a folder with one annotation file per split.
+"""Your own images and expressions, from a folder with one annotation file per split.
 
-    DATA_DIR/train.jsonl, DATA_DIR/val.jsonl, ...     one picture per line (or .parquet with the same columns):
+    DATA_DIR/train.jsonl, DATA_DIR/val.jsonl, ...     one image per line (or .parquet with the same columns):
         {"image": "cats/1.jpg", "expressions": [{"text": "the left cat", "mask": ...}, ...]}
     DATA_DIR/train.json                               or COCO: images, annotations with a "caption" each
 
-A mask is a polygon `[x0, y0, x1, y1, ...]` in pixels or a list of them, a COCO run-length encoding, the path of a PNG
-whose non-zero pixels are the target, or null for an expression that names nothing in the picture. Paths are relative to
-DATA_DIR.
+A mask is a polygon `[x0, y0, x1, y1, ...]` in pixels or a list of polygons, a COCO run-length encoding, the path of a
+PNG whose non-zero pixels are the target, or null for an expression that has no target. Paths are relative to DATA_DIR.
 """
 
 from __future__ import annotations
@@ -19,14 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from .builder import RowBuilder, at, entries, inside, parse_json, read_json
-from .schema import empty_mask, encode_mask, expression, mask_area, merge_masks, segmentation_to_rle, shown
-from .transforms import open_image, read_image
+from .builder import RowBuilder
+from .images import open_image, read_image
+from .masks import empty_mask, encode_mask, mask_area, merge_masks, segmentation_to_rle
+from .records import at, entries, inside, parse_json, read_json, short_repr
+from .schema import expression
 
-Record = tuple[str, dict[str, Any]]  # where it stands, and what it says
+Record = tuple[str, dict[str, Any]]  # its place in a file, and its content
 
 EXAMPLE = '{"image": "a.jpg", "expressions": [{"text": "the left cat", "mask": [10, 10, 90, 10, 90, 80]}]}'
-# fields of an expression that may be left out, beside its masks
+# optional fields of an expression: type, and its description in errors
 OPTIONAL: dict[str, tuple[type, str]] = {
     "num_targets": (int, "a whole number of annotations"),
     "is_sentence": (bool, "true or false"),
@@ -58,7 +59,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
 
 def _read_coco(path: Path) -> Iterator[Record]:
-    """COCO's images with one expression per distinct caption; annotations that share a caption are one expression."""
+    """Yield the images of a COCO file with one expression per caption, which several annotations may share."""
     content = read_json(path)
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
         raise ValueError(
@@ -67,9 +68,9 @@ def _read_coco(path: Path) -> Iterator[Record]:
     images = [image for _, image in entries(content, "images", str(path), id=(int, str), file_name=str)]
     captions: dict[Any, dict[str, list]] = {image["id"]: {} for image in images}
     for _, annotation in entries(content, "annotations", str(path), image_id=(int, str)):
-        where = f"{path}, annotation {shown(annotation.get('id'))}"
+        where = f"{path}, annotation {short_repr(annotation.get('id'))}"
         if annotation["image_id"] not in captions:
-            raise ValueError(f"{where}: there is no picture with id {annotation['image_id']!r}; add it to images.")
+            raise ValueError(f"{where}: there is no image with id {annotation['image_id']!r}; add it to images.")
         texts = annotation.get("caption")
         named = [texts] if isinstance(texts, str) else texts
         if not texts or not isinstance(named, list) or not all(isinstance(text, str) for text in named):
@@ -80,29 +81,30 @@ def _read_coco(path: Path) -> Iterator[Record]:
         expressions = [
             {"text": text, "masks": [mask for mask in masks if mask]} for text, masks in captions[image["id"]].items()
         ]
-        yield f"{path}, picture {image['id']!r}", {"image": image["file_name"], "expressions": expressions}
+        yield f"{path}, image {image['id']!r}", {"image": image["file_name"], "expressions": expressions}
 
 
 READERS = {".jsonl": _read_lines, ".parquet": _read_parquet, ".json": _read_coco}
 
 
 class OwnBuilder(RowBuilder):
-    """One row per picture of an annotation file; the file's stem is the split (letters, digits and _)."""
+    """One row per image of an annotation file. The file's stem is the split (letters, digits and _)."""
 
     @cached_property
     def annotation_files(self) -> dict[str, Path]:
-        found: dict[str, Path] = {}
+        """{split: annotation file}."""
+        files: dict[str, Path] = {}
         for path in sorted(path for path in self.root.iterdir() if path.suffix in READERS):
-            split = re.sub(r"\W", "_", path.stem)  # `datasets` takes no other characters
-            if split in found:
-                raise ValueError(f"{found[split]} and {path} are both split {split!r}; rename one.")
-            found[split] = path
-        if not found:
+            split = re.sub(r"\W", "_", path.stem)  # `datasets` accepts no other characters
+            if split in files:
+                raise ValueError(f"{files[split]} and {path} are both split {split!r}; rename one.")
+            files[split] = path
+        if not files:
             raise FileNotFoundError(
                 f"{self.root} holds no annotation file; write train.jsonl (or .parquet, or .json in COCO's format) "
-                f"there, a line per picture: {EXAMPLE}"
+                f"there, one line per image: {EXAMPLE}"
             )
-        return found
+        return files
 
     def files(self) -> list[Path]:
         _ = self.annotation_files
@@ -120,7 +122,7 @@ class OwnBuilder(RowBuilder):
                 raise ValueError(f"{where}: {error}") from None
 
     def row(self, record: dict[str, Any]) -> dict[str, Any]:
-        """The row of one record. Raises ValueError, with the fix, where the record is wrong."""
+        """Return the row of one record. Raises ValueError with the fix if the record is wrong."""
         if not isinstance(record, dict) or not isinstance(record.get("expressions"), list):
             raise ValueError(f"a record needs an 'image' and a list 'expressions', as in {EXAMPLE}")
         if "image" not in record:
@@ -137,9 +139,9 @@ class OwnBuilder(RowBuilder):
         for number, entry in enumerate(record["expressions"]):
             with at(f"expression {number}"):
                 expressions.append(self.expression(entry, height, width))
-        image_id = record.get("image_id", Path(image["path"] or "picture").stem)
+        image_id = record.get("image_id", Path(image["path"] or "image").stem)
         if not isinstance(image_id, (str, int)):
-            raise ValueError(f"its image_id is {shown(image_id)}; give a text or a number, or leave it out.")
+            raise ValueError(f"its image_id is {short_repr(image_id)}; give a text or a number, or leave it out.")
         return {
             "image": image,
             "image_id": str(image_id),
@@ -149,21 +151,22 @@ class OwnBuilder(RowBuilder):
         }
 
     def expression(self, entry: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+        """Return one expression of a record. Raises ValueError with the fix if it is wrong."""
         if not isinstance(entry, dict) or "text" not in entry or not {"mask", "masks"} & entry.keys():
             missing = [name for name in ("text", "mask") if not isinstance(entry, dict) or name not in entry]
             raise ValueError(f"it lacks {missing[0]!r}; it must be as in {EXAMPLE}")
         text = entry["text"]
         if not isinstance(text, str) or not text.strip(" ."):
-            raise ValueError(f"its text is {shown(text)}; give it words or take it out.")
+            raise ValueError(f"its text is {short_repr(text)}; give it words or take it out.")
         for name, (kind, meaning) in OPTIONAL.items():
             value = entry.get(name)
             if value is not None and (
                 not isinstance(value, kind) or (isinstance(value, int) and not 0 <= value < 2**31)
             ):
-                raise ValueError(f"its {name} is {shown(value)}; give {meaning}, or leave it out.")
+                raise ValueError(f"its {name} is {short_repr(value)}; give {meaning}, or leave it out.")
         masks = entry["masks"] if "masks" in entry else [entry["mask"]]
         if not isinstance(masks, list):
-            raise ValueError(f"its masks are {shown(masks)}; give a list.")
+            raise ValueError(f"its masks are {short_repr(masks)}; give a list.")
         masks = [self.mask(mask, height, width) for mask in masks if mask is not None]
         ignore = entry.get("ignore_mask")
         return expression(
@@ -177,24 +180,24 @@ class OwnBuilder(RowBuilder):
         )
 
     def mask(self, mask: Any, height: int, width: int) -> dict[str, Any]:
-        """The encoding of a mask in any form. Raises ValueError when it is empty or of another size."""
-        if isinstance(mask, str) and mask.lstrip()[:1] in ("[", "{"):  # a parquet column holds one type only
-            mask = parse_json(mask, f"its mask {shown(mask)}", "correct it.")
+        """Return the encoding of a mask in any form. Raises ValueError if it is empty or of another size."""
+        if isinstance(mask, str) and mask.lstrip()[:1] in ("[", "{"):  # a parquet column holds one type
+            mask = parse_json(mask, f"its mask {short_repr(mask)}", "correct it.")
         if isinstance(mask, str):
             try:
                 with open_image(inside(self.root, mask)) as file:
                     array = np.array(file)
             except (OSError, SyntaxError) as error:
-                raise ValueError(f"its mask {mask!r} cannot be read ({error}); make the file anew.") from None
+                raise ValueError(f"its mask {mask!r} cannot be read ({error}); save the file again.") from None
             rle = encode_mask(np.any(array, axis=2) if array.ndim == 3 else array)
         else:
             flat = isinstance(mask, list) and bool(mask) and not isinstance(mask[0], (list, dict))
             rle = segmentation_to_rle([mask] if flat else mask, height, width)
         if rle["size"] != [height, width]:
-            raise ValueError(f"its mask is {rle['size']} (height, width), its picture {[height, width]}.")
+            raise ValueError(f"its mask is {rle['size']} (height, width), its image {[height, width]}.")
         if not mask_area(rle) and not (isinstance(mask, dict) and "counts" in mask):
             raise ValueError(
-                f"its mask has no pixel in a picture of {height} x {width} (height x width); polygons are "
-                f"[x0, y0, x1, y1, ...] in pixels, three points or more. Write null if it is not in the picture."
+                f"its mask has no pixel in an image of {height} x {width} (height x width); polygons are "
+                f"[x0, y0, x1, y1, ...] in pixels, three points or more. Write null if it is not in the image."
             )
         return rle

@@ -1,9 +1,9 @@
 """Filled polygons exactly as cv2.fillPoly of OpenCV 4.10.0 draws them.
 
-ReasonSeg's masks are defined by that function on that version, the one that the original pins; 4.11 and later leave
-out edge pixels (DATA_SPEC: 168 of 300 random polygons differ). What it does, without antialiasing: every outline
-segment is clipped to the picture and drawn by Bresenham, and between the edges, followed in 16-bit fixed point, every
-second span of a row is filled.
+ReasonSeg's masks are defined by this function in this version, which the original pins. Versions 4.11 and later leave
+out edge pixels (168 of 300 random polygons differ). Without antialiasing, the function clips every segment of the outline
+to the image and draws it with Bresenham's algorithm; then it follows the edges in 16-bit fixed point and fills every
+second span of a row.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ HALF = 1 << (SHIFT - 1)
 
 
 def _quotient(numerator: int, denominator: int) -> int:
-    """Integer division that drops the fraction, as in C."""
+    """Divide integers and drop the fraction, as C does."""
     quotient = abs(numerator) // abs(denominator)
     return quotient if (numerator < 0) == (denominator < 0) else -quotient
 
 
 def _clip(a: list[int], b: list[int], height: int, width: int) -> bool:
-    """Shorten the segment a-b, in place, to the picture; False when none of it is inside."""
+    """Shorten the segment a-b in place to the image. Returns False if no part of it is inside."""
     right, bottom = width - 1, height - 1
 
     def sides(point: list[int]) -> int:
@@ -45,7 +45,7 @@ def _clip(a: list[int], b: list[int], height: int, width: int) -> bool:
 
 
 def _draw_line(mask: np.ndarray, a: list[int], b: list[int]) -> None:
-    """Bresenham's line from the left end to the right one; exact halves stay on the side of the start."""
+    """Draw Bresenham's line from the left end to the right end. Exact halves stay on the side of the start."""
     if b[0] < a[0]:
         a, b = b, a
     dx, dy = b[0] - a[0], abs(b[1] - a[1])
@@ -58,7 +58,7 @@ def _draw_line(mask: np.ndarray, a: list[int], b: list[int]) -> None:
 
 
 def fill_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The uint8 mask (height, width) of 0 and 1 inside and on a closed polygon of integer points (n, 2) as (x, y).
+    """Return the uint8 mask (height, width): 1 inside and on a closed polygon of integer points (n, 2) as (x, y).
 
     >>> fill_polygon(np.array([[1, 0], [3, 0], [3, 1]]), 3, 5).tolist()
     [[0, 1, 1, 1, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0]]
@@ -73,9 +73,9 @@ def fill_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
             _draw_line(mask, a, b)
         if y0 == y1:
             continue
-        # the edge runs half a pixel further right unless it had to be clipped
+        # An edge that was not clipped runs half a pixel further right.
         half = HALF if inside and (a, b) == ([x0, y0], [x1, y1]) else 0
-        # and follows the clipped segment, where clipping has not left a level one
+        # It follows the clipped segment unless clipping made it horizontal.
         start, end = (a, b) if a[1] != b[1] else ([x0, y0], [x1, y1])
         slope = _quotient((end[0] - start[0]) << SHIFT, end[1] - start[1])
         x, y = start if y0 < y1 else end

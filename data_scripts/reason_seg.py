@@ -1,4 +1,4 @@
-"""ReasonSeg: pictures with outlines and a few implicit questions, some with an explanation in words.
+"""ReasonSeg: images with outlines and a few implicit questions, some with an explanation in words.
 
 DATA_DIR/reason_seg/ReasonSeg/{train,val,test}/*.jpg, a .json beside each
 DATA_DIR/reason_seg/ReasonSeg/explanatory/train.json
@@ -14,17 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from .builder import RowBuilder, entries, expect, inside, parse_json, read_json, require
+from .builder import RowBuilder
+from .images import read_image
+from .masks import encode_mask
 from .polygons import fill_polygon
-from .schema import encode_mask, expression, shown
-from .transforms import read_image
+from .records import entries, expect, inside, parse_json, read_json, require, short_repr
+from .schema import expression
 
 logger = logging.getLogger(__name__)
 TARGET, IGNORE = 1, 255
 
 
 def read_annotation(path: Path) -> dict[str, Any]:
-    """The JSON beside a picture: UTF-8, or cp1252 where it is not (a few of the published files)."""
+    """Read the JSON beside an image: UTF-8, or cp1252 like a few of the published files."""
     content = path.read_bytes()
     try:
         text = content.decode("utf-8")
@@ -35,33 +37,35 @@ def read_annotation(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} is neither UTF-8 nor cp1252 ({error}); download it again.") from None
     record = expect(parse_json(text, str(path)), str(path), shapes=list, text=list, is_sentence=(bool, int))
     if wrong := [one for one in record["text"] if not isinstance(one, str)]:
-        raise ValueError(f"{path}: text must be a list of strings, got {shown(wrong[0])} in it; download it again.")
+        raise ValueError(
+            f"{path}: text must be a list of strings, got {short_repr(wrong[0])} in it; download it again."
+        )
     return {"shapes": record["shapes"], "text": record["text"], "is_sentence": bool(record["is_sentence"])}
 
 
 def draw_shapes(shapes: list[dict], height: int, width: int) -> np.ndarray:
-    """Label map (height, width): 1 on the target, 255 where pixels do not count, 0 elsewhere.
+    """Return a label map (height, width): 1 on the target, 255 on pixels that do not count, 0 elsewhere.
 
-    Larger shapes are painted first; coordinates lose their fraction; shapes labelled "flag" are notes.
+    Larger shapes are painted first. Coordinates lose their fraction. Shapes labelled "flag" are notes.
     """
     drawn = []
     for shape in shapes:
         label = shape["label"].lower()
         if label != "flag" and len(shape["points"]):
             points = np.array(shape["points"], dtype=np.float64)
-            if not (abs(points) < 2**30).all():  # of NaN, too
-                raise ValueError("a point lies beyond any picture")
+            if not (abs(points) < 2**30).all():  # also for NaN
+                raise ValueError("a point lies outside of any image")
             covered = fill_polygon(points.astype(np.int32), height, width) > 0
             drawn.append((int(covered.sum()), covered, IGNORE if "ignore" in label else TARGET))
     labels = np.zeros((height, width), np.uint8)
-    # largest first; of two equally large shapes the later one is painted first, as in the original (Q48)
+    # largest first; of two shapes of one size, the later one is painted first, as in the original (Q48)
     for number in sorted(range(len(drawn)), key=lambda number: (-drawn[number][0], -number)):
         labels[drawn[number][1]] = drawn[number][2]
     return labels
 
 
 class ReasonSegBuilder(RowBuilder):
-    """One row per picture; its texts share one mask and, where there are such pixels, one ignore mask."""
+    """One row per image. Its texts share one mask and, if some pixels do not count, one ignore mask."""
 
     USES = (fill_polygon.__module__,)
 
@@ -74,33 +78,35 @@ class ReasonSegBuilder(RowBuilder):
         return self.folder / "explanatory" / "train.json"
 
     @cached_property
-    def pictures(self) -> dict[str, list[Path]]:
+    def images(self) -> dict[str, list[Path]]:
+        """{split: paths of its images}, without empty splits."""
         require(self.folder, "ReasonSeg's folder with train, val and test")
-        found = {split: sorted((self.folder / split).glob("*.jpg")) for split in ("train", "val", "test")}
-        return {split: paths for split, paths in found.items() if paths}
+        images = {split: sorted((self.folder / split).glob("*.jpg")) for split in ("train", "val", "test")}
+        return {split: paths for split, paths in images.items() if paths}
 
     def files(self) -> list[Path]:
-        pictures = [path for paths in self.pictures.values() for path in paths]
-        if not pictures:
-            require(self.folder / "train", "ReasonSeg's pictures")
+        images = [path for paths in self.images.values() for path in paths]
+        if not images:
+            require(self.folder / "train", "ReasonSeg's images")
             raise FileNotFoundError(f"There are no .jpg files in {self.folder}/train, val or test.")
-        files = [file for path in pictures for file in (path, require(path.with_suffix(".json"), f"for {path.name}"))]
+        files = [file for path in images for file in (path, require(path.with_suffix(".json"), f"for {path.name}"))]
         return files + [path for path in [self.explanations_path] if path.exists()]
 
     @cached_property
     def explanations(self) -> dict[str, str]:
+        """{file name of an image: its explanation}."""
         if not self.explanations_path.exists():
-            logger.warning("%s is missing: no picture has an explanation.", self.explanations_path)
+            logger.warning("%s is missing: no image has an explanation.", self.explanations_path)
             return {}
         path = str(self.explanations_path)
         records = entries({"records": read_json(self.explanations_path)}, "records", path, image=str, outputs=str)
         return {record["image"]: record["outputs"] for _, record in records}
 
     def split_names(self) -> list[str]:
-        return list(self.pictures)
+        return list(self.images)
 
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
-        for path in self.pictures[split]:
+        for path in self.images[split]:
             record = read_annotation(path.with_suffix(".json"))
             width, height = read_image({"path": str(inside(path.parent, path.name)), "bytes": None}).size
             try:

@@ -1,6 +1,6 @@
 """The referring sets in their published layout: refclef, refcoco, refcoco+, refcocog, grefcoco, refzom.
 
-Each is a file of *refs* (which annotations a few sentences name) beside COCO's `instances.json`:
+Each is a file of *refs* (sentences and the annotations that they name) beside COCO's `instances.json`:
 
     DATA_DIR/refer_seg/NAME/{refs(unc).p, instances.json}
     DATA_DIR/refer_seg/images/{mscoco/images/train2014, saiapr_tc-12}/*.jpg
@@ -15,10 +15,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .builder import IMAGE, Kinds, RowBuilder, at, entries, expect, picture_of, read_json, read_plain_pickle, require
-from .schema import empty_mask, expression, merge_masks, segmentation_to_rle, shown
+from .builder import RowBuilder
+from .masks import empty_mask, merge_masks, segmentation_to_rle
+from .records import (
+    IMAGE,
+    Kinds,
+    at,
+    entries,
+    expect,
+    image_path,
+    read_json,
+    read_plain_pickle,
+    require,
+    short_repr,
+)
+from .schema import expression
 
-# the fields of a ref that are read
+# the fields of a ref that this project reads
 REF: Kinds = {
     "ref_id": (int, str),
     "ann_id": (int, str, list, tuple),
@@ -31,11 +44,11 @@ TRAIN2014 = "refer_seg/images/mscoco/images/train2014"
 
 @dataclass(frozen=True)
 class Layout:
-    """Where one referring set keeps its files, relative to `data_dir`."""
+    """The places of a referring set's files, relative to `data_dir`."""
 
-    refs: tuple[str, ...]  # the first that exists is read
-    pictures: tuple[str, ...] = (TRAIN2014,)
-    # refcoco's convention: "test" is every split with that word in its name, "testA" every one with that letter
+    refs: tuple[str, ...]  # the first one that exists is read
+    images: tuple[str, ...] = (TRAIN2014,)
+    # refcoco's convention: "test" is every split with that word in its name, "testA" every split with that letter
     letters: bool = True
 
 
@@ -45,7 +58,7 @@ LAYOUTS = {
     "refcoco+": Layout(("refs(unc).p",)),
     "refcocog": Layout(("refs(umd).p",)),
     "grefcoco": Layout(("grefs(unc).p", "grefs(unc).json"), letters=False),
-    # published as "Ref-ZOM(final).p"; the original wants "Ref_ZOM.p". Its pictures are COCO's of train and val 2014.
+    # published as "Ref-ZOM(final).p", which the original expects as "Ref_ZOM.p"; its images are COCO's train and val 2014
     "refzom": Layout(
         ("Ref_ZOM.p", "Ref-ZOM(final).p"),
         (TRAIN2014, "refer_seg/images/mscoco/images/val2014", "coco/train2014", "coco/val2014"),
@@ -55,7 +68,7 @@ LAYOUTS = {
 
 
 def splits_of(name: str, letters: bool) -> list[str]:
-    """The splits to which a ref marked `name` belongs.
+    """Return the splits to which a ref of split `name` belongs.
 
     >>> splits_of("testAB", letters=True)
     ['testAB', 'test', 'testA', 'testB']
@@ -68,7 +81,7 @@ def splits_of(name: str, letters: bool) -> list[str]:
 
 
 class ReferringBuilder(RowBuilder):
-    """One row per picture of a split, with the sentences of all its refs in the order of the file."""
+    """One row per image of a split, with the sentences of all its refs in the order of the file."""
 
     @property
     def layout(self) -> Layout:
@@ -80,19 +93,19 @@ class ReferringBuilder(RowBuilder):
 
     @property
     def refs_path(self) -> Path:
-        found = [self.folder / name for name in self.layout.refs if (self.folder / name).exists()]
-        wanted = " or ".join(self.layout.refs)
-        return found[0] if found else require(self.folder / self.layout.refs[0], f"the refs of {self.title}: {wanted}")
+        paths = [self.folder / name for name in self.layout.refs]
+        purpose = f"the refs of {self.title}: {' or '.join(self.layout.refs)}"
+        return next((path for path in paths if path.exists()), None) or require(paths[0], purpose)
 
     def files(self) -> list[Path]:
         files = [self.refs_path, require(self.folder / "instances.json", f"the annotations of {self.title}")]
-        if len(self.layout.pictures) > 1:  # the stored paths depend on which folder holds which picture
-            files += [self.root / place for place in self.layout.pictures if (self.root / place).is_dir()]
+        if len(self.layout.images) > 1:  # the paths in the rows depend on the folder that holds an image
+            files += [self.root / place for place in self.layout.images if (self.root / place).is_dir()]
         return files
 
     @cached_property
     def refs(self) -> dict[str, dict[Any, list[dict]]]:
-        """Split -> image id -> refs in the order of the file."""
+        """{split: {image id: refs in the order of the file}}."""
         path = self.refs_path
         records = read_json(path) if path.suffix == ".json" else read_plain_pickle(path)
         if not isinstance(records, list):
@@ -103,9 +116,9 @@ class ReferringBuilder(RowBuilder):
             expect(record, where, **REF)
             for _ in entries(record, "sentences", where, sent=str):
                 pass
-            if not re.fullmatch(r"\w{1,64}", record["split"]) or record["split"] == "all":  # as `datasets` wants them
+            if not re.fullmatch(r"\w{1,64}", record["split"]) or record["split"] == "all":  # what `datasets` accepts
                 raise ValueError(
-                    f"{where}: split is {shown(record['split'])}; it must be a word of letters and digits."
+                    f"{where}: split is {short_repr(record['split'])}; it must be a word of letters and digits."
                 )
             for split in splits_of(record["split"], self.layout.letters):
                 refs.setdefault(split, {}).setdefault(record["image_id"], []).append(record)
@@ -113,7 +126,7 @@ class ReferringBuilder(RowBuilder):
 
     @cached_property
     def instances(self) -> tuple[dict[Any, dict], dict[Any, dict]]:
-        """Image id -> image record, annotation id -> annotation record of instances.json."""
+        """{image id: image record} and {annotation id: annotation record} of instances.json."""
         path = self.folder / "instances.json"
         content = read_json(path)
         images = {record["id"]: record for _, record in entries(content, "images", str(path), **IMAGE)}
@@ -121,30 +134,32 @@ class ReferringBuilder(RowBuilder):
         return images, {record["id"]: record for _, record in entries(content, "annotations", str(path), **kinds)}
 
     @cached_property
-    def pictures(self) -> dict[str, Path]:
-        """File name -> path, where a set's pictures may lie in several folders."""
-        found: dict[str, Path] = {}
-        for place in self.layout.pictures:
+    def image_folders(self) -> dict[str, Path]:
+        """{file name: folder}, for a set whose images may lie in several folders."""
+        folders: dict[str, Path] = {}
+        for place in self.layout.images:
             if (self.root / place).is_dir():
                 for path in (self.root / place).iterdir():
-                    found.setdefault(path.name, path)
-        return found
+                    folders.setdefault(path.name, path.parent)
+        return folders
 
-    def picture(self, image: dict[str, Any]) -> str:
-        folder = self.root / self.layout.pictures[0]
-        if len(self.layout.pictures) > 1 and image["file_name"] in self.pictures:
-            folder = self.pictures[image["file_name"]].parent
-        return picture_of(image, folder, str(self.folder / "instances.json"))
+    def find_image(self, image: dict[str, Any]) -> str:
+        """Return the path of an image of instances.json."""
+        folder = self.root / self.layout.images[0]
+        if len(self.layout.images) > 1:
+            folder = self.image_folders.get(image["file_name"], folder)
+        return image_path(image, folder, str(self.folder / "instances.json"))
 
     def split_names(self) -> list[str]:
         return list(self.refs)
 
     def mask_of(self, ref: dict, image: dict, cache: dict) -> tuple[dict, int]:
-        """The union of a ref's annotations and how many there are."""
+        """Return the union of a ref's annotations, and their number. `cache` keeps the masks of one image."""
         ids = ref["ann_id"] if isinstance(ref["ann_id"], (list, tuple)) else [ref["ann_id"]]
         if wrong := [number for number in ids if not isinstance(number, (int, str))]:
             raise ValueError(
-                f"{self.refs_path}: ref {shown(ref['ref_id'])} names annotation {shown(wrong[0])}, no number."
+                f"{self.refs_path}: ref {short_repr(ref['ref_id'])} names annotation {short_repr(wrong[0])}, which is "
+                f"not an id."
             )
         ids = [number for number in ids if number != -1]  # gRefCOCO writes "no target" as [-1], Ref-ZOM as []
         for number in ids:
@@ -171,10 +186,10 @@ class ReferringBuilder(RowBuilder):
             image = images.get(image_id)
             if image is None:
                 raise ValueError(
-                    f"{self.refs_path}: ref {refs[0]['ref_id']} names picture {image_id!r}, which "
+                    f"{self.refs_path}: ref {refs[0]['ref_id']} names image {image_id!r}, which "
                     f"{self.folder / 'instances.json'} does not have; take both files from one release."
                 )
-            path = self.picture(image)
+            path = self.find_image(image)
             cache: dict[Any, dict] = {}
             expressions = []
             for ref in refs:

@@ -1,27 +1,30 @@
-"""The two kinds of rows that every data set of this project becomes, and the masks in them.
+"""The two kinds of rows that every data set of this project is converted to.
 
-A *segmentation row* is one picture with everything that can be asked about it; a *VQA row* is one conversation about
-at most one picture. Masks are COCO run-length encodings `{"size": [height, width], "counts": str}`; an encoding
-without any pixel means that the expression has nothing in the picture (no-target).
+A *segmentation row* is one image with everything that can be asked about it. A *VQA row* is one conversation about at
+most one image. Masks are COCO run-length encodings (`masks.py`); one without any pixel is a no-target.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from functools import lru_cache
-from reprlib import repr as shown  # short, and safe for what is nested deeply or in itself
 from typing import Any
 
-import numpy as np
 from datasets import Features, Image, List, Value
-from PIL import Image as PillowImage
-from pycocotools import mask as coco_mask
+
+# These names lived here before `masks.py`; other rooms and users' code still import them from here.
+from .masks import (  # noqa: F401
+    check_rle,
+    check_size,
+    decode_mask,
+    empty_mask,
+    encode_labels,
+    encode_mask,
+    mask_area,
+    max_image_pixels,
+    merge_masks,
+    segmentation_to_rle,
+)
 
 RLE = {"size": List(Value("int32"), length=2), "counts": Value("string")}
-
-# how far outside a picture a polygon may reach, in its longest sides; the data sets' own stay within a pixel or two
-OUTSIDE = 10
 
 SEGMENTATION_FEATURES = Features(
     {
@@ -33,12 +36,12 @@ SEGMENTATION_FEATURES = Features(
             {
                 "text": Value("string"),
                 "is_sentence": Value("bool"),
-                # how many annotations the expression names: 0 for no-target, 2 or more for multi-target
+                # number of annotations that the expression names: 0 for no-target, 2 or more for multi-target
                 "num_targets": Value("int32"),
                 "mask": RLE,
-                # pixels that do not count (ReasonSeg); None where the data set has no such pixels
+                # pixels that do not count (ReasonSeg); None if there are none
                 "ignore_mask": RLE,
-                # the part of the object `text` that is meant (PACO, PASCAL-Part); None for the whole object
+                # the part of the object named by `text` (PACO, PASCAL-Part); None for the whole object
                 "part": Value("string"),
                 # an answer in words (ReasonSeg's explanatory set)
                 "explanation": Value("string"),
@@ -65,7 +68,7 @@ def expression(
     part: str | None = None,
     explanation: str | None = None,
 ) -> dict[str, Any]:
-    """One entry of a segmentation row's `expressions`."""
+    """Return one entry of a segmentation row's `expressions`."""
     return {
         "text": text,
         "is_sentence": is_sentence,
@@ -75,215 +78,3 @@ def expression(
         "part": part,
         "explanation": explanation,
     }
-
-
-def max_image_pixels() -> int:
-    """The largest number of pixels a picture or mask may have: `GSVA_MAX_IMAGE_PIXELS`, else Pillow's own limit.
-
-    A few bytes can state any size, and memory is asked for by the size. Pillow warns above 89,478,485 pixels (a quarter
-    of a gigabyte in RGB, `PIL.Image.MAX_IMAGE_PIXELS`) and refuses at twice that; here, more than the limit is refused.
-
-    Raises:
-        ValueError: The variable is no whole number above 0.
-    """
-    said = os.environ.get("GSVA_MAX_IMAGE_PIXELS", "").strip()
-    if not said:
-        return PillowImage.MAX_IMAGE_PIXELS or 1024**3 // 4 // 3
-    if not said.isdecimal() or int(said) < 1:
-        raise ValueError(f"GSVA_MAX_IMAGE_PIXELS={said!r} must be a number of pixels, 1 or more.")
-    return int(said)
-
-
-def check_size(size: Any) -> tuple[int, int]:
-    """(height, width) of a picture or mask. Raises ValueError when it is none, or beyond `max_image_pixels`."""
-    sides = list(size) if isinstance(size, (list, tuple)) else []
-    if len(sides) != 2 or any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in sides):
-        raise ValueError(f"a size must be [height, width] in pixels, two whole numbers, got {shown(size)}")
-    if sides[0] * sides[1] > (limit := max_image_pixels()):
-        raise ValueError(
-            f"a size of {sides[0]} x {sides[1]} (height x width) is more than {limit} pixels; correct it, or set "
-            f"GSVA_MAX_IMAGE_PIXELS if pictures are that large"
-        )
-    return sides[0], sides[1]
-
-
-def _run_lengths(counts: str) -> np.ndarray:
-    """The run lengths behind `counts`; an array with a negative number where it is no encoding.
-
-    Each is a little-endian number of 5 bits per character, "P" to "o" where another follows and "0" to "O" at its end;
-    from the fourth on, it is the difference to the last but one (pycocotools, maskApi.c: rleToString).
-    """
-    codes = np.frombuffer(counts.encode("ascii", "replace"), np.uint8) - np.uint8(48)
-    ends = np.flatnonzero(codes < 32)
-    starts = np.append(0, ends + 1)
-    digits = np.diff(starts)
-    if not len(ends) or starts[-1] != len(codes) or codes.max() > 63 or digits.max() > 7:  # 7 x 5 bits hold any size
-        return np.array([-1])
-    runs = np.where(codes & 48 == 16, codes.astype(np.int64) - 32, codes & 31)
-    if len(ends) < len(codes):
-        runs = np.add.reduceat(runs << 5 * (np.arange(len(codes)) - np.repeat(starts[:-1], digits)), starts[:-1])
-    runs[1::2] = runs[1::2].cumsum()
-    runs[2::2] = runs[2::2].cumsum()
-    return runs
-
-
-def check_rle(rle: Any) -> dict[str, Any]:
-    """A compressed run-length encoding from a file, once it is sure that pycocotools can decode it.
-
-    pycocotools reads and writes beyond its memory when an encoding is empty, cut, or of another length than its size.
-
-    >>> check_rle({"size": [3, 3], "counts": "0130"})
-    Traceback (most recent call last):
-    ValueError: a mask's run lengths do not make the 9 pixels of its size [3, 3]: '0130'
-
-    Raises:
-        ValueError: It lacks size or counts, its size is none or too large, or its run lengths do not fill its size.
-    """
-    if not isinstance(rle, dict) or not {"size", "counts"} <= rle.keys():
-        raise ValueError(f"a run-length encoding needs 'size' and 'counts', got {shown(rle)}")
-    height, width = check_size(rle["size"])
-    counts = rle["counts"].decode("ascii", "replace") if isinstance(rle["counts"], bytes) else rle["counts"]
-    if not isinstance(counts, str):
-        raise ValueError(f"a mask's counts must be a string, got {shown(counts)}")
-    runs = _run_lengths(counts)
-    if runs.min() < 0 or runs.sum() != height * width:
-        raise ValueError(
-            f"a mask's run lengths do not make the {height * width} pixels of its size {[height, width]}: {shown(counts)}"
-        )
-    return {"size": [height, width], "counts": counts}
-
-
-def _plain(rle: dict) -> dict[str, Any]:
-    counts = rle["counts"]
-    return {
-        "size": [int(side) for side in rle["size"]],
-        "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts,
-    }
-
-
-def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """Run-length encode a mask (height, width) whose non-zero pixels are the target.
-
-    >>> encode_mask(np.eye(3))
-    {'size': [3, 3], 'counts': '013000'}
-    """
-    return _plain(coco_mask.encode(np.asfortranarray(mask != 0).view(np.uint8)))
-
-
-def decode_mask(rle: dict) -> np.ndarray:
-    """The uint8 mask (height, width) of 0 and 1 behind a run-length encoding.
-
-    >>> decode_mask({"size": [3, 3], "counts": "013000"}).tolist()
-    [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
-
-    Raises:
-        ValueError: It is no such encoding (see `check_rle`).
-    """
-    return coco_mask.decode(check_rle(rle))
-
-
-def mask_area(rle: dict) -> int:
-    """Number of pixels of the target; 0 means no-target.
-
-    >>> mask_area(empty_mask(4, 5))
-    0
-    """
-    return int(coco_mask.area(rle))
-
-
-@lru_cache(maxsize=4096)
-def _empty_counts(height: int, width: int) -> str:
-    return encode_mask(np.zeros((height, width), np.uint8))["counts"]
-
-
-def empty_mask(height: int, width: int) -> dict[str, Any]:
-    """The encoding of a mask (height, width) without any pixel."""
-    return {"size": [height, width], "counts": _empty_counts(height, width)}
-
-
-def encode_labels(labels: np.ndarray) -> dict[int, dict[str, Any]]:
-    """Value -> encoding of its pixels, for every value in a label map (height, width), in ascending order.
-
-    One pass over the pixels, however many values there are.
-
-    >>> {value: mask_area(mask) for value, mask in encode_labels(np.array([[7, 7], [2, 7]])).items()}
-    {2: 1, 7: 3}
-    """
-    height, width = (int(side) for side in labels.shape)
-    flat = labels.ravel(order="F")
-    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
-    ends = np.append(starts[1:], flat.size)
-    values = flat[starts]
-    masks = {}
-    for value in np.unique(values):
-        runs = np.stack([starts[values == value], ends[values == value]], axis=1).ravel()
-        counts = np.diff(np.concatenate([[0], runs, [flat.size]] if runs[-1] < flat.size else [[0], runs]))
-        rle = {"size": [height, width], "counts": counts.tolist()}
-        masks[int(value)] = _plain(coco_mask.frPyObjects(rle, height, width))
-    return masks
-
-
-def merge_masks(rles: Sequence[dict]) -> dict[str, Any]:
-    """Union of run-length encodings of one size. Raises ValueError when the sizes differ or there is none."""
-    sizes = {tuple(rle["size"]) for rle in rles}
-    if len(sizes) != 1:
-        raise ValueError(f"Masks to be united must share one (height, width), got {sorted(sizes)}")
-    return _plain(rles[0] if len(rles) == 1 else coco_mask.merge(list(rles)))
-
-
-def segmentation_to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    """The encoding of any form in which a COCO-like file states a mask.
-
-    Forms: None or [] (nothing), a list of polygons [x0, y0, x1, y1, ...] in pixels, a list of run-length encodings, or
-    one run-length encoding, compressed (`counts` a string) or not (a list); several pieces are united. Polygons that
-    enclose nothing (an odd number of coordinates, or fewer than three points) are left out, as the original does when
-    it evaluates. Run-length encodings bring their own size.
-
-    >>> mask_area(segmentation_to_rle([[0, 0, 4, 0, 4, 2, 0, 2], [1, 1, 2, 2]], 4, 6))
-    8
-
-    Raises:
-        ValueError: The value has none of these forms, the sizes of encodings differ, an encoding is damaged, or a size
-            or coordinate is absurd.
-    """
-    check_size([height, width])
-    if segmentation is None or (isinstance(segmentation, (list, tuple)) and not len(segmentation)):
-        return empty_mask(height, width)
-    pieces = [segmentation] if isinstance(segmentation, dict) else segmentation
-    rles, polygons = [], []
-    for piece in pieces if isinstance(pieces, (list, tuple)) else [pieces]:
-        if isinstance(piece, dict) and {"size", "counts"} <= piece.keys():
-            rles.append(check_rle(_compressed(piece) if isinstance(piece["counts"], list) else piece))
-        elif isinstance(piece, (list, tuple)) and all(isinstance(number, (int, float)) for number in piece):
-            _check_polygon(piece, max(height, width))
-            if len(piece) >= 6 and len(piece) % 2 == 0:
-                polygons.append(piece)
-        else:
-            raise ValueError(
-                f"A mask must be a list of polygons [x0, y0, x1, y1, ...] or a run-length encoding with 'size' and "
-                f"'counts', got {shown(segmentation)}"
-            )
-    if polygons:
-        rles.extend(coco_mask.frPyObjects(polygons, height, width))
-    return merge_masks(rles) if rles else empty_mask(height, width)
-
-
-def _compressed(rle: dict) -> dict[str, Any]:
-    """An uncompressed encoding (`counts` a list of run lengths) as a compressed one."""
-    height, width = check_size(rle["size"])
-    runs = rle["counts"]
-    if any(not isinstance(run, int) or run < 0 for run in runs) or sum(runs) != height * width:
-        raise ValueError(
-            f"a mask's run lengths do not make the {height * width} pixels of its size {[height, width]}: {shown(runs)}"
-        )
-    return _plain(coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width))
-
-
-def _check_polygon(numbers: Sequence[float], side: int) -> None:
-    """pycocotools draws every pixel of an outline, inside the picture or not, into memory of the outline's length."""
-    far = OUTSIDE * max(side, 1)
-    if any(not -far <= number <= far for number in numbers):  # of NaN, too
-        raise ValueError(
-            f"a polygon's coordinates must be numbers within {OUTSIDE} times the picture's longest side ({side} pixels), "
-            f"got {shown(list(numbers))}"
-        )

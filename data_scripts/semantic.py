@@ -17,32 +17,34 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .builder import IMAGE, Kinds, RowBuilder, at, entries, inside, picture_of, read_json, require
+from .builder import RowBuilder
 from .class_names import ADE20K, COCO_STUFF
-from .schema import encode_labels, expression, mask_area, segmentation_to_rle, shown
-from .transforms import open_image
+from .images import open_image
+from .masks import encode_labels, mask_area, segmentation_to_rle
+from .records import IMAGE, Kinds, at, entries, image_path, inside, read_json, require, short_repr
+from .schema import expression
 
 
 class LabelMapBuilder(RowBuilder):
-    """One row per picture with a label map; an expression per class in it.
+    """One row per image with a label map, one expression per class in it.
 
-    A subclass says where pictures and label maps lie and what the values of a label map mean.
+    A subclass defines where images and label maps lie and the meaning of the values in a label map.
     """
 
     IGNORED = 255
     USES = (f"{__package__}.class_names",)
 
     def pairs(self) -> list[tuple[Path, Path]]:
-        """Picture and label map of every row, in order."""
+        """Return (image, label map) of every row, in order."""
         raise NotImplementedError
 
     @property
     def classes(self) -> dict[int, str | None]:
-        """What each value of a label map is called; None for what is never asked for."""
+        """{value in a label map: name of the class, or None for a class that is never asked for}."""
         raise NotImplementedError
 
     def files(self) -> list[Path]:
-        return [require(label, f"the label map of {picture.name}") for picture, label in self.pairs()]
+        return [require(label, f"the label map of {image.name}") for image, label in self.pairs()]
 
     def split_names(self) -> list[str]:
         return ["train"]
@@ -51,17 +53,18 @@ class LabelMapBuilder(RowBuilder):
         yield from (self.row(*pair) for pair in self.pairs())
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        # a list among the arguments is what `num_proc` shares among processes
+        # `num_proc` divides lists among the arguments between processes
         return [datasets.SplitGenerator("train", gen_kwargs={"split": "train", "pairs": self.pairs()})]
 
     def _generate_examples(self, split: str, pairs: list | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from ((number, self.row(*pair)) for number, pair in enumerate(self.pairs() if pairs is None else pairs))
 
-    def row(self, picture: Path, label: Path) -> dict[str, Any]:
+    def row(self, image: Path, label: Path) -> dict[str, Any]:
+        """Return the row of one image and its label map. Raises ValueError if the label map is wrong."""
         try:
             with open_image(inside(label.parent, label.name)) as file:
-                labels = np.array(file)  # of a palette picture: the indices
-            inside(picture.parent, picture.name)
+                labels = np.array(file)  # for a palette image, the indices
+            inside(image.parent, image.name)
         except (OSError, ValueError, SyntaxError) as error:
             raise ValueError(f"The label map {label} cannot be read ({error}); download it again.") from None
         if labels.ndim != 2:
@@ -74,34 +77,34 @@ class LabelMapBuilder(RowBuilder):
             if value not in self.classes:
                 raise ValueError(
                     f"The label map {label} holds the value {value}, which is no class of {self.title} "
-                    f"(0 to {max(self.classes, default='none')}); take pictures and class list from one release."
+                    f"(0 to {max(self.classes, default='none')}); take images and class list from one release."
                 )
             if (name := self.classes[value]) is not None:
                 expressions.append(expression(name, mask))
         return {
-            "image": {"path": str(picture), "bytes": None},
-            "image_id": picture.stem,
+            "image": {"path": str(image), "bytes": None},
+            "image_id": image.stem,
             "height": height,
             "width": width,
             "expressions": expressions,
         }
 
     def listing(self, folder: str, suffix: str) -> list[Path]:
-        """The files of a folder below `data_dir` with a suffix, sorted. Raises FileNotFoundError when there is none."""
+        """Return the files of a folder with a suffix, sorted. Raises FileNotFoundError if there are none."""
         path = require(self.root / folder, f"a folder of {self.title}")
-        found = sorted(entry for entry in path.iterdir() if entry.suffix == suffix)
-        if not found:
+        paths = sorted(entry for entry in path.iterdir() if entry.suffix == suffix)
+        if not paths:
             raise FileNotFoundError(f"There are no {suffix} files in {path}, where those of {self.title} belong.")
-        return found
+        return paths
 
 
 class Ade20kBuilder(LabelMapBuilder):
-    """0 is "other"; the value of a class is its number in the list from 1."""
+    """The value of a class is its number in the list, from 1; 0 is "other"."""
 
     def pairs(self) -> list[tuple[Path, Path]]:
         labels = self.root / "ade20k" / "annotations" / "training"
-        pictures = self.listing("ade20k/images/training", ".jpg")
-        return [(picture, labels / f"{picture.stem}.png") for picture in pictures]
+        images = self.listing("ade20k/images/training", ".jpg")
+        return [(image, labels / f"{image.stem}.png") for image in images]
 
     @cached_property
     def classes(self) -> dict[int, str | None]:
@@ -112,8 +115,8 @@ class CocoStuffBuilder(LabelMapBuilder):
     """Classes with a dash in the name ("wall-brick") are never asked for, as in the original."""
 
     def pairs(self) -> list[tuple[Path, Path]]:
-        pictures = self.root / "coco" / "train2017"
-        return [(pictures / f"{label.stem}.jpg", label) for label in self.listing("cocostuff/train2017", ".png")]
+        images = self.root / "coco" / "train2017"
+        return [(images / f"{label.stem}.jpg", label) for label in self.listing("cocostuff/train2017", ".png")]
 
     @cached_property
     def classes(self) -> dict[int, str | None]:
@@ -121,16 +124,16 @@ class CocoStuffBuilder(LabelMapBuilder):
 
 
 class MapillaryBuilder(LabelMapBuilder):
-    """Mapillary Vistas 2.0; "unlabeled" is a class like others, as in the original (Q27)."""
+    """Mapillary Vistas 2.0. "unlabeled" is a class like the others, as in the original (Q27)."""
 
     @property
     def config_path(self) -> Path:
         return require(self.root / "mapillary" / "config_v2.0.json", "the class list of mapillary")
 
     def pairs(self) -> list[tuple[Path, Path]]:
-        pictures = self.root / "mapillary" / "training" / "images"
+        images = self.root / "mapillary" / "training" / "images"
         labels = self.listing("mapillary/training/v2.0/labels", ".png")
-        return [(pictures / f"{label.stem}.jpg", label) for label in labels]
+        return [(images / f"{label.stem}.jpg", label) for label in labels]
 
     def files(self) -> list[Path]:
         return [self.config_path, *super().files()]
@@ -143,7 +146,7 @@ class MapillaryBuilder(LabelMapBuilder):
 
 
 class PartsBuilder(RowBuilder):
-    """One row per picture of a COCO file; an expression per annotation that has a pixel, so names can repeat."""
+    """One row per image of a COCO file, one expression per annotation that has a pixel, so names can repeat."""
 
     LAYOUTS = {
         "paco_lvis": ("vlpart/paco/annotations/paco_lvis_v1_train.json", "coco"),
@@ -161,7 +164,7 @@ class PartsBuilder(RowBuilder):
         return ["train"]
 
     def object_and_part(self, category: str) -> tuple[str, str | None]:
-        """Object and part of a category "object:part"; PACO has whole objects, too, and senses in brackets."""
+        """Split a category "object:part". PACO also has whole objects, and word senses in brackets."""
         pieces = category.strip().split(":")
         if len(pieces) > 2 or (len(pieces) < 2 and self.title == "pascal_part"):
             raise ValueError(
@@ -182,21 +185,21 @@ class PartsBuilder(RowBuilder):
         annotations: dict[Any, list[dict]] = {image["id"]: [] for image in images}
         kinds: Kinds = {"image_id": (int, str), "category_id": (int, str)}
         for where, annotation in entries(content, "annotations", path, segmentation=object, **kinds):
-            for field, known in (("image_id", annotations), ("category_id", names)):
-                if annotation[field] not in known:
+            for field, ids in (("image_id", annotations), ("category_id", names)):
+                if annotation[field] not in ids:
                     raise ValueError(f"{where}: there is no {field} {annotation[field]!r}; download it again.")
             annotations[annotation["image_id"]].append(annotation)
         folder = self.root / self.LAYOUTS[self.title][1]
         for image in images:
             expressions = []
             for annotation in annotations[image["id"]]:
-                with at(f"{path}: annotation {shown(annotation.get('id'))}"):
+                with at(f"{path}: annotation {short_repr(annotation.get('id'))}"):
                     mask = segmentation_to_rle(annotation["segmentation"], image["height"], image["width"])
                 title, part = names[annotation["category_id"]]
                 if mask_area(mask):
                     expressions.append(expression(title, mask, part=part))
             yield {
-                "image": {"path": picture_of(image, folder, path), "bytes": None},
+                "image": {"path": image_path(image, folder, path), "bytes": None},
                 "image_id": str(image["id"]),
                 "height": image["height"],
                 "width": image["width"],

@@ -1,8 +1,8 @@
-"""*shapes*, the embedded data set: pictures of coloured shapes and expressions about them, drawn on the spot.
+"""*shapes*, the embedded data set: images of coloured shapes and expressions about them, drawn when they are needed.
 
-Small enough for two CPU cores, yet with everything that generalised referring segmentation asks for: expressions with
-one target, several, or none, among the absent ones the hard kind, whose colour and whose shape are both in the picture
-but not together. A picture is a pure function of (seed, split, index), and no two splits share one.
+It is small enough for two CPU cores and has every kind of expression of generalised referring segmentation: with one
+target, with several and without. Some absent expressions are hard: their colour and their shape are in the image, but not
+together. An image is a pure function of (seed, split, index), and no two splits share one.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import datasets
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .schema import SEGMENTATION_FEATURES, VQA_FEATURES, encode_mask, expression
+from .masks import encode_mask
+from .schema import SEGMENTATION_FEATURES, VQA_FEATURES, expression
 
-VERSION = 1  # part of the cache key: raise it whenever the rows change
+VERSION = 1  # part of the cache key; increase it whenever the rows change
 PICTURE_SIDE = 128  # pixels
 SPLIT_SIZES = {"train": 12000, "validation": 1000, "test": 1000}
-SPLIT_CODES = {"train": 0, "validation": 1, "test": 2}  # enters the random seed, so splits share no picture
+SPLIT_CODES = {"train": 0, "validation": 1, "test": 2}  # part of the random seed, so splits share no image
 TASKS = ("segmentation", "vqa")
 EXPRESSIONS_PER_PICTURE = 6
 QUESTIONS_PER_PICTURE = 5
@@ -35,13 +36,13 @@ COLOURS = {
     "cyan": (40, 190, 205),
 }
 SHAPES = ("circle", "square", "triangle", "star")
-# Radius of the circle around a shape in pixels. The two kinds are a third apart, so that a size can be told by eye.
+# Radius of the circle around a shape in pixels. The two sizes differ by a third, so that they can be told apart by eye.
 RADII = {"small": (17, 20), "big": (26, 29)}
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape in a picture: what it is, and its mask (height, width) of booleans."""
+    """One shape in an image, with its mask (height, width) of booleans."""
 
     colour: str
     shape: str
@@ -56,7 +57,7 @@ class Thing:
 
 
 def _outline(shape: str, x: float, y: float, radius: float, turn: float) -> list[tuple[float, float]]:
-    """Corners of a shape, in pixels; a circle is a polygon of 40 corners."""
+    """Return the corners of a shape in pixels. A circle is a polygon of 40 corners."""
     corners, first, inner = {
         "circle": (40, 0.0, 1.0),
         "square": (4, np.pi / 4, 1.0),
@@ -69,7 +70,7 @@ def _outline(shape: str, x: float, y: float, radius: float, turn: float) -> list
 
 
 def _background(random: np.random.Generator, side: int) -> np.ndarray:
-    """A pale texture (side, side, 3) of stripes, a shade and grain."""
+    """Return a pale texture (side, side, 3) of stripes, a gradient and noise."""
     base = random.uniform(150, 215, size=3)
     yy, xx = np.mgrid[0:side, 0:side] / side
     angle, frequency = random.uniform(0, np.pi), random.uniform(2, 9)
@@ -80,14 +81,14 @@ def _background(random: np.random.Generator, side: int) -> np.ndarray:
 
 
 def draw_picture(random: np.random.Generator, side: int = PICTURE_SIDE) -> tuple[Image.Image, list[Thing]]:
-    """A picture with two to four shapes that neither touch each other nor the border."""
+    """Return an image with two to four shapes that touch neither each other nor the border."""
     canvas = Image.fromarray(np.clip(_background(random, side), 0, 255).astype(np.uint8))
     things: list[Thing] = []
     places: list[tuple[float, float, float]] = []
-    # A common colour or shape makes plurals and hard absent expressions frequent.
-    wanted, common_colour, common_shape = random.integers(2, 5), random.choice(list(COLOURS)), random.choice(SHAPES)
+    # A common colour and shape make plurals and hard absent expressions frequent.
+    count, common_colour, common_shape = random.integers(2, 5), random.choice(list(COLOURS)), random.choice(SHAPES)
     for _ in range(200):
-        if len(things) == wanted:
+        if len(things) == count:
             break
         size = str(random.choice(list(RADII)))
         radius = random.uniform(*RADII[size])
@@ -97,7 +98,7 @@ def draw_picture(random: np.random.Generator, side: int = PICTURE_SIDE) -> tuple
         colour = str(common_colour if random.random() < 0.35 else random.choice(list(COLOURS)))
         shape = str(common_shape if random.random() < 0.35 else random.choice(SHAPES))
         corners = _outline(shape, x, y, radius, random.uniform(-0.3, 0.3))
-        # Drawn four times as large and averaged down: smooth edges, and a mask of the pixels that are more than half in.
+        # Draw at four times the size and average: edges are smooth, and the mask is the pixels more than half inside.
         patch = Image.new("L", (side * 4, side * 4))
         ImageDraw.Draw(patch).polygon([(4 * cx, 4 * cy) for cx, cy in corners], fill=255)
         alpha = patch.resize((side, side), Image.Resampling.BOX)
@@ -109,8 +110,8 @@ def draw_picture(random: np.random.Generator, side: int = PICTURE_SIDE) -> tuple
 
 
 def _places(things: list[Thing]) -> dict[str, Thing]:
-    """Who stands out by place, where the next one is at least 8 pixels behind."""
-    found = {}
+    """Return the things that stand out by place: the next one is at least 8 pixels away."""
+    outstanding = {}
     for word, key in (
         ("leftmost", lambda thing: thing.x),
         ("rightmost", lambda thing: -thing.x),
@@ -119,17 +120,17 @@ def _places(things: list[Thing]) -> dict[str, Thing]:
     ):
         first, second = sorted(things, key=key)[:2]
         if key(second) - key(first) >= 8:
-            found[word] = first
-    return found
+            outstanding[word] = first
+    return outstanding
 
 
 def _present(
     random: np.random.Generator, things: list[Thing]
 ) -> tuple[dict[str, list[Thing]], dict[str, list[Thing]]]:
-    """All expressions with exactly one target, and all with several, as {text: targets}."""
+    """Return all expressions with exactly one target, and all with several, each as {text: targets}."""
 
-    def pick(**wanted: str) -> list[Thing]:
-        return [thing for thing in things if all(getattr(thing, name) == value for name, value in wanted.items())]
+    def pick(**attributes: str) -> list[Thing]:
+        return [thing for thing in things if all(getattr(thing, name) == value for name, value in attributes.items())]
 
     single: dict[str, list[Thing]] = {}
     several: dict[str, list[Thing]] = {"all shapes": list(things)}
@@ -166,7 +167,7 @@ def _present(
 
 
 def _absent(things: list[Thing]) -> tuple[list[str], list[str]]:
-    """Expressions without a target: the hard ones (colour and shape are there, not together), and the rest."""
+    """Return expressions without a target: hard ones (colour and shape exist, but not together), and the others."""
     colours, shapes = {thing.colour for thing in things}, {thing.shape for thing in things}
     names = {thing.name for thing in things}
     hard = [
@@ -188,7 +189,7 @@ def _choose(random: np.random.Generator, texts: list[str]) -> str:
 
 
 def _kind(text: str) -> str:
-    """Groups expressions so that no kind crowds out the others: `all`, `and`, place, size, or number of words."""
+    """Return the group of an expression (`all`, `and`, place, size, or number of words), so that none dominates."""
     words = text.split()
     for word in ("and", "all", "leftmost", "rightmost", "top", "bottom", "small", "big"):
         if word in words:
@@ -197,7 +198,7 @@ def _kind(text: str) -> str:
 
 
 def _spread(random: np.random.Generator, texts: list[str]) -> str:
-    """One of the texts: first a kind, then one of that kind."""
+    """Choose one of the texts: first a kind, then a text of that kind."""
     kinds: dict[str, list[str]] = {}
     for text in sorted(texts):
         kinds.setdefault(_kind(text), []).append(text)
@@ -207,7 +208,7 @@ def _spread(random: np.random.Generator, texts: list[str]) -> str:
 def make_expressions(
     random: np.random.Generator, things: list[Thing], count: int = EXPRESSIONS_PER_PICTURE
 ) -> list[tuple[str, list[Thing]]]:
-    """`count` different expressions with their targets, in random order: a third single, multi- and no-target each."""
+    """Return `count` different expressions with their targets in random order, a third of each kind of target."""
     single, several = _present(random, things)
     hard, easy = _absent(things)
     chosen: dict[str, list[Thing]] = {}
@@ -229,7 +230,7 @@ def make_expressions(
 
 
 def make_conversation(random: np.random.Generator, things: list[Thing]) -> list[dict[str, str]]:
-    """Rounds of questions and answers in words: what is there from left to right, and is there this or that."""
+    """Return questions and answers in words: the things from left to right, and whether something is there."""
     rounds = []
     for text, targets in make_expressions(random, things, QUESTIONS_PER_PICTURE):
         rounds.append((f"is there {text}?", "yes" if targets else "no"))
@@ -243,7 +244,7 @@ def make_conversation(random: np.random.Generator, things: list[Thing]) -> list[
 
 
 def make_row(seed: int, split: str, index: int, task: str = "segmentation") -> dict[str, Any]:
-    """One row of the schema; both tasks of an index show the same picture.
+    """Return one row of the schema. Both tasks of an index show the same image.
 
     >>> make_row(0, "train", 3)["image_id"]
     'train-0-3'
@@ -275,17 +276,18 @@ def load(
     num_proc: int | None = None,
     cache_dir: str | None = None,
 ) -> datasets.Dataset:
-    """Rows of *shapes*, drawn by the first call and found in the cache by later ones.
+    """Return rows of *shapes*, which the first call draws and later calls read from the cache.
 
     Args:
         split: "train", "validation" or "test".
-        size: Number of pictures; by default 12,000, 1,000 and 1,000. A smaller set is the beginning of a larger one.
-        seed: Another seed gives other pictures.
-        task: "segmentation" for expressions with masks, "vqa" for questions and answers about the same pictures.
-        num_proc: Number of processes that draw.
+        size: Number of images; by default 12,000, 1,000 and 1,000. A smaller set is the start of a larger one.
+        seed: Another seed gives other images.
+        task: "segmentation" for expressions with masks, "vqa" for questions and answers about the same images.
+        num_proc: The number of processes that draw.
+        cache_dir: The folder of the Arrow files; by default the cache of `datasets`.
 
     Raises:
-        ValueError: A split, size, seed or task that does not exist.
+        ValueError: The split, size, seed or task does not exist.
     """
     if split not in SPLIT_SIZES:
         raise ValueError(f"shapes has no split {split!r}; its splits are {', '.join(SPLIT_SIZES)}.")

@@ -1,4 +1,4 @@
-"""Conversations about pictures: LLaVA-Instruct-150k.
+"""Conversations about images: LLaVA-Instruct-150k.
 
 DATA_DIR/llava_dataset/llava_instruct_150k.json
 DATA_DIR/coco/train2017/*.jpg
@@ -11,14 +11,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .builder import RowBuilder, at, entries, inside, read_json, require
-from .schema import VQA_FEATURES, shown
+from .builder import RowBuilder
+from .records import at, entries, inside, read_json, require, short_repr
+from .schema import VQA_FEATURES
 
 ROLES = {"human": "user", "gpt": "assistant"}
 
 
 class ConversationBuilder(RowBuilder):
-    """One row per record; a record without a picture is a conversation in words only."""
+    """One row per record. A record without an image is a conversation in words only."""
 
     FEATURES = VQA_FEATURES
 
@@ -34,20 +35,20 @@ class ConversationBuilder(RowBuilder):
 
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
         for number, (_, record) in enumerate(entries({"records": read_json(self.path)}, "records", str(self.path))):
-            where = f"{self.path}: record {number} (id {shown(record.get('id'))})"
+            where = f"{self.path}: record {number} (id {short_repr(record.get('id'))})"
             turns = []
             for _, turn in entries({"conversations": [], **record}, "conversations", where):
                 if turn.get("from") not in tuple(ROLES) or not isinstance(turn.get("value"), str):
                     raise ValueError(
                         f"{where}: a turn needs a 'value' and 'from', one of {', '.join(ROLES)}, got "
-                        f"{shown(turn.get('from'))}; correct the record or take it out."
+                        f"{short_repr(turn.get('from'))}; correct the record or take it out."
                     )
                 turns.append({"role": ROLES[turn["from"]], "text": turn["value"]})
             if any(one["role"] == other["role"] for one, other in pairwise(turns)):
                 raise ValueError(f"{where}: human and gpt must take turns; correct the record or take it out.")
             image = record.get("image")
             if image is None and any("<image>" in turn["text"] for turn in turns):
-                raise ValueError(f"{where}: it speaks of <image> but names no 'image'; add it or take the record out.")
+                raise ValueError(f"{where}: it mentions <image> but has no 'image'; add it or take the record out.")
             with at(where):
                 path = str(inside(self.root / "coco" / "train2017", image)) if image else None
             yield {

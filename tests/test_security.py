@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 import data_scripts
-from data_scripts.builder import inside
-from data_scripts.schema import max_image_pixels
-from data_scripts.transforms import PictureError, read_image
+from data_scripts.images import PictureError, read_image
+from data_scripts.masks import max_image_pixels
+from data_scripts.records import inside
 from modeling_gsva import GsvaImageProcessor
 
 
@@ -103,7 +103,7 @@ def test_a_published_set_holds_its_pictures(root, tmp_path):
         40,
         30,
     )  # by itself it is opened
-    with pytest.raises(ValueError, match="names pictures by their paths instead of holding them"):
+    with pytest.raises(ValueError, match="names images by their paths instead of holding them"):
         data_scripts.load(str(root / "evil"))
 
 

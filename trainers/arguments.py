@@ -9,20 +9,14 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from evaluation.config import IGNORE_REGIONS, PROTOCOLS, TASKS, check_choice
+from metrics.gres import CONVENTIONS
+
 from .threads import usable_cores
 
-PROTOCOLS = ("teacher_forced", "slots", "generate")
-CONVENTIONS = ("rela", "gsva", "gsva_validate")
-IGNORE_REGIONS = ("foreground", "ignored")
-TASKS = ("referring", "reasoning")
 TRAIN_LANGUAGE_MODEL = ("lora", "full", "frozen")
 QUANTIZATIONS = ("4bit", "8bit")
 ARCHITECTURES = ("7b", "13b")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}.")
 
 
 def _json_object(name: str, text: str | None) -> dict | None:
@@ -63,16 +57,16 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        _check_choice("train_language_model", self.train_language_model, TRAIN_LANGUAGE_MODEL)
+        check_choice("train_language_model", self.train_language_model, TRAIN_LANGUAGE_MODEL)
         if self.quantization is not None:
-            _check_choice("quantization", self.quantization, QUANTIZATIONS)
+            check_choice("quantization", self.quantization, QUANTIZATIONS)
             if self.train_language_model != "lora":
                 raise ValueError(
                     f"quantization={self.quantization!r} needs training with adapters (QLoRA), not "
                     f"train_language_model={self.train_language_model!r}; choose 'lora'."
                 )
         if self.architecture is not None:
-            _check_choice("architecture", self.architecture, ARCHITECTURES)
+            check_choice("architecture", self.architecture, ARCHITECTURES)
 
 
 @dataclass
@@ -157,13 +151,13 @@ class DataArguments:
 
     def __post_init__(self):
         for protocol in self.protocols:
-            _check_choice("protocols", protocol, PROTOCOLS)
+            check_choice("protocols", protocol, PROTOCOLS)
         for convention in self.conventions:
-            _check_choice("conventions", convention, CONVENTIONS)
-        _check_choice("ignore_region", self.ignore_region, IGNORE_REGIONS)
+            check_choice("conventions", convention, CONVENTIONS)
+        check_choice("ignore_region", self.ignore_region, IGNORE_REGIONS)
         if self.eval_task is not None:
-            _check_choice("eval_task", self.eval_task, TASKS)
-        _check_choice("wording", self.wording, ("gsva", "processor"))
+            check_choice("eval_task", self.eval_task, TASKS)
+        check_choice("wording", self.wording, ("gsva", "processor"))
         if not math.isfinite(self.threshold):
             raise ValueError(
                 f"threshold={self.threshold} is not a finite number, so no score can be compared with it; give say 0 or -1.5."
@@ -258,8 +252,8 @@ class GsvaTrainingArguments(TrainingArguments):
             self.do_train = False
         if self.plan:
             self.use_cpu = True  # so that no card is needed, whatever the precision
-        _check_choice("feature_cache_dtype", self.feature_cache_dtype, ("float16", "bfloat16", "float32"))
-        _check_choice("divergence", self.divergence, ("stop", "warn", "off"))
+        check_choice("feature_cache_dtype", self.feature_cache_dtype, ("float16", "bfloat16", "float32"))
+        check_choice("divergence", self.divergence, ("stop", "warn", "off"))
         if self.threads is not None and not 1 <= self.threads <= usable_cores():
             raise ValueError(
                 f"threads={self.threads} is not possible: this process may use {usable_cores()} CPU cores; give 1 to "

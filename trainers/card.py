@@ -1,7 +1,6 @@
 """The model card of a run: data, hyper-parameters, results, licences of the bases, citation."""
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,30 +10,15 @@ from markupsafe import Markup
 from transformers import __version__ as transformers_version
 
 from data_scripts.files import render, write_text
+from evaluation.records import Record, fact_cells, metric_cells, metric_notes, protocol_notes, read_results
+from metrics.gres import METRIC_KEYS
 
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
 from .output_folder import ADAPTER, CARD, LOG_HISTORY, TRAINING
-from .report import RESULTS
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "model_card.md.jinja"
-METRICS = ("gIoU", "cIoU", "N_acc", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9", "malformed")
-
-
-def metric_cells(record: dict[str, Any]) -> list[str]:
-    """Return the metrics of a record as text, `-` for a metric that is not defined."""
-    values = (record["metrics"].get(name) for name in METRICS)
-    return ["-" if value is None or math.isnan(value) else f"{value:.4f}" for value in values]
-
-
-def undefined_in(records: list[dict]) -> list[str]:
-    """Return why metrics are not defined, as sentences such as "N_acc on refcoco val: not defined here: ..."."""
-    sentences = (
-        f"{name} on {Path(record['dataset']).name} {record['split']}: {note}"
-        for record in records
-        for name, note in record.get("notes", {}).items()
-        if name in METRICS
-    )
-    return list(dict.fromkeys(sentences))
+# Facts and metrics in the table of results.
+FACTS = ("dataset", "split", "stage", "protocol", "convention", "samples")
 
 
 def markdown(text: Any) -> Markup:
@@ -128,8 +112,17 @@ def evaluation_results(records: list[dict]) -> list[EvalResult]:
         )
         for record in records
         if record["stage"] == "after"
-        for name in METRICS
+        for name in METRIC_KEYS
         if record["metrics"].get(name) is not None
+    ]
+
+
+def result_cells(record: Record) -> list[Markup]:
+    """Return the cells of a record in the table of results."""
+    facts = fact_cells(record)
+    return [
+        *(markdown(facts[name]) for name in FACTS),
+        *(markdown(cell.text) for cell in metric_cells(record).values()),
     ]
 
 
@@ -146,16 +139,14 @@ def write_card(model: ModelArguments, data: DataArguments, training: GsvaTrainin
         path = output_dir / name
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
-    records, licence = read(RESULTS), licence_of(model.model)
-    labels = ("dataset", "split", "stage", "protocol", "convention", "samples")
-    protocols = {record["protocol"]: record["protocol_note"] for record in records}
-    notes = [*(f"{protocol}: {note}" for protocol, note in protocols.items()), *undefined_in(records)]
+    records, licence = read_results(output_dir), licence_of(model.model)
+    notes = [*(f"{protocol}: {note}" for protocol, note in protocol_notes(records).items()), *metric_notes(records)]
     table = training_facts(model, data, training, read(LOG_HISTORY), dict(read(TRAINING)))
     facts = {
         "base": markdown(public_name(model.model)),
         "data": markdown(data_name(data)),
-        "columns": (*labels, *METRICS),
-        "results": [[markdown(record[name]) for name in labels] + metric_cells(record) for record in records],
+        "columns": (*FACTS, *METRIC_KEYS),
+        "results": [result_cells(record) for record in records],
         "notes": [markdown(note) for note in notes],
         "training": {name: markdown(value) for name, value in table.items()},
         "licence": licence,

@@ -1,5 +1,6 @@
 """Load the training data that the arguments name, one data set or the paper's mixture of several, and batch it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +15,10 @@ from data_scripts.transforms import (
     SemanticTransform,
     Wording,
 )
+from evaluation.config import EvaluationConfig, conventions_for
 from modeling_gsva import GsvaProcessor
 
 from .arguments import DataArguments, GsvaTrainingArguments
-from .evaluation import EvaluationPlan, conventions_for
 
 MIXTURE = "mixture"
 
@@ -125,16 +126,21 @@ class GsvaCollator:
 
 
 def evaluation_config(
-    args: DataArguments, training: GsvaTrainingArguments, protocol: str, rows=None, limit: int | None = None
-) -> EvaluationPlan:
-    """Return the configuration of an evaluation that the arguments describe.
+    args: DataArguments,
+    training: GsvaTrainingArguments,
+    protocol: str,
+    rows: Sequence[dict[str, Any]] | None = None,
+    limit: int | None = None,
+) -> EvaluationConfig:
+    """Return the settings of an evaluation as the arguments name them.
 
     Args:
-        rows: Rows to evaluate; by default the first `limit` ones of the evaluation split.
-        limit: Largest number of rows, beside `max_eval_samples`.
+        protocol: One of `PROTOCOLS`.
+        rows: The rows to evaluate; by default the first of the evaluation split.
+        limit: Evaluate at most this number of images, beside `max_eval_samples`.
     """
     limit = min((n for n in (limit, args.max_eval_samples) if n is not None), default=None)
-    return EvaluationPlan(
+    return EvaluationConfig(
         rows=load_rows(args, args.eval_split, limit, args.evaluated) if rows is None else rows,
         dataset=args.evaluated,
         split=args.eval_split,
@@ -142,7 +148,7 @@ def evaluation_config(
         batch_size=training.per_device_eval_batch_size,
         one_prompt_per_expression=args.one_prompt_per_expression,
         threshold=args.threshold,
-        convention=conventions_for(args.evaluated, args.conventions)[0],
+        conventions=conventions_for(args.evaluated, args.conventions),
         threads=training.threads or 1,
         max_new_tokens=args.max_new_tokens,
         ignore_region=args.ignore_region,

@@ -7,11 +7,10 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 
 from data_scripts.files import adding_files, replacing_folder
+from evaluation.records import RESULTS
 
-from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
-from .card import write_card
+from .arguments import GsvaTrainingArguments
 from .output_folder import ADAPTER, CARD, CURVES, TRAINING
-from .report import RESULTS
 
 # Files that a run publishes. Nothing in them names folders of this machine, and files that others put beside them stay.
 PUBLISHED = ("*.safetensors", "*.json", "*.jinja", "*.py", CARD, CURVES, "pictures_*")
@@ -32,12 +31,6 @@ def save_adapter(model: PeftModel, output_dir: Path) -> Path:
         # The embedding layers are among the fully trained parts already (modules_to_save).
         model.save_pretrained(folder, save_embedding_layers=False)
     return output_dir / ADAPTER
-
-
-def describe(model_args: ModelArguments, data_args: DataArguments, training_args: GsvaTrainingArguments) -> None:
-    """Write the model card of the run on the main process."""
-    if PartialState().is_main_process:
-        write_card(model_args, data_args, training_args)
 
 
 def push(args: GsvaTrainingArguments) -> None:

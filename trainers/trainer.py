@@ -20,12 +20,15 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_utils import sort_checkpoints
 
 from data_scripts.files import give_umask_permissions, remove_folder, replacing, write_json
+from data_scripts.transforms import read_image
+from evaluation.config import PROTOCOL_NOTES, EvaluationConfig
+from evaluation.drawing import expression_sheet
+from evaluation.loop import evaluate_rows
+from evaluation.questions import Question
 
 from .divergence import DivergenceWatch
-from .evaluation import PROTOCOL_NOTES, EvaluationPlan, evaluate_rows
 from .feature_cache import FeatureCache
 from .output_folder import RUN, TENSORBOARD, VALIDATION
-from .pictures import expression_sheet
 
 LOSS_PARTS = ("ce_loss", "mask_bce_loss", "mask_dice_loss")
 
@@ -78,7 +81,7 @@ def peak_memory(device: torch.device) -> int:
 class GsvaTrainer(Trainer):
     """
     Args:
-        evaluation ([`EvaluationPlan`]): Configuration of `evaluate()`, whose metrics are logged as `eval_gIoU` and so on.
+        evaluation ([`EvaluationConfig`]): Settings of `evaluate()`, whose metrics are logged as `eval_gIoU` and so on.
         run_record: Facts about the run that are saved in each checkpoint as `run.json`.
 
     The cross-entropy of a micro-batch is divided by the number of supervised tokens of the whole optimizer step, its mask
@@ -89,7 +92,7 @@ class GsvaTrainer(Trainer):
     control: TrainerControl
 
     def __init__(
-        self, *args, evaluation: EvaluationPlan | None = None, run_record: dict[str, Any] | None = None, **kwargs
+        self, *args, evaluation: EvaluationConfig | None = None, run_record: dict[str, Any] | None = None, **kwargs
     ):
         super().__init__(*args, **kwargs)
         self.run_record = run_record
@@ -250,20 +253,24 @@ class GsvaTrainer(Trainer):
         Predictions for the first images are drawn in `OUTPUT_DIR/validation/step-N/` and sent to TensorBoard and W&B.
         """
         if self.evaluation is None:
-            raise ValueError("This trainer has no evaluation plan; pass GsvaTrainer(evaluation=EvaluationPlan(...)).")
-        start, plan = time.perf_counter(), self.evaluation
+            raise ValueError("This trainer has no evaluation; pass GsvaTrainer(evaluation=EvaluationConfig(...)).")
+        start, config = time.perf_counter(), self.evaluation
+        convention = config.conventions[0]
         with self.accelerator.autocast():  # half-precision frozen weights beside float32 trained ones
-            result = evaluate_rows(self.accelerator.unwrap_model(self.model), self.processing_class, plan, self._draw)
+            model = self.accelerator.unwrap_model(self.model)
+            result = evaluate_rows(model, self.processing_class, config, on_prediction=self._draw)
         metrics = {
-            f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items() if not math.isnan(value)
+            f"{metric_key_prefix}_{name}": value
+            for name, value in result.metrics(convention).items()
+            if not math.isnan(value)
         }
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
-        labels = {
-            "protocol": plan.protocol,
-            "protocol_note": PROTOCOL_NOTES[plan.protocol],
-            "convention": plan.convention,
+        facts = {
+            "protocol": config.protocol,
+            "protocol_note": PROTOCOL_NOTES[config.protocol],
+            "convention": convention,
         }
-        self.log({**metrics, **{f"{metric_key_prefix}_{name}": value for name, value in labels.items()}})
+        self.log({**metrics, **{f"{metric_key_prefix}_{name}": value for name, value in facts.items()}})
         self._show_pictures()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._begun += time.perf_counter() - start  # the time of an evaluation is not training time
@@ -273,15 +280,17 @@ class GsvaTrainer(Trainer):
     def _pictures(self) -> Path:
         return Path(self.args.output_dir) / VALIDATION / f"step-{self.state.global_step}"
 
-    def _draw(self, index: int, row: dict, results: list[dict]) -> None:
-        """Draw a prediction, on the process that evaluates the image."""
-        plan, step = self.evaluation, self.state.global_step
-        if plan is None or index >= getattr(self.args, "validation_pictures", 0):
+    def _draw(self, index: int, row: dict, questions: list[Question], results: list[dict]) -> None:
+        """Draw the sheet of one of the first images, on the process that evaluates it."""
+        config, step = self.evaluation, self.state.global_step
+        if config is None or index >= getattr(self.args, "validation_pictures", 0):
             return
-        title = f"{plan.dataset} {plan.split} {row['image_id']}, step {step}: prediction orange, truth blue; {plan.protocol}: "
-        title += PROTOCOL_NOTES[plan.protocol]
+        title = (
+            f"{config.dataset} {config.split} {row['image_id']}, step {step}: prediction orange, truth blue; "
+            f"{config.protocol}: {PROTOCOL_NOTES[config.protocol]}"
+        )
         with replacing(self._pictures / f"{index:03d}.png") as temporary:
-            expression_sheet(row, results, title).save(temporary)
+            expression_sheet(read_image(row["image"]), questions, results, title).save(temporary)
 
     def _show_pictures(self) -> None:
         """Send the pictures that all processes have drawn to TensorBoard and W&B, if `report_to` names them."""

@@ -15,12 +15,12 @@ from torch import nn
 
 from data_scripts.files import write_json
 from data_scripts.transforms import Wording
+from evaluation.loop import cpu_threads
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
 
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
 from .curves import training_curves
 from .data import GsvaCollator, ProcessorWording, evaluation_config, num_images, training_data
-from .evaluation import cpu_threads
 from .freezing import cast_trained, merge_lora, moved_table, parts_table, prepare_for_training, snapshot, unmoved
 from .loading import load_model, merge
 from .output_folder import ADAPTER, CURVES, LOG_HISTORY, RUN, TRAINING

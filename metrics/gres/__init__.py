@@ -1,6 +1,6 @@
-"""GRES metrics: pure functions (`functions.py`), rows files (`rows.py`), pictures (`plots.py`).
+"""GRES metrics: pure functions (`functions.py`), rows files (`rows.py`), plots (`plots.py`).
 
-The `evaluate` module is `gres.py`; it is left out here because `import evaluate` brings torch along.
+The `evaluate` module is `gres.py`. It is not imported here, because `import evaluate` imports torch.
 """
 
 from .functions import (
@@ -12,6 +12,7 @@ from .functions import (
     check_row,
     check_together,
     gres_metrics,
+    kind_of,
     rejection_curve,
     report,
     row_from_masks,
@@ -31,6 +32,7 @@ __all__ = [
     "check_together",
     "gres_metrics",
     "group_rows",
+    "kind_of",
     "plot_rejection_curves",
     "read_rows",
     "rejection_curve",

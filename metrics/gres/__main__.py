@@ -1,4 +1,4 @@
-"""`python -m metrics.gres rows.jsonl --convention rela --json`: metrics from kept rows, without the model."""
+"""`python -m metrics.gres rows.jsonl --convention rela --json`: metrics from saved rows, without the model."""
 
 import argparse
 import math
@@ -6,18 +6,21 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from data_scripts.files import replacing
+
 from .functions import CONVENTIONS, METRIC_KEYS, RUN_FIELDS, report, to_json
 from .plots import plot_rejection_curves
 from .rows import group_rows, read_rows
 
 
 def _title(record: dict[str, Any]) -> str:
+    """Return the fields of a run in one line."""
     words = (f"{'threshold ' * (field == 'threshold')}{record[field]}" for field in RUN_FIELDS if field in record)
     return " ".join(words)
 
 
 def _as_text(record: dict[str, Any]) -> str:
-    """A record as a table: all rows, their intervals, then each part."""
+    """Return a record as a table: all rows, their intervals, then each part."""
 
     def line(name: str, samples: Any, cells: Sequence[str]) -> str:
         return f"{name:<22}{samples:>8}" + "".join(f"{cell:>16}" for cell in cells)
@@ -46,15 +49,29 @@ def _as_text(record: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; `arguments` defaults to `sys.argv[1:]`. Wrong rows end it with status 1 and one line."""
+    """Run the command line; `arguments` defaults to `sys.argv[1:]`. Wrong rows end it with status 1 and one line."""
     parser = argparse.ArgumentParser(prog="python -m metrics.gres", description=__doc__)
     parser.add_argument("rows", nargs="+", metavar="ROWS", help="JSON lines or .parquet, one row per expression")
-    parser.add_argument("--convention", choices=CONVENTIONS, default="rela", help="how to count (default: rela)")
-    parser.add_argument("--group-by", nargs="+", default=[], choices=RUN_FIELDS, help="report such runs apart")
-    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument(
+        "--convention", choices=CONVENTIONS, default="rela", help="the definition of the metrics (default: rela)"
+    )
+    parser.add_argument(
+        "--group-by",
+        nargs="+",
+        default=[],
+        choices=RUN_FIELDS,
+        help="report runs that differ in these fields separately",
+    )
+    parser.add_argument(
+        "--bootstrap",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="number of resamples for the intervals; 0: no intervals",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     parser.add_argument("--json", action="store_true", help="print JSON: one record, or a list with --group-by")
-    parser.add_argument("--plot", metavar="FILE", help="draw the N-acc/T-acc curve")
+    parser.add_argument("--plot", metavar="FILE", help="write a plot of the N-acc/T-acc curve to this file")
     options = parser.parse_args(arguments)
     if options.bootstrap < 0 or options.seed < 0:
         parser.error("--bootstrap and --seed must be 0 or more")
@@ -65,9 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     if options.plot:
         try:
-            plot_rejection_curves({_title(record): record["curve"] for record in records}, options.plot)
+            with replacing(options.plot) as temporary:
+                plot_rejection_curves({_title(record): record["curve"] for record in records}, temporary)
         except (OSError, ValueError) as error:
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {options.plot}: {error}")
     if options.json:
         print(to_json(records if options.group_by else records[0], indent=2))
     else:

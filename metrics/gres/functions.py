@@ -2,13 +2,14 @@
 
 One row is one expression. Four fields decide every metric::
 
-    is_no_target   bool  the expression has nothing in the image (its truth is empty)
-    is_rejected    bool  the model answered [REJ] (or nothing at all) for it
-    intersection   int   pixels in both prediction and truth
-    union          int   pixels in prediction or truth; a slot that made no mask has an empty prediction
+    is_no_target   bool  the expression has no target in the image (its true mask has no pixel)
+    is_rejected    bool  the model answered [REJ] for it, or nothing
+    intersection   int   pixels in both the prediction and the true mask
+    union          int   pixels in the prediction or the true mask; without a mask, the prediction is empty
 
-The other fields (`FIELDS`) name the run and allow break-downs, intervals and the rejection curve. Every metric is a
-ratio of two sums over rows, and all sums are exact (integers, or `math.fsum`): the order of rows changes no digit.
+The other fields (`FIELDS`) identify the run and are needed for break-downs, intervals and the rejection curve. Every
+metric is a ratio of two sums over rows. All sums are exact (integers, or `math.fsum`), so the order of rows does not
+change any digit.
 """
 
 import json
@@ -16,23 +17,23 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
-from reprlib import repr as shown  # short, and safe for what is nested deeply or in itself
+from reprlib import repr as short_repr  # short, and safe for a value that is nested deeply or contains itself
 from typing import Any
 
 import numpy as np
 
-# "rela": the benchmark's own evaluator (github.com/henghuiding/ReLA, gres_model/evaluation/refer_evaluation.py).
-# "gsva": eval_gres of the original GSVA (github.com/LeapLabTHU/GSVA), which it runs on sets with no-targets.
-# "gsva_validate": its validate, which it runs on the RefCOCO family and ReasonSeg and which knows no rejection.
-# Where every expression has a target, gsva and gsva_validate are the same number.
+# "rela": the benchmark's evaluator (github.com/henghuiding/ReLA, gres_model/evaluation/refer_evaluation.py).
+# "gsva": `eval_gres` of the original GSVA (github.com/LeapLabTHU/GSVA), which it uses for sets with no-targets.
+# "gsva_validate": `validate` of the original, which it uses for the RefCOCO family and ReasonSeg; without rejection.
+# If every expression has a target, gsva and gsva_validate give the same numbers.
 CONVENTIONS = ("rela", "gsva", "gsva_validate")
 
-# Both functions of the original divide by union + 1e-5 and by count + 1e-5; the benchmark's evaluator has no epsilon.
+# Both functions of the original divide by union + 1e-5 and by count + 1e-5. The benchmark's evaluator has no epsilon.
 EPSILON = {"rela": 0.0, "gsva": 1e-5, "gsva_validate": 1e-5}
 
-PRECISION_AT = (0.7, 0.8, 0.9)  # of the benchmark's evaluator
+PRECISION_AT = (0.7, 0.8, 0.9)  # as in the benchmark's evaluator
 
-# Metric key -> when its denominator is empty.
+# metric -> the reason if its denominator is empty
 UNDEFINED = {
     "gIoU": "no expressions",
     "cIoU": "no pixels in any counted union",
@@ -43,7 +44,7 @@ UNDEFINED = {
 }
 METRIC_KEYS = tuple(UNDEFINED)
 
-# Rows that differ in one of these come from different runs and are never averaged together.
+# Rows that differ in one of these fields come from different runs and are never averaged together.
 RUN_FIELDS = ("dataset", "split", "protocol", "prompts", "ignore_region", "threshold", "stage", "model", "convention")
 
 REQUIRED = ("is_no_target", "is_rejected", "intersection", "union")
@@ -51,7 +52,7 @@ REQUIRED_IN_FILES = ("dataset", "split", "protocol", "image_id", "expression", *
 
 
 def _is_whole(value: Any, at_least: int) -> bool:
-    # 2**53: up to there float64 holds every whole number, so sums of areas stay exact
+    # float64 holds every whole number up to 2**53, so sums of areas stay exact
     return isinstance(value, Integral) and not isinstance(value, bool) and at_least <= int(value) < 2**53
 
 
@@ -65,45 +66,49 @@ _FINITE: _Test = (
     "a finite number, or null for no score",
 )
 
-# Every field with a meaning here; others are carried along unread.
+# all fields that the metrics read; other fields are ignored
 FIELDS: dict[str, _Test] = {
     "is_no_target": _FLAG,
     "is_rejected": _FLAG,
     "intersection": _AREA,
     "union": _AREA,
-    "score": _FINITE,  # log-odds of [SEG] against [REJ]; below 0 the slot is rejected
-    "is_malformed": _FLAG,  # the answer could not be read as one slot per expression
-    "num_targets": _COUNT,  # annotations of the expression; 0 for a no-target
-    "num_expressions": (lambda v: _is_whole(v, 1), "a whole number, 1 or more"),  # expressions in the same prompt
+    "score": _FINITE,  # log-odds of [SEG] against [REJ]; a slot with a score below 0 is rejected
+    "is_malformed": _FLAG,  # the answer did not have one slot per expression
+    "num_targets": _COUNT,  # number of annotations of the expression; 0 for a no-target
+    "num_expressions": (
+        lambda v: _is_whole(v, 1),
+        "a whole number, 1 or more",
+    ),  # number of expressions in the same prompt
     "image_id": (lambda v: isinstance(v, str) or _is_whole(v, 0), "a string or a whole number"),
     "expression": _TEXT,
     **{name: _TEXT for name in RUN_FIELDS},
-    # on score, where the protocol has one; older rows have none. Infinity rejects all, or nothing.
+    # The threshold on score, if the protocol has one; older rows have none. Infinity rejects everything, or nothing.
     "threshold": (lambda v: isinstance(v, Real) and not isinstance(v, bool) and not math.isnan(v), "a number"),
 }
 
 
 def check_row(row: Mapping[str, Any], where: str = "row", required: Iterable[str] = REQUIRED) -> None:
-    """Checks one row: fields that must be there, types, and areas that can be true.
+    """Check one row: required fields, types, and consistent areas.
 
     Args:
-        row: field -> value. A field of `FIELDS` that is not required may be absent or None.
-        where: how to name the row in an error, such as `"rows.jsonl line 3"`.
-        required: the fields that must be there.
+        row: Field -> value. A field of `FIELDS` that is not required may be missing or None.
+        where: The row's name in errors, such as `"rows.jsonl line 3"`.
+        required: The fields that the row must have.
 
     Raises:
-        ValueError: naming the row, the field, the value and what is expected (TypeError if it has no fields at all).
+        ValueError: The row is wrong. The message names the row, the field, the value and the expected value.
+        TypeError: The row is not a mapping.
     """
     required = tuple(required)
     if not isinstance(row, Mapping):
-        raise TypeError(f"{where}: expected an object with named fields, got {shown(row)}")
+        raise TypeError(f"{where}: expected an object with named fields, got {short_repr(row)}")
     missing = [name for name in required if row.get(name) is None]
     if missing:
         raise ValueError(f"{where}: missing {', '.join(missing)}; a row needs {', '.join(required)}")
     for name, (is_right, expected) in FIELDS.items():
         value = row.get(name)
         if value is not None and not is_right(value):
-            raise ValueError(f"{where}: {name} is {shown(value)} ({type(value).__name__}), expected {expected}")
+            raise ValueError(f"{where}: {name} is {short_repr(value)} ({type(value).__name__}), expected {expected}")
     if row["intersection"] > row["union"]:
         raise ValueError(
             f"{where}: intersection {row['intersection']} is larger than union {row['union']}; "
@@ -114,7 +119,7 @@ def check_row(row: Mapping[str, Any], where: str = "row", required: Iterable[str
             f"{where}: is_no_target is true but intersection is {row['intersection']}; "
             "a no-target has an empty truth, so nothing can intersect it"
         )
-    # The reverse (annotations, but an empty mask) is a no-target: the original decides it by pixels.
+    # The reverse (annotations without any pixel) is a no-target: the original decides by pixels.
     if row.get("num_targets") == 0 and not row["is_no_target"]:
         raise ValueError(f"{where}: num_targets is 0 but is_no_target is false")
 
@@ -123,9 +128,9 @@ _Columns = dict[str, np.ndarray]
 
 
 def _columns(rows: Iterable[Mapping[str, Any]]) -> _Columns:
-    """Checked rows as one array per field; fields that may be absent are object arrays with None."""
+    """Check rows and return one array per field. Fields that may be missing are object arrays with None."""
     if not isinstance(rows, Iterable):
-        raise TypeError(f"expected rows, one mapping for each expression, got {shown(rows)}")
+        raise TypeError(f"expected rows, one mapping for each expression, got {short_repr(rows)}")
     rows = list(rows)
     for index, row in enumerate(rows):
         check_row(row, f"row {index}")
@@ -145,10 +150,10 @@ def _check_convention(convention: str) -> None:
 
 
 def _terms(columns: _Columns, convention: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Metric key -> what each row adds to its numerator and to its denominator: the conventions, in one place."""
+    """Return {metric: (numerators, denominators)} with one number per row. All conventions are defined here."""
     no_target, rejected, union = columns["is_no_target"], columns["is_rejected"], columns["union"]
     target = ~no_target
-    # rela: a rejected target loses its intersection and keeps its union; gsva: its mask counts all the same
+    # rela: a rejected target has no intersection, but its union counts. gsva: its mask counts as if it were not rejected.
     intersection = np.where(rejected, 0, columns["intersection"]) if convention == "rela" else columns["intersection"]
     iou = np.divide(intersection, union, out=np.zeros(len(union)), where=union > 0)
     score = iou if convention == "rela" else intersection / (union + EPSILON[convention])
@@ -167,8 +172,8 @@ def _terms(columns: _Columns, convention: str) -> dict[str, tuple[np.ndarray, np
         **{f"Pr@{x}": (target & (iou >= x), target) for x in PRECISION_AT},
         "malformed": (
             malformed.astype(bool),
-            np.not_equal(malformed, np.array(None)),
-        ),  # None: not recorded, False in both
+            np.not_equal(malformed, np.array(None)),  # None means not recorded, which counts in neither sum
+        ),
     }
 
 
@@ -184,19 +189,19 @@ def _metrics(columns: _Columns, convention: str) -> dict[str, float]:
 
 
 def gres_metrics(rows: Iterable[Mapping[str, Any]], convention: str = "rela") -> dict[str, float]:
-    """The metrics of all rows together.
+    """Return the metrics over all rows.
 
     Args:
-        rows: one mapping per expression with at least `is_no_target, is_rejected, intersection, union` and, for
+        rows: One mapping per expression with at least `is_no_target, is_rejected, intersection, union` and, for
             `malformed`, `is_malformed`.
-        convention: one of `CONVENTIONS`.
+        convention: One of `CONVENTIONS`.
 
     Returns:
-        `{gIoU, cIoU, N_acc, T_acc, Pr@0.7, Pr@0.8, Pr@0.9, malformed}`, each between 0 and 1, or NaN where its
-        denominator is empty (`undefined_notes` says why).
+        `{gIoU, cIoU, N_acc, T_acc, Pr@0.7, Pr@0.8, Pr@0.9, malformed}`, each between 0 and 1, or NaN if its
+        denominator is empty (`undefined_notes` gives the reason).
 
     Raises:
-        ValueError: an unknown convention, or a row that is wrong (see `check_row`).
+        ValueError: The convention is unknown, or a row is wrong (see `check_row`).
 
     Example:
         >>> kept = {"is_no_target": False, "is_rejected": False, "intersection": 3, "union": 4}
@@ -210,21 +215,28 @@ def gres_metrics(rows: Iterable[Mapping[str, Any]], convention: str = "rela") ->
 
 
 def undefined_notes(metrics: Mapping[str, float]) -> dict[str, str]:
-    """A sentence for each metric that is NaN: `{"N_acc": "not defined here: no no-target expressions"}`."""
+    """Return a note for each metric that is NaN: `{"N_acc": "not defined here: no no-target expressions"}`."""
     return {
         key: f"not defined here: {reason}" for key, reason in UNDEFINED.items() if math.isnan(metrics.get(key, 0.0))
     }
 
 
+def kind_of(is_no_target: bool, num_targets: int | None) -> str:
+    """Return the kind of an expression: no-target, single-target or multi-target, or target if the number is unknown.
+
+    Example:
+        >>> kind_of(True, 0), kind_of(False, 1), kind_of(False, 2), kind_of(False, None)
+        ('no-target', 'single-target', 'multi-target', 'target')
+    """
+    if is_no_target:
+        return "no-target"
+    if num_targets is None:
+        return "target"
+    return "single-target" if num_targets == 1 else "multi-target"
+
+
 def _breakdown(columns: _Columns, convention: str) -> dict[str, dict[str, dict[str, Any]]]:
-    num_targets = columns["num_targets"]
-    kinds = np.array(
-        [
-            "no-target" if empty else "target" if num is None else "single-target" if num == 1 else "multi-target"
-            for empty, num in zip(columns["is_no_target"], num_targets)
-        ],
-        dtype=object,
-    )
+    kinds = np.array(list(map(kind_of, columns["is_no_target"], columns["num_targets"])), dtype=object)
     result: dict[str, dict[str, dict[str, Any]]] = {}
     for field, values in {"kind": kinds, "num_expressions": columns["num_expressions"]}.items():
         result[field] = {}
@@ -238,12 +250,12 @@ def _breakdown(columns: _Columns, convention: str) -> dict[str, dict[str, dict[s
 
 
 def breakdown(rows: Iterable[Mapping[str, Any]], convention: str = "rela") -> dict[str, dict[str, dict[str, Any]]]:
-    """The metrics by kind of expression and by the number of expressions in its prompt.
+    """Return the metrics by kind of expression (`kind_of`) and by the number of expressions in the prompt.
 
     Args:
-        rows: as in `gres_metrics`. `num_targets` tells single-target from multi-target (without it: `target`), and
-            `num_expressions` the size of the prompt (without it that part is empty).
-        convention: one of `CONVENTIONS`.
+        rows: As in `gres_metrics`. `num_targets` distinguishes single-target from multi-target. Without
+            `num_expressions`, the second part is empty.
+        convention: One of `CONVENTIONS`.
 
     Returns:
         `{"kind": {"no-target": {"samples", "metrics"}, ...}, "num_expressions": {"1": {"samples", "metrics"}, ...}}`.
@@ -269,17 +281,17 @@ def _bootstrap(
         cluster = np.unique([str(image) for image in images], return_inverse=True)[1]
         order = np.lexsort((*table.T, cluster))
         cluster = cluster[order]
-    # In this order the sums per image, and the resamples after them, depend on the set of rows only.
+    # With this order, the sums per image and the resamples depend only on the set of rows, not on their order.
     table = np.add.reduceat(table[order], np.flatnonzero(np.diff(cluster, prepend=-1)), axis=0)
     units = len(table)
     rng = np.random.default_rng(seed)
     drawn_sums = []
-    chunk = max(1, 2_000_000 // units)  # resamples at a time, to bound memory
+    chunk = max(1, 2_000_000 // units)  # resamples at a time, which limits memory
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
         drawn = rng.integers(units, size=(size, units)) + units * np.arange(size)[:, None]
         weights = np.bincount(drawn.ravel(), minlength=size * units).reshape(size, units)
-        # einsum, not @: BLAS sums in another order with another number of threads
+        # einsum instead of @: the order of BLAS's sums depends on the number of threads
         drawn_sums.append(np.einsum("ru,ut->rt", weights.astype(float), table))
     sums = np.concatenate(drawn_sums)
     tails = [(1 - level) / 2, (1 + level) / 2]
@@ -300,20 +312,23 @@ def bootstrap_intervals(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap intervals of every metric.
+    """Return percentile bootstrap intervals of every metric.
 
-    Whole images are resampled where every row has an `image_id`, since expressions of one image are not independent;
-    else single rows. Resamples in which a metric is not defined are left out of its interval.
+    Whole images are resampled if every row has an `image_id`, since expressions about one image are not independent; else
+    single rows. Resamples in which a metric is not defined do not count in its interval.
 
     Args:
-        rows: as in `gres_metrics`.
-        convention: one of `CONVENTIONS`.
-        resamples: number of resamples.
-        seed: of the random draws; the same seed and the same set of rows, in any order, give the same digits.
-        level: coverage, 0.95 for 95 % intervals.
+        rows: As in `gres_metrics`.
+        convention: One of `CONVENTIONS`.
+        resamples: The number of resamples.
+        seed: Seed of the random draws. The same seed and the same set of rows, in any order, give the same digits.
+        level: Coverage, 0.95 for 95 % intervals.
 
     Returns:
-        Metric key -> (low, high); (NaN, NaN) where the metric is not defined.
+        Metric -> (low, high), or (NaN, NaN) if the metric is not defined.
+
+    Raises:
+        ValueError: As `gres_metrics`, or `resamples` or `level` is out of range.
     """
     _check_convention(convention)
     return _bootstrap(_columns(rows), convention, resamples, seed, level)
@@ -336,14 +351,14 @@ def _curve(columns: _Columns, max_points: int) -> dict[str, Any]:
         empty: dict[str, list[float]] = {"threshold": [], "N_acc": [], "T_acc": []}
         return {"area": math.nan, "balance": None, "points": empty, "note": f"not defined here: {reason}"}
     scores = scores.astype(float)
-    # A slot is rejected below the threshold: the first threshold rejects nothing, the last one everything.
+    # A slot is rejected if its score is below the threshold: the first threshold rejects nothing, the last one everything.
     thresholds = np.unique(scores)
     thresholds = np.append(thresholds, np.nextafter(thresholds[-1], np.inf))
     rejected_empty = np.searchsorted(np.sort(scores[no_target]), thresholds)
     kept_target = positives - np.searchsorted(np.sort(scores[~no_target]), thresholds)
-    # Trapezoids in whole numbers, so exact: the chance that a target outscores a no-target, a tie counting half.
+    # Trapezoids in whole numbers are exact: the chance that a target scores above a no-target; a tie counts half.
     twice_area = int(np.sum(np.diff(rejected_empty) * (kept_target[:-1] + kept_target[1:])))
-    # |N_acc - T_acc| and N_acc + T_acc over their common denominator, again in whole numbers
+    # |N_acc - T_acc| and N_acc + T_acc times their common denominator, also in whole numbers
     gap = np.abs(rejected_empty * positives - kept_target * negatives)
     both = rejected_empty * positives + kept_target * negatives
     best = np.lexsort((thresholds, -both, gap))[0]
@@ -360,43 +375,43 @@ def _curve(columns: _Columns, max_points: int) -> dict[str, Any]:
 
 
 def rejection_curve(rows: Iterable[Mapping[str, Any]], max_points: int = 201) -> dict[str, Any]:
-    """N-acc against T-acc while the rejection threshold on `score` moves.
+    """Return the curve of N-acc against T-acc over all rejection thresholds on `score`.
 
-    `score` is the log-odds of [SEG] against [REJ]: at threshold t a slot is rejected when score < t, and t = 0 is the
-    model's own choice. Masks play no part.
+    `score` is the log-odds of [SEG] against [REJ]. At threshold t, a slot is rejected if score < t; the model's decision is
+    t = 0. Masks are not used.
 
     Args:
-        rows: as in `gres_metrics`, each with a finite `score`.
-        max_points: at most so many points are returned, evenly spaced by rank; area and balance use all of them.
+        rows: As in `gres_metrics`, each with a finite `score`.
+        max_points: The largest number of points to return, evenly spaced by rank. Area and balance use all points.
 
     Returns:
-        `{"area", "balance", "points", "note"}`. `area` is under T-acc as a function of N-acc: 1 is perfect, 0.5 is
-        guessing. `balance` is `{"threshold", "N_acc", "T_acc"}` where N-acc and T-acc are closest (then where their
-        sum is largest, then at the lowest threshold). `points` is `{"threshold", "N_acc", "T_acc"}` of equally long
-        lists, thresholds rising. Where scores, no-targets or targets lack, area is NaN, balance None, and `note` says
-        so; `note` also says when `is_rejected` is not `score < 0` everywhere.
+        `{"area", "balance", "points", "note"}`. `area` is the area under T-acc as a function of N-acc: 1 is perfect, 0.5
+        is chance. `balance` is `{"threshold", "N_acc", "T_acc"}` at the threshold where N-acc and T-acc are closest (of
+        several, where their sum is largest, then the lowest). `points` is `{"threshold", "N_acc", "T_acc"}` with lists of
+        one length, in order of threshold. Without scores, no-targets or targets, area is NaN and balance None, and `note`
+        gives the reason. `note` also tells if `is_rejected` differs from `score < 0`.
     """
     return _curve(_columns(rows), max_points)
 
 
 def check_together(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Checks that all rows come from one run and returns its `RUN_FIELDS`.
+    """Check that all rows come from one run, and return the run's `RUN_FIELDS`.
 
     Raises:
-        ValueError: naming the first field in which rows differ, with its values and how many rows have each.
+        ValueError: Rows differ. The message names the first such field, its values and their numbers of rows.
     """
     rows = list(rows)
     run = {}
     for field in RUN_FIELDS:
         counts = Counter(row.get(field) for row in rows)
         if len(counts) > 1:
-            found = ", ".join(
+            values = ", ".join(
                 f"{'none' if value is None else repr(value)} ({count} rows)"
                 for value, count in sorted(counts.items(), key=lambda item: str(item[0]))
             )
             raise ValueError(
-                f"these rows do not belong together: {field} is {found}. "
-                f"Give the rows of one run, or report them apart with --group-by {field}"
+                f"these rows do not belong together: {field} is {values}. "
+                f"Give the rows of one run, or report the runs separately with --group-by {field}"
             )
         value = next(iter(counts), None)
         if value is not None:
@@ -411,21 +426,21 @@ def report(
     seed: int = 0,
     max_points: int = 201,
 ) -> dict[str, Any]:
-    """Everything that rows of one run tell, as one JSON-ready record (`to_json` turns NaN into null).
+    """Return metrics, intervals, break-down and curve of one run as a record that `to_json` can write.
 
     Args:
-        rows: as in `gres_metrics`, all of one run (`check_together`).
-        convention: one of `CONVENTIONS`.
-        resamples: for the 95 % intervals; 0 leaves them out.
-        seed: of the bootstrap.
-        max_points: of the rejection curve.
+        rows: As in `gres_metrics`, all of one run (`check_together`).
+        convention: One of `CONVENTIONS`.
+        resamples: The number of resamples for the 95 % intervals; 0 leaves them out.
+        seed: Seed of the bootstrap.
+        max_points: The largest number of points of the rejection curve.
 
     Returns:
-        `{dataset, split, protocol, ..., convention, samples, images, metrics, intervals, breakdown, curve, notes}`;
-        the fields that name the run are there when the rows have them.
+        `{dataset, split, protocol, ..., convention, samples, images, metrics, intervals, breakdown, curve, notes}`. The
+        fields that identify the run are those that the rows have.
 
     Raises:
-        ValueError: rows of several runs, a wrong row, an unknown convention.
+        ValueError: The rows are of several runs, a row is wrong, or the convention is unknown.
     """
     rows = list(rows)
     _check_convention(convention)
@@ -461,7 +476,7 @@ def report(
 
 
 def to_json(value: Any, **kwargs: Any) -> str:
-    """`json.dumps` in strict JSON: NaN becomes null. Further arguments go to `json.dumps`.
+    """Return `value` as strict JSON, with null for NaN. Further arguments go to `json.dumps`.
 
     Example:
         >>> to_json({"N_acc": float("nan"), "T_acc": 1.0})
@@ -479,10 +494,11 @@ def to_json(value: Any, **kwargs: Any) -> str:
 
 
 def _is_whole_rle(size: Any, counts: Any) -> bool:
-    """Whether pycocotools can work on an encoding: it crashes or hangs on one that is empty, cut or of another length.
+    """Return whether pycocotools can decode an encoding. It crashes or hangs if one is empty, cut or of another length.
 
-    Run lengths are little-endian numbers of 5 bits per character, from the fourth on differences to the last but one
-    (maskApi.c: rleToString). `data_scripts.schema.check_rle` does the same for files; this module stands alone.
+    Run lengths are little-endian numbers of 5 bits per character, from the fourth on the difference to the run length
+    two places before (maskApi.c: rleToString). `data_scripts.masks.check_rle` has the same check for files;
+    `evaluate.load` copies this module without that package.
     """
     if not isinstance(counts, str) or len(size) != 2 or not all(_is_whole(side, 1) for side in size):
         return False
@@ -502,24 +518,24 @@ def _is_whole_rle(size: Any, counts: Any) -> bool:
 def row_from_masks(
     prediction: Mapping[str, Any], reference: Mapping[str, Any], is_rejected: bool, where: str = "row"
 ) -> dict[str, Any]:
-    """One row from two masks in COCO run-length encoding.
+    """Return one row from two masks in COCO run-length encoding.
 
     Args:
-        prediction: `{"size": [height, width], "counts": str}`, empty where the slot made no mask.
-        reference: the same for the truth; an empty one makes the expression a no-target.
-        is_rejected: the model's decision.
-        where: how to name the row in an error.
+        prediction: `{"size": [height, width], "counts": str}`, without any pixel if there is no predicted mask.
+        reference: The true mask in the same form. Without any pixel, the expression is a no-target.
+        is_rejected: The model's decision.
+        where: The row's name in errors.
 
     Raises:
-        ValueError: something that is no mask, or two sizes.
+        ValueError: One of the two is not a mask, or their sizes differ.
     """
-    from pycocotools import mask as coco  # only here: rows need no masks
+    from pycocotools import mask as coco  # imported here, since rows without masks do not need it
 
     for name, rle in {"prediction": prediction, "reference": reference}.items():
         size = rle.get("size") if isinstance(rle, Mapping) else None
         if not isinstance(size, (list, tuple)) or not _is_whole_rle(size, rle.get("counts")):
             raise ValueError(
-                f"{where}: {name} is {shown(rle)}, expected {{'size': [height, width], 'counts': str}}, a COCO run-length "
+                f"{where}: {name} is {short_repr(rle)}, expected {{'size': [height, width], 'counts': str}}, a COCO run-length "
                 "encoding of that size"
             )
     if list(prediction["size"]) != list(reference["size"]):

@@ -1,7 +1,7 @@
 """The GRES metrics as an `evaluate` module: `evaluate.load("./metrics/gres")`, offline.
 
-Thin on purpose: every number comes from `functions.py`, which needs neither evaluate nor what it imports (torch).
-`evaluate.load` copies this file and the siblings that it names in `from .x import y`, so those import none further.
+Every number comes from `functions.py`, which needs neither evaluate nor torch. `evaluate.load` copies this file and the
+siblings that it names in `from .x import y`; those must not import siblings themselves.
 """
 
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ Example:
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
 class Gres(evaluate.Metric):
-    """The functions above as an `evaluate` module; `config_name` is "rows" (default) or "masks"."""
+    """The GRES metrics as an `evaluate` module; `config_name` is "rows" (default) or "masks"."""
 
     config_name: str
 
@@ -86,9 +86,12 @@ class Gres(evaluate.Metric):
         return row
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **columns: Any) -> None:
-        """Adds one entry per expression; `is_malformed` may be left out. Wrong entries are named here, not later.
+        """Add one entry per expression; `is_malformed` is optional.
 
-        (evaluate itself would turn "no" into true and 0.5 pixels into 0 without a word.)
+        Entries are checked here: evaluate would silently convert "no" to true and 0.5 pixels to 0.
+
+        Raises:
+            ValueError: A column is missing or unknown, lengths differ, or an entry is wrong.
         """
         columns = {"predictions": predictions, "references": references, **columns}
         columns = {
@@ -102,12 +105,12 @@ class Gres(evaluate.Metric):
         unknown = [name for name in columns if name not in names]
         if missing or unknown:
             raise ValueError(
-                f"gres ({self.config_name}) takes {', '.join(required)} and, if known, is_malformed; "
+                f"gres ({self.config_name}) takes {', '.join(required)} and optionally is_malformed; "
                 f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
             )
         lengths = {name: len(values) for name, values in columns.items()}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"gres: one entry per expression in each column, but the lengths are {lengths}")
+            raise ValueError(f"gres: every column needs one entry per expression, but the lengths are {lengths}")
         count = lengths["is_rejected"]
         columns.setdefault("is_malformed", [None] * count)
         for index, values in enumerate(zip(*columns.values())):
@@ -115,12 +118,12 @@ class Gres(evaluate.Metric):
         super().add_batch(**columns)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **values: Any) -> None:
-        """Adds one expression; as `add_batch` with single values."""
+        """Add one expression, like `add_batch` with single values."""
         values = {"predictions": prediction, "references": reference, **values}
         self.add_batch(**{name: [value] for name, value in values.items() if value is not None})
 
     def compute(self, *, is_malformed: Any = None, **kwargs: Any) -> dict[str, Any] | None:
-        """Computes the metrics of all that was added, plus the columns given here; None on processes but the first."""
+        """Compute the metrics of everything added and of the columns given here; None except on the first process."""
         return super().compute(is_malformed=is_malformed, **kwargs)
 
     def _compute(self, *, convention: str = "rela", **columns: list) -> dict[str, Any]:

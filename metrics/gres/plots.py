@@ -1,47 +1,50 @@
-"""Pictures of the metrics; matplotlib is imported only when one is drawn."""
+"""Plots of the metrics. matplotlib is imported only when one is drawn."""
 
 import os
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-_CHARACTERS = 72  # that a line of the legend has room for at the figure's width
-_LINE = 0.17  # inches that it takes
+_CHARACTERS = 72  # of a line of the legend at the figure's width
+_LINE = 0.17  # height of such a line in inches
 
 
-def plot_rejection_curves(curves: Mapping[str, Mapping[str, Any]], path: str | os.PathLike) -> None:
-    """Draws N_acc against T_acc for one or several runs; the legend below has the area and the balancing point of each.
+def plot_rejection_curves(
+    curves: Mapping[str, Mapping[str, Any]], target: str | os.PathLike | BinaryIO, format: str | None = None
+) -> None:
+    """Draw N_acc against T_acc for one or several runs. The legend has the area and the balance of each.
 
     Args:
-        curves: legend -> what `rejection_curve` returned; curves that are not defined are named in the legend only.
-        path: the picture to write; its suffix gives the format (png, svg, pdf).
+        curves: Legend -> result of `rejection_curve`. Curves that are not defined appear in the legend only.
+        target: The path to write, or a binary file. Use `data_scripts.files.replacing` to write a path whole or not at all.
+        format: "png", "svg", "pdf" and so on; by default the suffix of a path, and "png" for a binary file.
 
     Raises:
-        ValueError: a suffix that matplotlib writes no picture for.
+        ValueError: matplotlib cannot write this format.
     """
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+    from matplotlib.figure import Figure  # pyplot would need a window system and global state
 
     figure = Figure()
-    path, known = Path(path), figure.canvas.get_supported_filetypes()
-    if (suffix := path.suffix[1:].lower()) not in known:
-        raise ValueError(
-            f"{path}: no picture can be written as {suffix!r}; end the name with one of .{', .'.join(known)}"
-        )
+    formats = figure.canvas.get_supported_filetypes()
+    if format is None:
+        format = Path(target).suffix[1:].lower() if isinstance(target, (str, os.PathLike)) else "png"
+    if format not in formats:
+        raise ValueError(f"no picture can be written as {format!r}; end the name with one of .{', .'.join(formats)}")
     labels = {}
     for label, curve in curves.items():
         balance = curve["balance"]
-        found = curve["note"]
+        result = curve["note"]
         if balance is not None:
-            found = f"area {curve['area']:.3f}, balanced by rejecting score < {balance['threshold']:.2f} (dot)"
-        # "$" would begin a formula
-        labels[label] = textwrap.fill(f"{label}: {found}", _CHARACTERS).replace("$", r"\$")
+            result = f"area {curve['area']:.3f}, balanced by rejecting score < {balance['threshold']:.2f} (dot)"
+        # "$" would start a formula
+        labels[label] = textwrap.fill(f"{label}: {result}", _CHARACTERS).replace("$", r"\$")
     below = 0.3 + _LINE * sum(text.count("\n") + 1.4 for text in labels.values())
     figure.set_size_inches(6, 5.5 + below)
     axes = figure.add_axes((0.12, (below + 0.55) / (5.5 + below), 0.84, 4.8 / (5.5 + below)))
     for label, curve in curves.items():
         points, balance = curve["points"], curve["balance"]
-        # straight lines between thresholds are what the area integrates; steps would hide ties
+        # The area is under straight lines between thresholds; steps would hide ties.
         (line,) = axes.plot(points["N_acc"], points["T_acc"], label=labels[label])
         if balance is not None:
             axes.plot(balance["N_acc"], balance["T_acc"], "o", color=line.get_color())
@@ -50,10 +53,4 @@ def plot_rejection_curves(curves: Mapping[str, Mapping[str, Any]], path: str | o
     )
     axes.grid(alpha=0.3)
     figure.legend(loc="lower left", bbox_to_anchor=(0.02, 0), fontsize="small", frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        figure.savefig(temporary, dpi=120)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    figure.savefig(target, dpi=120, format=format)

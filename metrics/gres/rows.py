@@ -10,9 +10,9 @@ from .functions import REQUIRED_IN_FILES, RUN_FIELDS, check_row
 
 
 def _parsed(path: Path) -> Iterable[tuple[str, Any]]:
-    """(place, row) of each row of a file."""
+    """Yield (its place, row) for each row of a file."""
     if path.suffix == ".parquet":
-        import pyarrow.parquet  # only here: JSON lines need no pyarrow
+        import pyarrow.parquet  # imported here, since JSON lines do not need it
 
         try:
             table = pyarrow.parquet.read_table(path)
@@ -24,33 +24,33 @@ def _parsed(path: Path) -> Iterable[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"{path} line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:  # bad JSON, or bytes that are no text
-                if path.suffix == ".json":  # say results.json
+            except (ValueError, RecursionError) as error:  # not JSON, or not text
+                if path.suffix == ".json":  # results.json, for example
                     raise ValueError(
-                        f"{path}: no rows file, which has one JSON object per line; an evaluation's rows are in the "
+                        f"{path}: not a rows file, which has one JSON object per line; the rows of an evaluation are in "
                         "rows_*.jsonl beside its results.json"
                     ) from None
                 raise ValueError(
-                    f"{path} line {number}: not a JSON object ({error}); a run that was killed while writing leaves "
-                    "half a line: remove it, and let the run finish"
+                    f"{path} line {number}: not a JSON object ({error}); a run that is killed while it writes leaves "
+                    "half a line: remove that line, and let the run finish"
                 ) from None
 
 
 def read_rows(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
-    """Reads and checks the rows of one or several files.
+    """Read and check the rows of one or several files.
 
     Args:
-        paths: one path or several, `.parquet` or JSON lines. Each row needs `dataset, split, protocol, image_id,
+        paths: One path or several, `.parquet` or JSON lines. Each row needs `dataset, split, protocol, image_id,
             expression, is_no_target, is_rejected, intersection, union`.
 
     Raises:
-        FileNotFoundError: a file is not there.
-        ValueError: a file given twice or without rows, a row that is wrong, with its line, or an expression of one run
-            in two files. Within a file an expression may repeat: gRefCOCO's val has such.
+        FileNotFoundError: A file is missing.
+        ValueError: A file is given twice or has no rows, a row is wrong (the message has its line), or two files have
+            the same expression of one run. Within a file an expression may repeat, as some do in gRefCOCO's val.
     """
     seen: set[Path] = set()
     rows: list[dict[str, Any]] = []
-    first: dict[tuple, Path] = {}  # expression of a run -> the file that has it
+    first: dict[tuple, Path] = {}  # expression of a run -> its file
     for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such rows file; an evaluation writes one beside its results.json")
@@ -69,12 +69,12 @@ def read_rows(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[di
                 )
             rows.append(row)
         if len(rows) == before:
-            raise ValueError(f"{path}: holds no rows; the evaluation wrote nothing, or not yet")
+            raise ValueError(f"{path}: holds no rows; the evaluation has not written any")
     return rows
 
 
 def group_rows(rows: Iterable[dict[str, Any]], fields: Sequence[str]) -> dict[tuple, list[dict[str, Any]]]:
-    """Rows by their values of `fields` (some of `RUN_FIELDS`), groups in sorted order.
+    """Return rows grouped by their values of `fields` (some of `RUN_FIELDS`), in sorted order.
 
     Example:
         >>> rows = [{"split": "val"}, {"split": "testA"}, {"split": "val"}]

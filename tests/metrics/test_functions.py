@@ -1,5 +1,6 @@
 """GRES metrics: hand-computed tables, the original's own figures, intervals, curve, rows files and the command line."""
 
+import io
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from metrics.gres import (
     breakdown,
     check_together,
     gres_metrics,
+    kind_of,
     plot_rejection_curves,
     read_rows,
     rejection_curve,
@@ -424,7 +426,7 @@ def test_an_expression_of_one_run_is_in_one_file(tmp_path):
     with pytest.raises(ValueError, match=message):
         read_rows([first, second])
     (tmp_path / "results.json").write_text(json.dumps([{"protocol": "slots"}], indent=1))
-    with pytest.raises(ValueError, match="results.json: no rows file.*rows_"):
+    with pytest.raises(ValueError, match="results.json: not a rows file.*rows_"):
         read_rows(tmp_path / "results.json")
 
 
@@ -493,3 +495,23 @@ def test_pure_functions_bring_neither_torch_nor_evaluate():
     code = "import sys, metrics.gres; sys.exit(bool({'torch', 'evaluate', 'matplotlib'} & set(sys.modules)))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=False).returncode == 0
+
+
+def test_kinds_have_one_definition():
+    assert kind_of(True, None) == kind_of(True, 2) == "no-target"  # pixels decide, not the number of annotations
+    assert [kind_of(False, number) for number in (None, 1, 2, 7)] == ["target", "single-target"] + ["multi-target"] * 2
+
+
+def test_a_plot_goes_to_a_path_or_an_open_file(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [row(0, 0 if empty else 4, empty, score=score)
+            for empty, score in ((True, -1.0), (False, 2.0))]  # fmt: skip
+    curves = {"a run": rejection_curve(rows)}
+    plot_rejection_curves(curves, tmp_path / "curve.svg")
+    assert b"<svg" in (tmp_path / "curve.svg").read_bytes()
+    file = io.BytesIO()
+    plot_rejection_curves(curves, file)
+    assert file.getvalue().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no picture can be written as 'xyz'"):
+        plot_rejection_curves(curves, tmp_path / "curve.xyz")
+    assert not (tmp_path / "curve.xyz").exists()

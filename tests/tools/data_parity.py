@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 import data_scripts
 from convert_checkpoint import build_llama_tokenizer
 from data_scripts import mixture, referring, semantic, transforms
-from data_scripts.schema import decode_mask, empty_mask, encode_labels, encode_mask, mask_area, merge_masks
+from data_scripts.masks import decode_mask, empty_mask, encode_labels, encode_mask, mask_area, merge_masks
 from modeling_gsva import GsvaImageProcessor, GsvaProcessor
 from modeling_gsva.processing_gsva import ADDED_TOKENS, CHAT_TEMPLATES
 

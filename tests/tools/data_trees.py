@@ -5,8 +5,12 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+from paths import FIXTURES
 from PIL import Image
 
+from data_scripts.masks import mask_area
+
+MINI = FIXTURES / "golden_data" / "mini"
 HEIGHT, WIDTH = 30, 40
 SQUARE = [5, 5, 15, 5, 15, 15, 5, 15]  # 10 x 10 pixels
 
@@ -127,3 +131,21 @@ def parts(root: Path, name: str, category: str, segmentation=(SQUARE,)) -> Path:
 
 def full(value: int):
     return np.full((HEIGHT, WIDTH), value)
+
+
+# ---- parts of rows and examples ----------------------------------------------------------------------------------------
+def areas(rows, i=0) -> list[int]:
+    """Pixels of each expression of row `i`."""
+    return [mask_area(entry["mask"]) for entry in rows[i]["expressions"]]
+
+
+def talk(example) -> list[str]:
+    """The texts of an example's first conversation."""
+    return [turn["content"] for turn in example["conversations"][0]]
+
+
+def words(example):
+    """The texts of all conversations of an example, and the areas of its masks."""
+    return [turn["content"] for turns in example["conversations"] for turn in turns], [
+        mask.sum(axis=(1, 2)).tolist() for mask in example["masks"]
+    ]

@@ -217,7 +217,7 @@ def test_autograd_keeps_nothing_of_frozen_towers_and_less_with_checkpointing(mak
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bf16_trains_float32_weights_and_evaluates(base, processor, make_picture, dtype, tmp_path):
-    from trainers.evaluation import EvaluationPlan
+    from evaluation import EvaluationConfig
     from trainers.freezing import cast_trained
     from trainers.loading import load_model
     from trainers.trainer import GsvaTrainer
@@ -232,7 +232,7 @@ def test_bf16_trains_float32_weights_and_evaluates(base, processor, make_picture
     )  # fmt: skip
     trainer = GsvaTrainer(
         model=model, args=args, train_dataset=Pictures(processor, make_picture), data_collator=GsvaCollator(processor),
-        processing_class=processor, evaluation=EvaluationPlan(rows(processor, make_picture), "pictures", "all"),
+        processing_class=processor, evaluation=EvaluationConfig(rows(processor, make_picture), "pictures", "all"),
     )  # fmt: skip
     result = trainer.train()
     assert np.isfinite(result.training_loss) and result.training_loss > 0

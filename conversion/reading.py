@@ -1,0 +1,301 @@
+"""Read checkpoints tensor by tensor, whatever files they lie in."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from reprlib import repr as short_repr  # short, and safe for values that are nested deeply
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import safe_open
+
+from .keys import full_name, lora_part, reason_to_drop, to_ours
+
+# A safetensors file is closed and opened again after this many bytes, which gives its mapped pages back to the system.
+REOPEN_BYTES = 256 * 2**20
+READ_AHEAD = 256 * 2**20  # bytes of other files: the next tensor mostly lies behind the last
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# Files with these names lie beside a Trainer's weights and hold none.
+NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
+
+
+def read_json(path: Path) -> dict:
+    """Return the object in a JSON file, or `{}` if there is no such file.
+
+    Raises:
+        ValueError: The file does not hold a JSON object. The message names the file.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON in UTF-8 ({error}); download it again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object, got {short_repr(content)}; download it again.")
+    return content
+
+
+def listed(items: Iterable, limit: int = 12) -> str:
+    """Join the first `limit` items with commas and count the rest.
+
+    >>> listed("abcd", limit=2)
+    'a, b and 2 more'
+    """
+    items = [str(item) for item in items]
+    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if items[limit:] else "")
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def advise(file: BinaryIO, advice: str, begin: int = 0, size: int = 0) -> None:
+    """Tell the system which bytes of a file are needed next or no longer: keeping all pages would cost more than reading."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), begin, size, getattr(os, advice))
+
+
+class WeightFile:
+    """The tensors of one .bin, .pth, .pt or .safetensors file. Each is read when it is asked for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._handle: Any = None  # an open safetensors file
+        self._bytes_read = 0  # from the open safetensors file
+        self._pickled: dict[
+            str, torch.Tensor
+        ] = {}  # other files: tensors without content that know their place in the file
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        """Return the shape and type of each tensor; the type is None if torch does not have it.
+
+        Raises:
+            ValueError: The file cannot be read, or holds more than tensors.
+        """
+        if self.path.suffix == ".safetensors":
+            self._open()
+            slices = {key: self._handle.get_slice(key) for key in self._handle.keys()}  # noqa: SIM118 (not a dict)
+            types = {
+                key: (tuple(part.get_shape()), SAFETENSORS_DTYPES.get(part.get_dtype()))
+                for key, part in slices.items()
+            }
+            self._handle = None
+            return types
+        self._load("meta")
+        if others := [key for key, value in self._pickled.items() if not isinstance(value, torch.Tensor)]:
+            raise ValueError(
+                f"{self.path} holds more than tensors: {listed(others)}. Pass a model's state dict (for a "
+                "DeepSpeed checkpoint, the file that zero_to_fp32.py writes)."
+            )
+        return {key: (tuple(value.shape), value.dtype) for key, value in self._pickled.items()}
+
+    def read(self, key: str) -> torch.Tensor:
+        """Return one tensor in CPU memory."""
+        if key not in self._pickled:
+            if self._handle is None or self._bytes_read > REOPEN_BYTES:
+                self._handle, self._bytes_read = None, 0
+                self._open()
+            tensor = self._handle.get_tensor(key)
+            self._bytes_read += tensor.nbytes
+            return tensor
+        tensor = self._pickled[key]
+        if tensor.is_meta and tensor.untyped_storage()._checkpoint_offset is None:
+            self._load("cpu")  # the format of torch < 1.6 can only be read whole
+            tensor = self._pickled[key]
+        return self._read_piece(tensor) if tensor.is_meta else tensor
+
+    def _open(self) -> None:
+        try:
+            self._handle = safe_open(self.path, "pt")
+        except Exception as error:
+            raise ValueError(f"{self.path} is not a safetensors file: {error}") from error
+
+    def _load(self, device: str) -> None:
+        try:
+            content = torch.load(self.path, map_location=device, weights_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"{self.path} cannot be read as tensors alone (weights_only=True). A pickle that runs code is never "
+                f"opened; write the state dict again with torch.save. ({(str(error) or type(error).__name__).splitlines()[0]})"
+            ) from error
+        for wrapper in ("state_dict", "module", "model"):
+            if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+                content = content[wrapper]
+        self._pickled = content if isinstance(content, dict) else {f"<{type(content).__name__}>": content}
+
+    def _read_piece(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Read a tensor's bytes from the file. They are not mapped: faults of mapped pages cost more than the copy."""
+        extent = (
+            1 + sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+        )
+        flat = torch.empty(extent, dtype=tensor.dtype)
+        memory = as_bytes(flat)
+        # torch notes the offset in tensors loaded to "meta" (its notes on serialization).
+        begin = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
+        with self.path.open("rb") as file:
+            file.seek(begin)
+            if file.readinto(memory) != len(memory):
+                raise ValueError(f"{self.path} ends within a tensor; it is not whole. Copy or download it again.")
+            advise(file, "POSIX_FADV_DONTNEED", begin, len(memory))
+            advise(file, "POSIX_FADV_WILLNEED", begin + len(memory), READ_AHEAD)
+        return flat.as_strided(tensor.shape, tensor.stride())
+
+
+def weight_files(path: Path, required: bool = True) -> list[Path]:
+    """Return the files with weights behind a file, an index or a directory.
+
+    Args:
+        required: False returns `[]` for a directory without weights.
+
+    Raises:
+        FileNotFoundError: The path, or a file that an index lists, does not exist; no weights in a directory.
+        ValueError: An index that does not name files beside it, or several indices in a directory.
+    """
+    if path.name.endswith(".index.json"):
+        return _files_of_index(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist.")
+    for pattern in ("model.safetensors.index.json", "*.bin.index.json", "*.index.json"):
+        if indices := sorted(path.glob(pattern)):
+            if indices[1:]:
+                raise ValueError(
+                    f"{path} has several indices ({listed(index.name for index in indices)}); pass one of them."
+                )
+            return _files_of_index(indices[0])
+    for pattern in ("*.safetensors", "*.bin", "*.pth", "*.pt"):
+        if files := [file for file in sorted(path.glob(pattern)) if file.name not in NOT_WEIGHTS]:
+            return files
+    if required:
+        raise FileNotFoundError(f"{path} has no .bin, .pth, .pt or .safetensors file.")
+    return []
+
+
+def _files_of_index(path: Path) -> list[Path]:
+    weight_map = read_json(path).get("weight_map")
+    names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
+    # A bare name: a path that leads elsewhere is not a file of this checkpoint.
+    if wrong := [
+        name
+        for name in names
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name or len(name) > 255
+    ]:
+        raise ValueError(
+            f"{path}: weight_map must name files beside it, got {short_repr(wrong[0])}; download it again."
+        )
+    names = sorted(set(names))
+    if missing := [name for name in names if not (path.parent / name).is_file()]:
+        raise FileNotFoundError(
+            f"{path} lists {listed(missing)}, which {'are' if missing[1:] else 'is'} not beside it."
+        )
+    return [path.parent / name for name in names]
+
+
+@dataclass
+class LazyTensor:
+    """A tensor that has not been read yet. `dtype` is None for a type that torch does not have."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    read: Callable[[], torch.Tensor]
+
+
+class CheckpointSource:
+    """The tensors of one command-line option, under their names in our model.
+
+    Args:
+        option: The option, for messages.
+        path: A file, an index or a directory; None for tensors that come from no file.
+        prefix: Put before each key to make it a full name of the original, one of `keys.PREFIXES`.
+        required: False allows a directory without weights.
+
+    Attributes:
+        tensors: `{our name: LazyTensor}`.
+        lora: `{our name of the adapted weight: {"A": LazyTensor, "B": LazyTensor}}`.
+        dropped: `{key: reason}`.
+
+    Raises:
+        ValueError: Keys that are neither converted nor dropped, several tensors for one parameter, several or incomplete
+            LoRA adapters. All keys of one kind are listed.
+    """
+
+    def __init__(self, option: str, path: Path | None, prefix: str = "", required: bool = True):
+        self.option, self.path = option, path
+        self.tensors: dict[str, LazyTensor] = {}
+        self.lora: dict[str, dict[str, LazyTensor]] = {}
+        self.dropped: dict[str, str] = {}
+        self._prefix = prefix
+        self._unknown: list[str] = []
+        self._origins: dict[tuple, Path] = {}  # (name of the parameter, LoRA matrix and adapter) -> its file
+        self._repeated: dict[tuple[str, str], list[str]] = {}  # (file, other file) -> keys of the same parameters
+        for file in weight_files(path, required) if path else ():
+            weights = WeightFile(file)
+            for key, (shape, dtype) in weights.tensors().items():
+                self._add(key, LazyTensor(shape, dtype, partial(weights.read, key)), file)
+        self._check()
+
+    def _add(self, key: str, tensor: LazyTensor, file: Path) -> None:
+        name = full_name(key, self._prefix)
+        if reason := reason_to_drop(name):
+            self.dropped[key] = reason
+            return
+        lora = lora_part(name)
+        ours = to_ours(lora[0] if lora else name)
+        if ours is None:
+            self._unknown.append(key)
+            return
+        parameter = (ours, lora and lora[1:])
+        if parameter in self._origins:
+            self._repeated.setdefault((self._origins[parameter].name, file.name), []).append(key)
+            return
+        self._origins[parameter] = file
+        if lora:
+            self.lora.setdefault(ours, {})[lora[1]] = tensor
+        else:
+            self.tensors[ours] = tensor
+
+    def _check(self) -> None:
+        if self._repeated:
+            (one, other), keys = next(iter(self._repeated.items()))
+            if one == other:
+                raise ValueError(f"{self.path}: {one} has two tensors for the same parameter: {listed(keys)}.")
+            raise ValueError(
+                f"{self.path} holds several checkpoints: {one} and {other} both have {listed(keys, 3)}. Pass one file."
+            )
+        if self._unknown:
+            raise ValueError(
+                f"{self.option} {self.path}: {len(self._unknown)} keys are unknown and would be lost: "
+                f"{listed(self._unknown)}."
+            )
+        adapters = {lora[1] for _, lora in self._origins if lora}
+        if len(adapters) > 1:
+            raise ValueError(f"{self.path} holds several LoRA adapters ({listed(adapters)}); only one can be merged.")
+        if half := [name for name, pair in self.lora.items() if len(pair) != 2]:
+            raise ValueError(f"{self.path}: lora_A without lora_B (or the reverse) for {listed(half)}.")
+
+    def floating_dtype(self) -> torch.dtype:
+        """Return the floating type that most of the numbers have, float32 if there are none."""
+        count: dict[torch.dtype, int] = {}
+        for tensor in self.tensors.values():
+            if tensor.dtype is not None and tensor.dtype.is_floating_point:
+                count[tensor.dtype] = count.get(tensor.dtype, 0) + torch.Size(tensor.shape).numel()
+        return max(count, key=count.__getitem__) if count else torch.float32
