@@ -15,6 +15,7 @@ from metrics.gres import METRIC_KEYS
 
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
 from .output_folder import ADAPTER, CARD, LOG_HISTORY, TRAINING
+from .run_record import changes_table, read_record
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "model_card.md.jinja"
 # Facts and metrics in the table of results.
@@ -53,6 +54,7 @@ def training_facts(
     training: GsvaTrainingArguments,
     history: list[dict],
     measured: dict[str, Any],
+    record: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the rows of the card's table on training."""
     language_model = model.train_language_model
@@ -77,6 +79,7 @@ def training_facts(
         f"{training.warmup_steps:g} warm-up steps, gradients clipped at {training.max_grad_norm:g}",
         "precision": "bfloat16" if training.bf16 else "float16" if training.fp16 else model.dtype,
         "seed": training.seed,
+        "changed on the way": "; ".join(changes_table(record)) or "nothing",
         "time": f"{measured['seconds']:.0f} s of the last start" if "seconds" in measured else "not recorded",
         "transformers": transformers_version,
     }
@@ -141,7 +144,7 @@ def write_card(model: ModelArguments, data: DataArguments, training: GsvaTrainin
 
     records, licence = read_results(output_dir), licence_of(model.model)
     notes = [*(f"{protocol}: {note}" for protocol, note in protocol_notes(records).items()), *metric_notes(records)]
-    table = training_facts(model, data, training, read(LOG_HISTORY), dict(read(TRAINING)))
+    table = training_facts(model, data, training, read(LOG_HISTORY), dict(read(TRAINING)), read_record(output_dir))
     facts = {
         "base": markdown(public_name(model.model)),
         "data": markdown(data_name(data)),
