@@ -27,7 +27,7 @@ matrix: $(VENV)/installed
 
 # Makes assets/tiny_gsva anew, at most an hour on two cores; goes on where it was stopped.
 base: $(VENV)/installed
-	$(RUN) -m trainers.make_base
+	$(RUN) assets/make_tiny_gsva.py
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """
-Trains, evaluates and predicts with GSVA.
+Train, evaluate and predict with GSVA.
 
     accelerate launch run_gres.py configs/demo.yaml
     accelerate launch run_gres.py configs/demo.yaml --max_steps 100 --output_dir runs/short
@@ -10,54 +10,122 @@ Trains, evaluates and predicts with GSVA.
 `python run_gres.py --help` lists every name; presets are in configs/.
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 
 import transformers
+from accelerate import PartialState
 
-from trainers import runs
-from trainers.arguments import parse_arguments
+from evaluation import predict_files, predict_rows, run_evaluation
+from evaluation.records import read_results, results_table
+from evaluation.report import write_report
+from evaluation.run import recorded
+from trainers.arguments import DataArguments, GsvaTrainingArguments, ModelArguments, parse_arguments
+from trainers.card import write_card
+from trainers.data import evaluation_config
+from trainers.loading import load_model
+from trainers.publishing import push
+from trainers.sharding import consolidate, refuse_what_shards_cannot
+from trainers.trainer import last_complete_checkpoint
+from trainers.training import train
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
     try:
-        model_args, data_args, training_args = parse_arguments(argv)
-        if training_args.plan:
-            from trainers.plan import plan
-
-            print(plan(model_args, data_args, training_args))
-            return 0
-        if not (
-            training_args.do_train or training_args.do_eval or training_args.do_predict or training_args.consolidated
-        ):
-            raise ValueError("There is nothing to do; give --do_train, --do_eval or --do_predict.")
-        runs.refuse_what_shards_cannot(model_args, training_args)
-        transformers.set_seed(training_args.seed)
-        if training_args.consolidated:
-            source, output_dir = Path(training_args.consolidated), Path(training_args.output_dir)
-            processor, model = runs.consolidate(source, model_args, output_dir)
-        else:
-            processor, model = runs.load_model(model_args)
-        if training_args.do_eval and data_args.eval_before_training and training_args.do_train:
-            runs.evaluate(processor, model, model_args, data_args, training_args, stage="before")
-        if training_args.do_train:
-            model = runs.train(processor, model, model_args, data_args, training_args)
-        if training_args.do_eval:
-            stage = "after" if training_args.do_train else "as loaded"
-            runs.evaluate(processor, model, model_args, data_args, training_args, stage=stage)
-        if training_args.do_train:
-            runs.describe(model_args, data_args, training_args)
-        if training_args.do_predict:
-            runs.predict(processor, model, data_args, training_args)
-        if training_args.push_to_hub:
-            runs.push(training_args)
-        runs.summary(training_args)
+        run(*parse_arguments(argv))
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         if "debug" in (sys.argv if argv is None else argv):  # --log_level debug
             raise
         print(f"run_gres.py: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def run(model_args: ModelArguments, data_args: DataArguments, training_args: GsvaTrainingArguments) -> None:
+    """Do what the arguments ask for, in the order of a run: evaluate, train, evaluate again, describe, predict, push."""
+    if training_args.plan:
+        from trainers.memory_plan import plan
+
+        return print(plan(model_args, data_args, training_args))
+    if not (training_args.do_train or training_args.do_eval or training_args.do_predict or training_args.consolidated):
+        raise ValueError("There is nothing to do; give --do_train, --do_eval or --do_predict.")
+    refuse_what_shards_cannot(model_args, training_args)
+    transformers.set_seed(training_args.seed)
+    if training_args.consolidated:
+        processor, model = consolidate(Path(training_args.consolidated), model_args, Path(training_args.output_dir))
+    else:
+        processor, model = load_model(model_args)
+    if training_args.do_eval and training_args.do_train and data_args.eval_before_training:
+        evaluate(processor, model, model_args, data_args, training_args, stage="before")
+    if training_args.do_train:
+        model = train(processor, model, model_args, data_args, training_args)
+    if training_args.do_eval:
+        stage = "after" if training_args.do_train else "as loaded"
+        evaluate(processor, model, model_args, data_args, training_args, stage)
+    if training_args.do_train and PartialState().is_main_process:
+        write_card(model_args, data_args, training_args)
+    if training_args.do_predict:
+        predict(processor, model, data_args, training_args)
+    if training_args.push_to_hub:
+        push(training_args)
+    if PartialState().is_main_process:
+        print_summary(Path(training_args.output_dir))
+
+
+def evaluate(
+    processor,
+    model,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: GsvaTrainingArguments,
+    stage: str,
+) -> None:
+    """Evaluate by every protocol, and write the report.
+
+    The stage "before" is not evaluated again if an earlier start of the same run has done it.
+    """
+    output_dir = Path(training_args.output_dir)
+    is_resumed = training_args.resume and last_complete_checkpoint(output_dir)
+    for protocol in data_args.protocols:
+        config = evaluation_config(data_args, training_args, protocol)
+        if stage == "before" and is_resumed and recorded(output_dir, config, stage):
+            continue
+        run_evaluation(
+            model,
+            processor,
+            config,
+            output_dir,
+            stage,
+            model_args.model,
+            resume=data_args.resume_eval,
+            save_masks=data_args.save_masks,
+            num_pictures=data_args.num_pictures,
+        )
+    if PartialState().is_main_process:
+        write_report(output_dir)
+
+
+def predict(processor, model, data_args: DataArguments, training_args: GsvaTrainingArguments) -> None:
+    """Predict on the image files of the command line, or else on the evaluation split."""
+    protocol, output_dir = data_args.protocols[0], training_args.output_dir
+    if data_args.image:
+        config = evaluation_config(data_args, training_args, protocol, rows=[])
+        predict_files(model, processor, data_args.image, data_args.expressions, config, output_dir)
+    else:
+        config = evaluation_config(data_args, training_args, protocol)
+        predict_rows(model, processor, config, output_dir, data_args.num_pictures)
+
+
+def print_summary(output_dir: Path) -> None:
+    """Print the results of the run, and where its pictures are."""
+    if records := read_results(output_dir):
+        print(f"\n{results_table(records)}")
+    pictures = sorted([*output_dir.glob("*.html"), *output_dir.glob("*.png"), *output_dir.glob("validation")])
+    if pictures:
+        print("\npictures:\n" + "\n".join(f"  {path}" for path in pictures))
 
 
 if __name__ == "__main__":

@@ -21,16 +21,15 @@ from pathlib import Path
 
 import torch
 
-from convert_checkpoint import to_original
+from conversion import to_original
+from conversion.configs import ARCHITECTURES, clip_large
 
 ROOT = Path(__file__).resolve().parent.parent
-# LLaMA: hidden, intermediate, layers, heads; SAM: width, depth, heads, global layers. 7b and 13b as published.
-SAM_H, SAM_B = (1280, 32, 16, [7, 15, 23, 31]), (768, 12, 12, [2, 5, 8, 11])
-SIZES = {
-    "7b": ((4096, 11008, 32, 32), SAM_H),
-    "13b": ((5120, 13824, 40, 40), SAM_H),
-    "1b": ((2048, 5504, 12, 16), SAM_H),
-    "small": ((1024, 2752, 4, 8), SAM_B),
+PUBLISHED = ("7b", "13b")
+# Smaller ones. LLaMA: hidden, intermediate, layers, heads; SAM (ViT-H and ViT-B): width, depth, heads, global layers.
+SMALLER = {
+    "1b": ((2048, 5504, 12, 16), (1280, 32, 16, [7, 15, 23, 31])),
+    "small": ((1024, 2752, 4, 8), (768, 12, 12, [2, 5, 8, 11])),
 }
 RANK, VOCABULARY, SHARD_BYTES, ROUNDS = 8, 32000, 2 * 2**30, 3
 
@@ -38,14 +37,15 @@ RANK, VOCABULARY, SHARD_BYTES, ROUNDS = 8, 32000, 2 * 2**30, 3
 def model_config(size: str):
     from transformers import CLIPVisionConfig, LlamaConfig, SamConfig
 
-    from convert_checkpoint import _CLIP_LARGE
     from modeling_gsva import GsvaConfig
 
-    (hidden, intermediate, layers, heads), (dim, depth, sam_heads, whole) = SIZES[size]
+    if size in PUBLISHED:
+        return GsvaConfig(**json.loads((ARCHITECTURES / f"{size}.json").read_text(encoding="utf-8")))
+    (hidden, intermediate, layers, heads), (dim, depth, sam_heads, whole) = SMALLER[size]
     return GsvaConfig(
         text_config=LlamaConfig(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
                                 num_attention_heads=heads, vocab_size=VOCABULARY + 4),
-        vision_config=CLIPVisionConfig(**_CLIP_LARGE),
+        vision_config=CLIPVisionConfig(**clip_large()),
         sam_config=SamConfig(vision_config={"hidden_size": dim, "num_hidden_layers": depth, "num_attention_heads": sam_heads,
                                             "global_attn_indexes": whole, "mlp_dim": 4 * dim}),
     )  # fmt: skip
@@ -192,7 +192,7 @@ def measure(work: Path, size: str, dtype: str, tokenizer: Path | None = None) ->
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks convert", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--size", choices=SIZES, default="7b")
+    parser.add_argument("--size", choices=[*PUBLISHED, *SMALLER], default="7b")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
     parser.add_argument("--tokenizer", type=Path, help="LLaMA's tokenizer.model; a small one is trained without it")
     parser.add_argument("--work", type=Path, help="where there is room; by default the system's temporary directory")

@@ -30,8 +30,8 @@ from benchmarks._workload import (
     write_result,
 )
 from data_scripts.schema import decode_mask
+from evaluation import EvaluationConfig, evaluate_rows
 from modeling_gsva.modeling_gsva import GsvaSegmentationOutput
-from trainers.evaluation import EvaluationPlan, evaluate_rows
 
 # What one picture costs the original on two cores, in seconds (issue and specification of this project).
 ORIGINAL = {"SAM encoder": 2.95, "language model": 0.78, "mask decoder": 0.39, "CLIP": 0.08, "data and metrics": 0.1}
@@ -49,7 +49,7 @@ def run_ours(
     model, processor, rows, protocol="teacher_forced", batch_size=4, **options
 ) -> list[tuple[bool, int, int]]:
     options |= {"protocol": protocol, "batch_size": batch_size, "threads": THREADS}
-    plan = EvaluationPlan(rows, "workload M", "all", **options)
+    plan = EvaluationConfig(rows, "workload M", "all", **options)
     return verdicts(evaluate_rows(model, processor, plan).rows)
 
 

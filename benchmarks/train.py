@@ -39,9 +39,9 @@ from benchmarks._workload import (
 )
 from data_scripts.schema import decode_mask
 from trainers.arguments import ModelArguments
-from trainers.collator import GsvaCollator
-from trainers.features import FeatureCache
-from trainers.parts import prepare_for_training
+from trainers.data import GsvaCollator
+from trainers.feature_cache import FeatureCache
+from trainers.freezing import prepare_for_training
 
 BATCH_SIZE, STEPS = 2, 4  # the first step is not measured
 LEARNING_RATE, BETAS, CLIP_NORM = 3e-4, (0.9, 0.95), 1.0  # the original's (configs/pretrain_7b.yaml)

@@ -64,15 +64,77 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{uuid.uuid4().hex[:12]}")
     try:
         temporary.mkdir()
-        permissions = temporary.stat().st_mode & 0o666
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file() and not file.is_symlink():
-                file.chmod(permissions)
+        give_umask_permissions(temporary)
         refuse_existing(path)
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` that takes the place of the folder at `path` when the block ends.
+
+    The temporary folder has a fixed name, so the next start removes what a killed process left. All files in it get
+    the permissions that the umask gives.
+
+    Raises:
+        OSError: The folder above cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        give_umask_permissions(temporary)
+        if path.exists():
+            remove_folder(path)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def adding_files(folder: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder `.saving` in `folder`, whose files move into `folder` one by one when the block ends.
+
+    Files of the same name are replaced, others stay. The files get the permissions that the umask gives.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    folder = Path(folder)
+    temporary = folder / ".saving"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        give_umask_permissions(temporary)
+        for file in temporary.iterdir():
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: str | Path) -> None:
+    """Remove a folder in two steps, so that a killed process does not leave half of it under its name."""
+    path = Path(path)
+    # One name for all checkpoints of a run, so that the next removal takes along what a killed process left.
+    removed = path.with_name(f".old-{path.name.partition('-')[0]}")
+    shutil.rmtree(removed, ignore_errors=True)
+    path.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def give_umask_permissions(folder: str | Path) -> None:
+    """Give all files in `folder` and its subfolders the permissions that the umask gives, as a new file would get."""
+    folder = Path(folder)
+    permissions = folder.stat().st_mode & 0o666  # the folder was made under the same umask
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(permissions)
 
 
 def refuse_existing(path: str | Path) -> None:

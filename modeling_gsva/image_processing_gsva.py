@@ -1,4 +1,4 @@
-"""GsvaImageProcessor: one picture → the CLIP tensor and the SAM tensor, and masks back to the picture's own size."""
+"""GsvaImageProcessor: one image → the CLIP tensor and the SAM tensor, and masks back to the image's own size."""
 
 import base64
 import io
@@ -25,7 +25,7 @@ class GsvaImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-
     sam_size (`dict[str, int]`): `{"longest_edge": int}`, the side of the square SAM input in pixels.
     sam_image_mean (`list[float]`): mean of the SAM input per channel, in units of 0-255.
     sam_image_std (`list[float]`): standard deviation of the SAM input per channel, in units of 0-255.
-    max_image_pixels (`int`): pictures with more pixels are refused before they are decoded; None: Pillow alone decides.
+    max_image_pixels (`int`): images with more pixels are refused before they are decoded; None leaves it to Pillow.
     """
 
     sam_size: dict[str, int]
@@ -36,20 +36,20 @@ class GsvaImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-
 
 class GsvaImageProcessor(PilBackend):
     r"""
-    Prepares each picture twice, with Pillow alone (torchvision is not needed):
+    Prepares each image twice, with Pillow alone (torchvision is not needed):
 
     - `pixel_values` (images, 3, height, width), for the vision tower: shortest side resized bicubically, centre crop,
-      CLIP's mean and standard deviation, as openai/clip-vit-large-patch14 is configured. The margins of a picture that
-      is not square are never seen by the language model (the original's behaviour, it changes published numbers).
+      CLIP's mean and standard deviation, as openai/clip-vit-large-patch14 is configured. The language model never sees
+      the margins of an image that is not square (the original's behaviour, which changes published numbers).
     - `sam_pixel_values` (images, 3, longest_edge, longest_edge), for SAM: longest side resized bilinearly, mean and
       standard deviation of segment-anything, zeros right and below.
     - `original_sizes` and `reshaped_input_sizes` (images, 2): (height, width) before and after the SAM resize.
 
-    EXIF orientation is applied, as cv2.imread does in the original. Pictures may be PIL images, arrays (height, width,
-    3) or (3, height, width), paths or URLs.
+    EXIF orientation is applied, as cv2.imread does in the original. Images may be PIL images, arrays (height, width, 3)
+    or (3, height, width), paths or URLs.
 
     Raises:
-        ValueError: a picture that is none, cannot be decoded, has a side of zero pixels or more than `max_image_pixels`.
+        ValueError: not an image, or one that cannot be decoded, has a side of zero pixels or more than `max_image_pixels`.
     """
 
     # openai/clip-vit-large-patch14, preprocessor_config.json
@@ -82,7 +82,8 @@ class GsvaImageProcessor(PilBackend):
 
     def fetch_images(self, image_url_or_urls, timeout: float | None = None):
         """
-        Also opens local paths, and names the picture that is missing or cannot be decoded. `timeout` (seconds) is for URLs.
+        Overrides the parent to open local paths as well, and to name the image that is missing or cannot be decoded.
+        `timeout` (seconds) is for URLs.
         """
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image, timeout) for image in image_url_or_urls]
@@ -100,7 +101,7 @@ class GsvaImageProcessor(PilBackend):
                 return image
             except Exception as error:
                 raise ValueError(
-                    f"{str(name)!r} cannot be read as an image ({error}). Give the path or URL of a picture that Pillow can "
+                    f"{str(name)!r} cannot be read as an image ({error}). Give the path or URL of an image that Pillow can "
                     "open."
                 ) from error
         if not isinstance(image_url_or_urls, (np.ndarray, torch.Tensor)):
@@ -114,7 +115,7 @@ class GsvaImageProcessor(PilBackend):
 
     @staticmethod
     def _open(source: str, timeout: float | None) -> Image.Image:
-        """A path, a URL or base64 as a picture of which only the header is read (`load_image` decodes at once)."""
+        """Open a path, a URL or base64 and read only the header (`load_image` would decode all pixels)."""
         if source.startswith(("http://", "https://")):
             return Image.open(
                 io.BytesIO(httpx.get(source, follow_redirects=True, timeout=timeout).raise_for_status().content)
@@ -135,8 +136,8 @@ class GsvaImageProcessor(PilBackend):
 
     def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs) -> np.ndarray:
         """
-        → (3, height, width). Alpha is dropped, as cv2.imread does in the original, not laid on white; with
-        `do_convert_rgb=False` an array of four channels keeps them for the vision tower.
+        Return the image as an array (3, height, width). Alpha is dropped, as cv2.imread does in the original, and not
+        laid on white; with `do_convert_rgb=False` an array of four channels keeps them for the vision tower.
         """
         if isinstance(image, Image.Image):
             image, input_data_format = np.array(ImageOps.exif_transpose(image).convert("RGB")), "channels_last"
@@ -159,7 +160,7 @@ class GsvaImageProcessor(PilBackend):
         )
 
     def _preprocess(self, images, sam_size, sam_image_mean, sam_image_std, return_tensors=None, **kwargs):
-        # The vision tower's tensor is PilBackend's own road; only SAM's is added.
+        # PilBackend makes the vision tower's tensor; SAM's is added.
         features = super()._preprocess(images, return_tensors=None, **kwargs)
         mean = np.asarray(sam_image_mean, dtype=np.float32).reshape(3, 1, 1)
         std = np.asarray(sam_image_std, dtype=np.float32).reshape(3, 1, 1)
@@ -177,7 +178,7 @@ class GsvaImageProcessor(PilBackend):
         return BatchFeature(data=dict(features), tensor_type=return_tensors)
 
     def resize_for_sam(self, image: np.ndarray, longest_edge: int) -> np.ndarray:
-        """(3, height, width) → the same with its longest side at `longest_edge`, rounded half up as SAM does."""
+        """Resize (3, height, width) so that its longest side is `longest_edge`, rounded half up as SAM does."""
         height, width = image.shape[-2:]
         scale = longest_edge / max(height, width)
         size = SizeDict(height=max(int(height * scale + 0.5), 1), width=max(int(width * scale + 0.5), 1))
@@ -190,13 +191,13 @@ def upscale_mask_logits(
     mask_logits: torch.Tensor, reshaped_input_size: tuple[int, int], original_size: tuple[int, int], input_size: int
 ) -> torch.Tensor:
     """
-    The one way from SAM's low-resolution logits back to the picture: bilinear to the padded square, cut to the part
-    that held the picture, bilinear to the picture's own size (segment-anything, modeling/sam.py: postprocess_masks).
+    Resize SAM's low-resolution logits to the image: bilinear to the padded square, cut to the part that held the image,
+    bilinear to the image's own size (segment-anything, modeling/sam.py: postprocess_masks). Every mask takes this way.
 
     Args:
-        mask_logits: (slots, height, width) of one picture.
-        reshaped_input_size: (height, width) of the picture inside SAM's input.
-        original_size: (height, width) of the picture.
+        mask_logits: (slots, height, width) of one image.
+        reshaped_input_size: (height, width) of the image inside SAM's input.
+        original_size: (height, width) of the image.
         input_size: side of SAM's square input in pixels.
 
     Returns:

@@ -1,215 +1,36 @@
-"""GsvaProcessor: every string of GSVA (prompts, chat templates, answers), their tokens and labels, and answers back to results."""
+"""GsvaProcessor: images and expressions, or conversations, to model inputs; segmentation outputs back to results."""
 
 import operator
-import os
-import re
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from reprlib import repr as shown  # short, and safe for what is nested deeply or in itself
+from collections.abc import Mapping
+from reprlib import repr as shown  # short, and safe for values that are nested deeply or contain themselves
 from typing import Any, cast
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
-from transformers import TextIteratorStreamer
+from torch.nn.utils.rnn import pad_sequence
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .chat_gsva import StreamedAnswer, check_chat_files, check_messages, is_utf8
 from .image_processing_gsva import upscale_mask_logits
-
-IMAGE_TOKEN, SEG_TOKEN, REJ_TOKEN = "<image>", "[SEG]", "[REJ]"
-IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<im_start>", "<im_end>"
-# In the order in which the original adds them to the tokenizer; <image> comes last and has no embedding there.
-ADDED_TOKENS = (SEG_TOKEN, REJ_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN)
-
-# Content is a string that may hold <image>, or the list of parts that transformers' chat templates use. What a template
-# cannot place is refused: left out, it would change the question without a word.
-_CONTENT = (
-    "{%- macro words(text) -%}{%- if text is not string -%}{{- raise_exception('A message holds ' ~ text ~ ' instead of "
-    "text; content is a string, or a list of parts of type text or image.') -}}{%- endif -%}"
-    "{{- text | replace('<image>', '<im_start><image><im_end>') -}}{%- endmacro -%}"
-    "{%- macro content(message) -%}"
-    "{%- if message['content'] is defined and message['content'] is iterable and message['content'] is not string and "
-    "message['content'] is not mapping -%}"
-    "{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}{{- '<im_start><image><im_end>\\n' -}}"
-    "{%- elif part['type'] == 'text' -%}{{- words(part['text']) -}}"
-    "{%- else -%}{{- raise_exception('A message has a part of type ' ~ part['type'] ~ '; text and image are known.') -}}"
-    "{%- endif -%}{%- endfor -%}{%- else -%}{{- words(message['content']) -}}{%- endif -%}{%- endmacro -%}"
-    "{%- if not messages -%}{{- raise_exception('A conversation is empty; ask something.') -}}{%- endif -%}"
-    "{%- if messages[0]['role'] == 'system' -%}{%- set system = content(messages[0]) -%}{%- set turns = messages[1:] -%}"
-    "{%- else -%}{%- set system = default_system -%}{%- set turns = messages -%}{%- endif -%}"
-    "{%- for message in turns -%}{%- if message['role'] != ['user', 'assistant'][loop.index0 % 2] -%}"
-    "{{- raise_exception('Message ' ~ loop.index ~ ' is by ' ~ message['role'] ~ '; after an optional system message user "
-    "and assistant speak in turn, the user first.') -}}{%- endif -%}{%- endfor -%}"
+from .prompts_gsva import (
+    ADDED_TOKENS,
+    CHAT_TEMPLATES,
+    IMAGE_TOKEN,
+    PROMPTS,
+    REJ_TOKEN,
+    SEG_TOKEN,
+    strip_wording,
 )
-_TWO_SEPARATORS = (
-    "{%- if system -%}{{- system + ' ' -}}{%- endif -%}"
-    "{%- for message in turns -%}{%- if message['role'] == 'user' -%}{{- 'USER: ' + content(message) + ' ASSISTANT:' -}}"
-    "{%- else -%}{%- generation -%}{{- ' ' + content(message) + eos_token -}}{%- endgeneration -%}{%- endif -%}"
-    "{%- endfor -%}"
-)
-_LLAMA_2 = (
-    "{%- for message in turns -%}{%- if message['role'] == 'user' -%}"
-    "{%- if not loop.first -%}{{- bos_token -}}{%- endif -%}{{- '[INST] ' -}}"
-    "{%- if loop.first and system -%}{{- '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' -}}{%- endif -%}"
-    "{{- content(message) + ' [/INST]' -}}"
-    "{%- else -%}{%- generation -%}{{- ' ' + content(message) + ' ' + eos_token -}}{%- endgeneration -%}{%- endif -%}"
-    "{%- endfor -%}"
-)
-# The two conversation styles of the original (model/llava/conversation.py: conv_llava_v1, conv_llava_llama_2), and one
-# without a system prompt for small models. What stands in {% generation %} is supervised.
-CHAT_TEMPLATES = {
-    "llava_v1": "{%- set default_system = 'A chat between a curious human and an artificial intelligence assistant. The "
-    "assistant gives helpful, detailed, and polite answers to the human\\'s questions.' -%}"
-    + _CONTENT
-    + _TWO_SEPARATORS,
-    "llava_llama_2": "{%- set default_system = 'You are a helpful language and vision assistant. You are able to understand "
-    "the visual content that the user provides, and assist the user with a variety of tasks using natural language.' -%}"
-    + _CONTENT
-    + _LLAMA_2,
-    "plain": "{%- set default_system = '' -%}" + _CONTENT + _TWO_SEPARATORS,
-}
-
-# How expressions are asked for and answered. "refer" and the two "reason" prompts are the original's evaluation prompts to
-# the letter (data/dataset.py:494-537): no blank before "in this image", one after the newline, none after "Sure,".
-# They change published numbers.
-PROMPTS = {
-    "refer": {
-        "question": "<image>\n What are {expressions}in this image? Please output segmentation masks.",
-        "answer": "Sure,{slots}.",
-        "slot": "{expression}:{token}",
-        "separator": ", ",
-        "lower": True,
-    },
-    "reason_phrase": {
-        "question": "<image>\n What is {expressions} in this image? Please output segmentation mask.",
-        "answer": "{slots}",
-        "slot": "{token}",
-        "separator": ", ",
-        "lower": False,
-    },
-    "reason_sentence": {
-        "question": "<image>\n {expressions} Please output segmentation mask.",
-        "answer": "{slots}",
-        "slot": "{token}",
-        "separator": ", ",
-        "lower": False,
-    },
-}
-# What free answers put around a phrase: the wording of the evaluation prompt, of the training answers and of the reasoning
-# answers (which name no phrase).
-_BEFORE_PHRASE = re.compile(
-    r"^(?:sure(?:,\s*|$))?(?:(?:the segmentation results? (?:are|is)|they are|it is|and)(?:\s+|$))?", re.IGNORECASE
-)
-_AROUND_PHRASE = re.compile(r"^the (?:mask of|segmentation of|referred)\s+(?P<phrase>.*?)\s+is$", re.IGNORECASE)
-
-
-def _strip_wording(text: str) -> str:
-    """The phrase alone, without what answers put around it."""
-    phrase = _BEFORE_PHRASE.sub("", text.strip(" ,.;:\n"), count=1).strip(" ,.;:\n")
-    around = _AROUND_PHRASE.match(phrase)
-    return around["phrase"] if around else phrase
-
-
-class StreamedAnswer:
-    """
-    A free answer while it is written, from [`GsvaProcessor.stream`].
-
-    Iterate over it for the text, piece by piece; then, or instead, ask for `results`, its masks.
-    """
-
-    def __init__(self, processor, model, inputs, **generate_kwargs):
-        self._streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-        def write():
-            try:
-                outputs = model.segment(**inputs, method="generate", streamer=self._streamer, **generate_kwargs)
-            except BaseException:
-                self._streamer.on_finalized_text("", stream_end=True)  # nobody shall wait for text that will not come
-                raise
-            return processor.post_process_segmentation(outputs, inputs)
-
-        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answer")
-        self._results = pool.submit(write)
-        pool.shutdown(wait=False)
-
-    def __iter__(self) -> Iterator[str]:
-        """Raises what writing the answer raised."""
-        yield from self._streamer
-        if self._results.done() and self._results.exception() is not None:
-            self._results.result()
-
-    @property
-    def results(self) -> list[list[dict]]:
-        """What `post_process_segmentation` gives: per image, each `[SEG]` and `[REJ]` with the phrase before it."""
-        return self._results.result()
-
-
-def _files_named(part) -> Iterator[str]:
-    """Everything in a part of a chat message that transformers would open as a path."""
-    if isinstance(part, (str, os.PathLike)):
-        if not str(part).startswith(("http://", "https://")) and os.path.exists(part):
-            yield os.fspath(part)
-    elif isinstance(part, Mapping):
-        for name, value in part.items():
-            if name not in ("type", "text"):
-                yield from _files_named(value)
-    elif isinstance(part, (list, tuple)):
-        for value in part:
-            yield from _files_named(value)
-
-
-def _check_chat_files(conversation) -> None:
-    """
-    Chats are often written by somebody else: a path in one must lead into the working directory, or into a folder that the
-    environment's `GSVA_TRUSTED_FOLDERS` lists (separated as PATH is; `/` for all).
-    """
-    messages = [conversation]
-    while messages and isinstance(messages[0], (list, tuple)):
-        messages = [message for one in messages for message in one]
-    trusted = [os.getcwd(), *filter(None, os.environ.get("GSVA_TRUSTED_FOLDERS", "").split(os.pathsep))]
-    for message in messages:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        for file in _files_named(content if isinstance(content, (list, tuple)) else []):
-            real = os.path.realpath(file)
-            if not any(real.startswith(os.path.join(os.path.realpath(folder), "")) for folder in trusted):
-                raise ValueError(
-                    f"A message names the file {file!r}, which leads out of the working directory. Pass the picture itself, "
-                    f"or list folders that chats may name in the environment variable GSVA_TRUSTED_FOLDERS."
-                )
-
-
-def _check_messages(messages, where: str) -> None:
-    """Raises ValueError for what is no list of {"role", "content"}, contents strings or lists of parts."""
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise ValueError(f"{where} is {shown(messages)}; give a list of messages {{'role': ..., 'content': ...}}.")
-    for n, message in enumerate(messages):
-        role, content = (message.get(k) for k in ("role", "content")) if isinstance(message, Mapping) else (None, None)
-        is_known = role in ("user", "assistant") or (role == "system" and n == 0) if isinstance(role, str) else False
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not is_known or not isinstance(parts, (list, tuple)) or any(
-            not isinstance(part, Mapping)
-            or part.get("type") not in ("text", "image")
-            or (part["type"] == "text" and not _is_text(part.get("text")))
-            for part in parts
-        ):  # fmt: skip
-            raise ValueError(
-                f"{where}, message {n}, is {shown(message)}; it needs a 'role', user or assistant (or system, of the first), "
-                f"and a 'content', a text or a list of parts of type text or image."
-            )
-
-
-def _is_text(text) -> bool:
-    """A string that can be written as UTF-8 (halves of surrogate pairs cannot)."""
-    return isinstance(text, str) and text == text.encode("utf-8", "ignore").decode("utf-8")
 
 
 class GsvaProcessor(ProcessorMixin):
     r"""
-    Turns pictures and expressions (or conversations) into model inputs, and segmentation outputs into results.
+    Turns images and expressions (or conversations) into model inputs, and segmentation outputs into results.
 
     Args:
         image_processor ([`GsvaImageProcessor`]), tokenizer: the two halves. The tokenizer knows `[SEG]`, `[REJ]`,
@@ -257,46 +78,47 @@ class GsvaProcessor(ProcessorMixin):
         return self.image_token * self.image_seq_length
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:
-        """How many placeholders and pieces pictures of these (height, width) take; serving engines ask for it."""
+        """Return how many placeholders and patches images of these (height, width) take; serving engines call this."""
         if image_sizes is None:
             return MultiModalData()
         count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As everywhere in transformers, without what is no property of the processor: where it and its code came from."""
-        for noted_on_loading in ("is_local", "local_files_only", "dtype"):  # dtype: by pipelines
-            self.tokenizer.init_kwargs.pop(noted_on_loading, None)
+        """Like the parent, but without attributes set on loading (source path, dtype, auto_map)."""
+        for set_on_loading in ("is_local", "local_files_only", "dtype"):  # dtype: by pipelines
+            self.tokenizer.init_kwargs.pop(set_on_loading, None)
         saved = super().save_pretrained(save_directory, **kwargs)
         self.__dict__.pop("auto_map", None)
         return saved
 
     def apply_chat_template(self, conversation, chat_template=None, **kwargs):
         """
-        As everywhere in transformers. Prompts to be answered (`add_generation_prompt`) are padded on the left unless
-        `processor_kwargs` says otherwise. A message may name its picture by URL or path; paths are followed inside the
-        working directory and the folders that the environment variable `GSVA_TRUSTED_FOLDERS` lists.
+        Overrides [`ProcessorMixin.apply_chat_template`] to pad prompts that wait for an answer (`add_generation_prompt`)
+        on the left, unless `processor_kwargs` sets a side, and to open only files of trusted folders. A message may name
+        its image by URL or path; paths may lead into the working directory and the folders that the environment variable
+        `GSVA_TRUSTED_FOLDERS` lists.
 
         Raises:
             ValueError: an empty conversation, or a message that names a file elsewhere.
         """
         if not len(conversation):
             raise ValueError("The conversation is empty; ask something.")
-        _check_chat_files(conversation)
+        check_chat_files(conversation)
         if kwargs.get("add_generation_prompt"):
             kwargs["processor_kwargs"] = {"padding_side": "left", **(kwargs.get("processor_kwargs") or {})}
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def normalize_expression(self, expression: str, prompt: str = "refer") -> str:
         """
-        An expression as the prompt holds it: stripped, lower-cased, and then without dots at both ends, in this order,
-        so that the blank of "right button ." stays (quirk Q4 of the original's data pipeline, which changes published
-        numbers); the "reason" prompts only strip.
+        Return an expression as the prompt holds it: stripped, lower-cased, and then without dots at both ends, in this
+        order, so that the blank of "right button ." stays (quirk Q4 of the original's data pipeline, which changes
+        published numbers); the "reason" prompts only strip.
 
         Raises:
-            ValueError: an expression that is no string, is empty, or holds a special token.
+            ValueError: an expression that is not a string, is empty, or holds a special token.
         """
-        if not _is_text(expression):
+        if not is_utf8(expression):
             raise ValueError(
                 f"Expression {shown(expression)} is a {type(expression).__name__}; give a string of UTF-8."
             )
@@ -309,7 +131,7 @@ class GsvaProcessor(ProcessorMixin):
         for token in {*ADDED_TOKENS, *self.tokenizer.all_special_tokens}:
             if token.lower() in lowered:
                 raise ValueError(
-                    f"Expression {expression!r} holds {token}, which the model reads as a token of its own; take it out."
+                    f"Expression {expression!r} holds {token}, which is a special token of the model; take it out."
                 )
         return text
 
@@ -317,7 +139,7 @@ class GsvaProcessor(ProcessorMixin):
         self, expressions: list[str], no_targets: list[bool] | None = None, prompt: str = "refer"
     ) -> list[dict[str, str]]:
         """
-        The one prompt builder: question and answer for the expressions of one picture.
+        Build the question and the answer for the expressions of one image. All prompts for expressions are made here.
 
         Args:
             no_targets: which expressions are answered by `[REJ]`; by default none.
@@ -344,8 +166,8 @@ class GsvaProcessor(ProcessorMixin):
         self, conversations: list[list[dict]], add_generation_prompt: bool = False
     ) -> list[tuple[list[int], list[int]]]:
         """
-        Renders and tokenizes conversations: per conversation the ids, `<image>` expanded, and the labels, -100
-        wherever the assistant does not speak. Supervised are exactly the answers with their end-of-sequence token.
+        Render and tokenize conversations. Return for each the ids, `<image>` expanded, and the labels: the assistant's
+        answers with their end-of-sequence tokens are supervised, everything else is -100.
         """
         texts, spans = render_jinja_template(
             conversations=conversations,
@@ -396,24 +218,24 @@ class GsvaProcessor(ProcessorMixin):
         - `processor(images=..., conversations=[[{"role": "user", "content": "<image>\n..."}, {"role": "assistant", ...}]],
           image_index=[0], masks=[(slots, height, width)])`, to train: `input_ids` padded on the right, `labels`,
           `mask_labels`.
-        - `processor(images=..., text=...)` and `apply_chat_template`, as every processor of transformers. A text may hold
-          several `<image>`, which the language model reads in order; to be segmented each has to hold one at most.
+        - `processor(images=..., text=...)` and `apply_chat_template`, like every processor of transformers. A text may hold
+          several `<image>`, which the language model reads in order; a text to be segmented may hold only one.
 
         Args:
-            images: one picture or a list, each given once however many conversations it has.
+            images: one image or a list, each given once however many conversations it has.
             expressions: per image the expressions to look for.
             no_targets: per image, which expressions the answer rejects (the gold answer of `teacher_forced`).
             prompt: the name of the wording, see `prompts`; by default `"refer"`.
-            one_prompt_per_expression: ask for each expression in a conversation of its own; by default all of an image
-                share one.
-            conversations: messages of user and assistant; `image_index` tells each one's image (-1 for none), by
-                default one each, in order.
-            masks: per conversation its true masks, arrays of (slots, height, width) at the picture's own size.
-            return_tensors, and what else tokenizer and image processor know. Of it, conversations heed `max_length`: they
-                are cut to so many tokens, placeholders of the image included.
+            one_prompt_per_expression: ask for each expression in a separate conversation; by default all expressions of an
+                image share one.
+            conversations: messages of user and assistant.
+            image_index: the image of each conversation (-1 for none), by default one each, in order.
+            masks: per conversation its true masks, arrays of (slots, height, width) at the image's own size.
+            return_tensors, max_length and other options of tokenizer and image processor. `max_length` cuts conversations
+                to that many tokens, placeholders of the image included.
 
         Raises:
-            ValueError: lists whose lengths do not fit, masks of another size than their picture, expressions that are
+            ValueError: lists whose lengths do not fit, masks of another size than their image, expressions that are
                 empty or hold a special token, text cut inside the image.
         """
         if expressions is None and conversations is None:
@@ -422,124 +244,133 @@ class GsvaProcessor(ProcessorMixin):
             raise ValueError("Give only one of text, expressions and conversations.")
         images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
         return_tensors, max_length = kwargs.pop("return_tensors", None), kwargs.pop("max_length", None)
-        data: dict[str, Any] = {}
         if expressions is not None:
-            if not images:
-                raise ValueError(
-                    f"No image was given for {len(expressions)} list(s) of expressions; pass images=[...]."
-                )
-            if not isinstance(expressions, (list, tuple)):
-                raise ValueError(f"expressions is {shown(expressions)}; give a list of strings for each image.")
-            if expressions and all(isinstance(expression, str) for expression in expressions):
-                expressions = [cast(list[str], expressions)]
-            if len(images) != len(expressions):
-                raise ValueError(
-                    f"{len(images)} images but {len(expressions)} lists of expressions; give one list for each image."
-                )
-            no_targets = [None] * len(images) if no_targets is None else no_targets
-            if not isinstance(no_targets, (list, tuple)):
-                raise ValueError(f"no_targets is {shown(no_targets)}; give a list with true or false for each image.")
-            if len(no_targets) != len(images):
-                raise ValueError(
-                    f"{len(images)} images but {len(no_targets)} lists of no_targets; give one for each image."
-                )
-            asked, answered, image_index = [], [], []
-            for index, (texts, absent) in enumerate(zip(expressions, no_targets)):
-                if isinstance(texts, str):
-                    raise ValueError(
-                        f"expressions[{index}] is the string {texts!r}; give a list of strings for each image."
-                    )
-                if not isinstance(texts, (list, tuple)):
-                    raise ValueError(f"expressions[{index}] is {shown(texts)}; give a list of strings for each image.")
-                if not isinstance(absent, (list, tuple, np.ndarray, type(None))):
-                    raise ValueError(
-                        f"no_targets[{index}] is {shown(absent)}; give a list with true or false for each."
-                    )
-                absent = [False] * len(texts) if absent is None else list(absent)
-                if len(absent) != len(texts):
-                    raise ValueError(f"{len(texts)} expressions but {len(absent)} no_targets; give one for each.")
-                groups = [(list(texts), absent)]
-                if one_prompt_per_expression:
-                    groups = [([one], [flag]) for one, flag in zip(texts, absent)]
-                asked += [group for group, _ in groups]
-                answered += [self.build_conversation(*group, prompt or "refer") for group in groups]
-                image_index += [index] * len(groups)
-            data["expressions"] = asked
-            encoded = self.encode_conversations(answered)
-            starts = [next(n for n, label in enumerate(labels) if label != -100) for _, labels in encoded]
-            prompts = [ids[:start] for (ids, _), start in zip(encoded, starts)]
-            answers = [ids[start:] for (ids, _), start in zip(encoded, starts)]
-            data["input_ids"], data["attention_mask"] = self._pad(prompts, side="left")
-            data["answer_ids"], data["answer_attention_mask"] = self._pad(answers)
+            data = self._for_segmentation(images, expressions, no_targets, prompt, one_prompt_per_expression)
         else:
-            if not isinstance(conversations, (list, tuple)) or not conversations:
-                raise ValueError(
-                    f"conversations is {shown(conversations)}; give a list of conversations, one at least."
-                )
-            for index, messages in enumerate(conversations):
-                _check_messages(messages, f"Conversation {index}")
-            image_index = list(range(len(conversations))) if image_index is None and images else image_index
-            try:
-                image_index = (
-                    [-1] * len(conversations) if image_index is None else [operator.index(n) for n in image_index]
-                )
-            except TypeError:
-                raise ValueError(
-                    f"image_index is {shown(image_index)}; give for each conversation the number of its image, or -1."
-                ) from None
-            self._check_conversations(conversations, image_index, len(images))
-            try:
-                encoded = self.encode_conversations(conversations)
-            except TemplateError as error:
-                raise ValueError(f"The chat template does not take these conversations: {error}") from None
-            if max_length is not None:
-                if not isinstance(max_length, int) or max_length < 1:
-                    raise ValueError(f"max_length={max_length!r} must be a number of tokens, 1 or more.")
-                for index, (ids, _) in enumerate(encoded):
-                    if self.image_token_id in ids[max_length:]:
-                        raise ValueError(
-                            f"max_length={max_length} cuts the image of conversation {index}, which alone takes "
-                            f"{self.image_seq_length} tokens; raise it."
-                        )
-                encoded = [(ids[:max_length], labels[:max_length]) for ids, labels in encoded]
-            data["input_ids"], data["attention_mask"] = self._pad([ids for ids, _ in encoded])
-            data["labels"], _ = self._pad([labels for _, labels in encoded], value=-100)
-        data["image_index"] = image_index
+            data = self._for_training(images, conversations, image_index, max_length)
         if images:
             data.update(self.image_processor(images, **kwargs))
             if len(data["original_sizes"]) != len(images):
                 raise ValueError(
-                    f"{len(images)} entries of images hold {len(data['original_sizes'])} pictures; give one picture each."
+                    f"{len(images)} entries of images hold {len(data['original_sizes'])} images; give one image each."
                 )
-            if masks is not None:
-                data["mask_labels"] = self._check_masks(masks, image_index, data["original_sizes"])
-        elif masks is not None:
-            data["mask_labels"] = self._check_masks(masks, image_index, [])
+        if masks is not None:
+            data["mask_labels"] = self._check_masks(masks, data["image_index"], data.get("original_sizes", []))
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["expressions", "mask_labels"])
+
+    def _for_segmentation(
+        self, images: list, expressions, no_targets, prompt: str | None, one_prompt_per_expression: bool | None
+    ) -> dict[str, Any]:
+        """Return prompts padded on the left and answers padded on the right, one conversation per prompt."""
+        texts_of, absent_of = self._check_expressions(images, expressions, no_targets)
+        asked, answered, image_index = [], [], []
+        for index, (texts, absent) in enumerate(zip(texts_of, absent_of)):
+            groups = [(texts, absent)]
+            if one_prompt_per_expression:
+                groups = [([text], [flag]) for text, flag in zip(texts, absent)]
+            asked += [group for group, _ in groups]
+            answered += [self.build_conversation(*group, prompt or "refer") for group in groups]
+            image_index += [index] * len(groups)
+        encoded = self.encode_conversations(answered)
+        starts = [next(n for n, label in enumerate(labels) if label != -100) for _, labels in encoded]
+        prompts = self._pad([ids[:start] for (ids, _), start in zip(encoded, starts)], "left")
+        answers = self._pad([ids[start:] for (ids, _), start in zip(encoded, starts)], "right")
+        return {
+            "expressions": asked,
+            **prompts,
+            **{f"answer_{name.removeprefix('input_')}": value for name, value in answers.items()},
+            "image_index": image_index,
+        }
+
+    def _check_expressions(self, images: list, expressions, no_targets) -> tuple[list[list[str]], list[list[bool]]]:
+        """Return the expressions of each image and which of them have no target; raise ValueError where they do not fit."""
+        if not images:
+            raise ValueError(f"No image was given for {len(expressions)} list(s) of expressions; pass images=[...].")
+        if not isinstance(expressions, (list, tuple)):
+            raise ValueError(f"expressions is {shown(expressions)}; give a list of strings for each image.")
+        if expressions and all(isinstance(expression, str) for expression in expressions):
+            expressions = [cast(list[str], expressions)]
+        if len(images) != len(expressions):
+            raise ValueError(
+                f"{len(images)} images but {len(expressions)} lists of expressions; give one list for each image."
+            )
+        no_targets = [None] * len(images) if no_targets is None else no_targets
+        if not isinstance(no_targets, (list, tuple)):
+            raise ValueError(f"no_targets is {shown(no_targets)}; give a list with true or false for each image.")
+        if len(no_targets) != len(images):
+            raise ValueError(
+                f"{len(images)} images but {len(no_targets)} lists of no_targets; give one for each image."
+            )
+        texts_of, absent_of = [], []
+        for index, (texts, absent) in enumerate(zip(expressions, no_targets)):
+            if isinstance(texts, str):
+                raise ValueError(
+                    f"expressions[{index}] is the string {texts!r}; give a list of strings for each image."
+                )
+            if not isinstance(texts, (list, tuple)):
+                raise ValueError(f"expressions[{index}] is {shown(texts)}; give a list of strings for each image.")
+            if not isinstance(absent, (list, tuple, np.ndarray, type(None))):
+                raise ValueError(f"no_targets[{index}] is {shown(absent)}; give a list with true or false for each.")
+            absent = [False] * len(texts) if absent is None else list(absent)
+            if len(absent) != len(texts):
+                raise ValueError(f"{len(texts)} expressions but {len(absent)} no_targets; give one for each.")
+            texts_of.append(list(texts))
+            absent_of.append(absent)
+        return texts_of, absent_of
+
+    def _for_training(self, images: list, conversations: Any, image_index, max_length: int | None) -> dict[str, Any]:
+        """Return whole conversations padded on the right, with labels, cut to `max_length` tokens."""
+        if not isinstance(conversations, (list, tuple)) or not conversations:
+            raise ValueError(f"conversations is {shown(conversations)}; give a list of conversations, one at least.")
+        for index, messages in enumerate(conversations):
+            check_messages(messages, f"Conversation {index}")
+        image_index = list(range(len(conversations))) if image_index is None and images else image_index
+        try:
+            image_index = (
+                [-1] * len(conversations) if image_index is None else [operator.index(n) for n in image_index]
+            )
+        except TypeError:
+            raise ValueError(
+                f"image_index is {shown(image_index)}; give for each conversation the number of its image, or -1."
+            ) from None
+        self._check_conversations(conversations, image_index, len(images))
+        try:
+            encoded = self.encode_conversations(list(conversations))
+        except TemplateError as error:
+            raise ValueError(f"The chat template does not take these conversations: {error}") from None
+        if max_length is not None:
+            if not isinstance(max_length, int) or max_length < 1:
+                raise ValueError(f"max_length={max_length!r} must be a number of tokens, 1 or more.")
+            for index, (ids, _) in enumerate(encoded):
+                if self.image_token_id in ids[max_length:]:
+                    raise ValueError(
+                        f"max_length={max_length} cuts the image of conversation {index}, which alone takes "
+                        f"{self.image_seq_length} tokens; raise it."
+                    )
+            encoded = [(ids[:max_length], labels[:max_length]) for ids, labels in encoded]
+        labels = [torch.tensor(labels) for _, labels in encoded]
+        return {
+            **self._pad([ids for ids, _ in encoded], "right"),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=-100).numpy(),
+            "image_index": image_index,
+        }
+
+    def _pad(self, rows: list[list[int]], side: str) -> dict[str, np.ndarray]:
+        """Return `input_ids` and `attention_mask`, (rows, length)."""
+        options = {"return_attention_mask": True, "return_tensors": "np"}
+        return dict(self.tokenizer.pad({"input_ids": rows}, padding_side=side, **options))
 
     def _call_with_text(self, images, text, **kwargs) -> BatchFeature:
         data = super().__call__(images=images, text=text, **kwargs)
         if images is not None and text is not None:
             counts = [sample.count(self.image_token) for sample in ([text] if isinstance(text, str) else text)]
             index = [sum(counts[:n]) if count else -1 for n, count in enumerate(counts)]
-            # One each, in order, need not be told: examples of one are batched by code that could not count on.
+            # Leave `image_index` out when there is one image per text: code that concatenates single examples would not
+            # offset it.
             if max(counts) <= 1 and index != list(range(len(index))):
                 make = {torch.Tensor: torch.tensor, np.ndarray: np.array}.get(type(data["input_ids"]), list)
                 data["image_index"] = make(index)
         return data
-
-    def _pad(
-        self, rows: list[list[int]], side: str = "right", value: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        width = max(map(len, rows))
-        value = self.tokenizer.pad_token_id if value is None else value
-        padded = np.full((len(rows), width), value, dtype=np.int64)
-        mask = np.zeros_like(padded)
-        for index, row in enumerate(rows):
-            place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-            padded[index, place] = row
-            mask[index, place] = 1
-        return padded, mask
 
     def _check_conversations(self, conversations, image_index, num_images):
         if len(image_index) != len(conversations):
@@ -577,7 +408,7 @@ class GsvaProcessor(ProcessorMixin):
                     raise TypeError("a single number" if mask.ndim == 0 else "complex numbers")
             except (TypeError, ValueError, OverflowError) as error:
                 raise ValueError(
-                    f"masks[{index}] is {shown(mask)}, no array (slots, height, width) of 0 and 1 ({error})."
+                    f"masks[{index}] is {shown(mask)}; give an array (slots, height, width) of 0 and 1 ({error})."
                 ) from None
             size = tuple(int(side) for side in original_sizes[image]) if image >= 0 else None
             if len(mask) and not len(original_sizes):
@@ -588,15 +419,15 @@ class GsvaProcessor(ProcessorMixin):
                 )
             if len(mask) and (mask.ndim != 3 or tuple(mask.shape[1:]) != size):
                 raise ValueError(
-                    f"masks[{index}] has shape {tuple(mask.shape)}, but its picture is {size} (height, width); give "
-                    "(slots, height, width) at the picture's own size, after EXIF orientation."
+                    f"masks[{index}] has shape {tuple(mask.shape)}, but its image is {size} (height, width); give "
+                    "(slots, height, width) at the image's own size, after EXIF orientation."
                 )
             checked.append(mask.to(torch.uint8) if len(mask) else torch.zeros(0, *(size or (1, 1)), dtype=torch.uint8))
         return checked
 
     def read_answer(self, token_ids: list[int]) -> list[tuple[str, bool]]:
         """
-        The slots of a free answer in order: the phrase before each, and whether it is rejected.
+        Return the slots of a free answer in order: the phrase before each, and whether it is rejected.
 
         >>> # "Sure, the dog:[SEG], a unicorn:[REJ]." → [("the dog", False), ("a unicorn", True)]
         """
@@ -604,21 +435,21 @@ class GsvaProcessor(ProcessorMixin):
         for position, token in enumerate(token_ids):
             if token in (self.seg_token_id, self.rej_token_id):
                 phrase = self.tokenizer.decode(token_ids[begin:position], skip_special_tokens=True)
-                slots.append((_strip_wording(phrase), token == self.rej_token_id))
+                slots.append((strip_wording(phrase), token == self.rej_token_id))
                 begin = position + 1
         return slots
 
     def _match_slots(self, asked: list[str], slots: list[tuple[str, bool]]) -> tuple[list[int | None], bool]:
-        """Which slot answers each expression, and whether the answer is malformed (its slots are not the ones asked for)."""
-        # Stripped alike: an expression may itself begin like an answer ("it is red").
-        wanted = [_strip_wording(expression).lower() for expression in asked]
-        said = [phrase.lower() for phrase, _ in slots]
-        if len(slots) == len(asked) and all(not phrase or phrase == text for phrase, text in zip(said, wanted)):
+        """Return the slot that answers each expression, and whether the answer's slots are not those asked for."""
+        # Strip the expressions as well: one may itself begin like an answer ("it is red").
+        texts = [strip_wording(expression).lower() for expression in asked]
+        phrases = [phrase.lower() for phrase, _ in slots]
+        if len(slots) == len(asked) and all(not phrase or phrase == text for phrase, text in zip(phrases, texts)):
             return list(range(len(asked))), False
         free = list(range(len(slots)))
         matched: list[int | None] = []
-        for text in wanted:
-            place = next((n for n in free if said[n] == text), None)
+        for text in texts:
+            place = next((n for n in free if phrases[n] == text), None)
             if place is not None:
                 free.remove(place)
             matched.append(place)
@@ -626,7 +457,7 @@ class GsvaProcessor(ProcessorMixin):
 
     def stream(self, model, inputs, **generate_kwargs) -> StreamedAnswer:
         """
-        Lets the model answer one conversation in the background, to be read while it is written.
+        Let the model answer one conversation in the background, and return the answer to read while it is written.
 
         ```python
         answer = processor.stream(model, inputs, max_new_tokens=64)
@@ -647,13 +478,13 @@ class GsvaProcessor(ProcessorMixin):
         self, outputs, inputs, threshold: float | None = None, keep_rejected_masks: bool = False
     ) -> list[list[dict]]:
         r"""
-        Results in the picture's own pixels.
+        Return results in the image's own pixels.
 
         Args:
-            outputs: what `model.segment(**inputs)` gave.
-            inputs: what the processor gave it.
-            threshold: decide anew by comparing scores with it. A slot that was rejected when it was made has no mask, so
-                a threshold below the one given to `segment` only adds empty masks; one above it rejects more.
+            outputs: the output of `model.segment(**inputs)`.
+            inputs: the processor's output that it was called with.
+            threshold: decide again by comparing scores with it. A slot that `segment` rejected has no mask, so a threshold
+                below the one given to `segment` only adds empty masks; one above it rejects more.
             keep_rejected_masks: also return the masks of rejected slots where there are any (`teacher_forced` makes
                 them: the original's metric scores a rejected target by its mask).
 
@@ -675,7 +506,7 @@ class GsvaProcessor(ProcessorMixin):
             height, width = (int(side) for side in inputs["original_sizes"][image])
             answer = outputs.sequences[row, int(outputs.answer_starts[row]) :].tolist()
             matched: list[int | None]
-            slots = self.read_answer(answer)[: len(outputs.scores[row])]  # what stands behind the end is no answer
+            slots = self.read_answer(answer)[: len(outputs.scores[row])]  # tokens after the end are not part of it
             if asked_per_conversation is None:
                 asked, matched, malformed = [phrase for phrase, _ in slots], list(range(len(slots))), False
             elif outputs.method == "generate":
@@ -696,10 +527,10 @@ class GsvaProcessor(ProcessorMixin):
             for text, n in zip(asked, matched):
                 score = float("nan") if n is None else float(scores[n])
                 is_rejected = n is None or bool(rejected[n] if threshold is None else score < threshold)
-                # A slot that was rejected when it was made has constant zero logits, which are no mask.
+                # A slot that `segment` rejected has constant zero logits, which are not a mask.
                 has_mask = n in upscaled and (not bool(rejected[n]) or outputs.method == "teacher_forced")
-                shown = has_mask and (keep_rejected_masks or not is_rejected)
-                mask = upscaled[n] if shown else np.zeros((height, width), dtype=bool)
+                keep = has_mask and (keep_rejected_masks or not is_rejected)
+                mask = upscaled[n] if keep else np.zeros((height, width), dtype=bool)
                 results[image].append(
                     {
                         "text": text,
@@ -712,4 +543,4 @@ class GsvaProcessor(ProcessorMixin):
         return results
 
 
-__all__ = ["GsvaProcessor"]
+__all__ = ["ADDED_TOKENS", "CHAT_TEMPLATES", "PROMPTS", "GsvaProcessor"]

@@ -11,6 +11,7 @@ import json
 import math
 import pickle
 import shutil
+import sys
 
 import data_trees as trees
 import numpy as np
@@ -406,7 +407,7 @@ CHECKPOINTS = {
 
 @pytest.mark.parametrize("suffix", CHECKPOINTS)
 def test_converter_checkpoints(tmp_path, suffix):
-    from convert_checkpoint import Source
+    from conversion.reading import CheckpointSource
 
     path = tmp_path / f"weights{suffix}"
 
@@ -415,7 +416,7 @@ def test_converter_checkpoints(tmp_path, suffix):
     def check(content):
         path.write_bytes(content)
         try:
-            for entry in Source("--checkpoint", path).tensors.values():
+            for entry in CheckpointSource("--checkpoint", path).tensors.values():
                 assert entry.read().shape == entry.shape
         except ValueError as error:
             assert str(path) in str(error), error
@@ -431,13 +432,13 @@ def test_converter_checkpoints(tmp_path, suffix):
     )
 )
 def test_converter_index(tmp_path_factory, content):
-    from convert_checkpoint import _weight_files
+    from conversion.reading import weight_files
 
     path = tmp_path_factory.getbasetemp() / "pytorch_model.bin.index.json"
     path.with_name("weights.bin").write_bytes(b"")
     path.write_bytes(content)
     try:
-        assert all(file.parent == path.parent for file in _weight_files(path))
+        assert all(file.parent == path.parent for file in weight_files(path))
     except (ValueError, FileNotFoundError) as error:
         assert str(path) in str(error), error
 
@@ -451,10 +452,10 @@ def test_converter_configurations(original, tmp_path, monkeypatch, file):
     """Through the command line, which must end with one line and status 1."""
     import convert_checkpoint
 
-    def accept(**options):
+    def accept(path):
         raise Accepted
 
-    monkeypatch.setattr(convert_checkpoint.tempfile, "mkdtemp", accept)
+    monkeypatch.setattr(sys.modules["conversion.convert"], "new_folder", accept)
     root = tmp_path / "original"
     shutil.copytree(original, root)
 
@@ -489,17 +490,18 @@ SMALL_FILES = {
 
 @pytest.mark.parametrize("file", SMALL_FILES)
 def test_converter_small_files(tmp_path, file):
-    import convert_checkpoint
+    from conversion.configs import image_processor
+    from conversion.tokenizer import base_added_tokens, refuse_non_legacy
 
     @fuzz
     @given(files_of(to_json(SMALL_FILES[file]), JSON))
     def check(content):
         (tmp_path / file).write_bytes(content)
         try:
-            convert_checkpoint._refuse_non_legacy(tmp_path)
-            assert all(isinstance(i, int) for i in convert_checkpoint._base_added_tokens(tmp_path).values())
+            refuse_non_legacy(tmp_path)
+            assert all(isinstance(i, int) for i in base_added_tokens(tmp_path).values())
             picture = Image.new("RGB", (8, 8))
-            pixels = convert_checkpoint._image_processor(tmp_path, 8, 8)(picture, return_tensors="pt")["pixel_values"]
+            pixels = image_processor(tmp_path, 8, 8)(picture, return_tensors="pt")["pixel_values"]
             assert torch.isfinite(pixels).all()
         except ValueError as error:
             assert str(tmp_path) in str(error), error
@@ -508,7 +510,7 @@ def test_converter_small_files(tmp_path, file):
 
 
 def test_converter_tokenizers(sentencepiece_model, tmp_path):
-    from convert_checkpoint import build_llama_tokenizer
+    from conversion import build_llama_tokenizer
 
     path = tmp_path / "tokenizer.model"
 

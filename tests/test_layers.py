@@ -11,6 +11,8 @@ PARTS = (
     "modeling_gsva",
     "data_scripts",
     "metrics",
+    "evaluation",
+    "conversion",
     "trainers",
     "benchmarks",
     "run_gres",
@@ -24,14 +26,28 @@ MAY_IMPORT = {
     "modeling_gsva": (),
     "data_scripts": (),
     "metrics": (),
-    "trainers": ("modeling_gsva", "data_scripts", "metrics"),
-    "run_gres": ("trainers", "modeling_gsva", "data_scripts", "metrics"),
-    "convert_checkpoint": ("modeling_gsva",),
+    "evaluation": ("modeling_gsva", "data_scripts", "metrics"),
+    "trainers": ("evaluation", "modeling_gsva", "data_scripts", "metrics"),
+    "run_gres": ("trainers", "evaluation", "modeling_gsva", "data_scripts", "metrics"),
+    "conversion": ("modeling_gsva",),
+    "convert_checkpoint": ("conversion",),
     "benchmarks": PARTS,
     "tests": PARTS,
 }
 TOP_LEVEL = {
-    *("modeling_gsva", "data_scripts", "trainers", "metrics", "configs", "benchmarks", "tests", "assets", ".ci"),
+    *(
+        "modeling_gsva",
+        "data_scripts",
+        "metrics",
+        "evaluation",
+        "conversion",
+        "trainers",
+        "configs",
+        "benchmarks",
+        "tests",
+        "assets",
+        ".ci",
+    ),
     *("convert_checkpoint.py", "run_gres.py", "setup.cfg", "pyproject.toml", "Makefile", "LICENSE", "NOTICE"),
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "PARITY.md", ".gitignore", ".pre-commit-config.yaml"),
 }
@@ -66,6 +82,12 @@ def wrong_imports(path: Path) -> list[str]:
         if (top := name.split(".")[0]) in barred
         or (top in PARTS and top not in allowed and not (name == EVERYWHERE and part != "modeling_gsva"))
     ]
+
+
+def test_the_converter_takes_only_the_writer_of_data_scripts():
+    files = [path for path in FILES if path.relative_to(ROOT).parts[0] == "conversion"]
+    names = {name for path in files for _, name in imports(path) if name.startswith("data_scripts")}
+    assert files and names == {"data_scripts.files"}
 
 
 def test_imports_point_one_way():

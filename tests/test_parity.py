@@ -241,6 +241,21 @@ def test_losses_and_gradients_equal_the_plain_composition(training):
         assert parity.rms(ours, gradient) <= PLAIN_GRADIENT_RELATIVE_RMS * scale + 1e-9, name
 
 
+def test_losses_with_a_seg_cut_off_equal_the_plain_composition(training):
+    """Conversation 0 loses its second [SEG]: its mask counts with zero logits."""
+    model, inputs, batch = training
+    second = (inputs["input_ids"][0] == model.config.seg_token_id).nonzero()[1, 0]
+    for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
+        inputs[name][0, second:] = fill
+    place = [n for n, token in enumerate(batch[0]["ids"]) if token == model.config.seg_token_id][1]
+    batch[0] |= {"ids": batch[0]["ids"][:place], "labels": batch[0]["labels"][:place]}
+    assert batch[0]["truth"][2].any()
+    outputs, wanted = model(**inputs), Plain(model).losses(batch)
+    assert [len(masks) for masks in outputs.mask_logits] == [2, 2, 1, 0]
+    for name in ("loss", "ce_loss", "mask_bce_loss", "mask_dice_loss"):
+        assert float(outputs[name].detach()) == pytest.approx(float(wanted[name].detach()), rel=5e-6), name
+
+
 def test_five_adamw_steps_equal_the_plain_composition(training):
     model, inputs, batch = training
     start = {name: value.clone() for name, value in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Everything `run_gres.py` can be told, as dataclasses read from a yaml preset and the command line."""
+"""All arguments of `run_gres.py`, as dataclasses that are read from a YAML preset and the command line."""
 
 import json
 import math
@@ -9,18 +9,14 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-PROTOCOLS = ("teacher_forced", "slots", "generate")
-CONVENTIONS = ("rela", "gsva", "gsva_validate")
-IGNORE_REGIONS = ("foreground", "ignored")
-TASKS = ("referring", "reasoning")
+from evaluation.config import IGNORE_REGIONS, PROTOCOLS, TASKS, check_choice
+from metrics.gres import CONVENTIONS
+
+from .threads import usable_cores
+
 TRAIN_LANGUAGE_MODEL = ("lora", "full", "frozen")
 QUANTIZATIONS = ("4bit", "8bit")
 ARCHITECTURES = ("7b", "13b")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}.")
 
 
 def _json_object(name: str, text: str | None) -> dict | None:
@@ -32,126 +28,143 @@ def _json_object(name: str, text: str | None) -> dict | None:
 
 @dataclass
 class ModelArguments:
-    """Which model, and which of its parts learn."""
+    """Model to use, and how its parts are trained."""
 
     model: str = field(default="assets/tiny_gsva", metadata={"help": "Directory or Hub id of a GSVA model."})
     base_model: str | None = field(
-        default=None, metadata={"help": "Where `model` is an adapter: its base, if not where it was trained."}
+        default=None, metadata={"help": "Base of an adapter that `model` names; by default the one it was trained on."}
     )
-    dtype: str = field(default="float32", metadata={"help": "Type of the loaded weights: float32, bfloat16, auto ..."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Type of the loaded weights: float32, bfloat16, float16 or auto."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa or flash_attention_2."})
     train_language_model: str = field(
-        default="lora", metadata={"help": f"How the language model learns: {', '.join(TRAIN_LANGUAGE_MODEL)}."}
+        default="lora", metadata={"help": f"Training of the language model: {', '.join(TRAIN_LANGUAGE_MODEL)}."}
     )
     # The original's: rank 8 for the 7B model, alpha 16, dropout 0.05, on the language model's q and v projections.
     lora_r: int = field(default=8, metadata={"help": "Rank of LoRA."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of LoRA, divided by the rank."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of LoRA."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA."})
     quantization: str | None = field(
         default=None,
         metadata={
-            "help": f"QLoRA: the language model's frozen layers in {' or '.join(QUANTIZATIONS)} (bitsandbytes)."
+            "help": f"QLoRA: load the language model's frozen layers in {' or '.join(QUANTIZATIONS)} (bitsandbytes)."
         },
     )
     architecture: str | None = field(
-        default=None, metadata={"help": f"--plan: {' or '.join(ARCHITECTURES)}, where `model` is not on this machine."}
+        default=None,
+        metadata={"help": f"--plan: size of `model` if it is not on this machine, {' or '.join(ARCHITECTURES)}."},
     )
 
     def __post_init__(self):
-        _check_choice("train_language_model", self.train_language_model, TRAIN_LANGUAGE_MODEL)
+        check_choice("train_language_model", self.train_language_model, TRAIN_LANGUAGE_MODEL)
         if self.quantization is not None:
-            _check_choice("quantization", self.quantization, QUANTIZATIONS)
+            check_choice("quantization", self.quantization, QUANTIZATIONS)
             if self.train_language_model != "lora":
                 raise ValueError(
-                    f"quantization={self.quantization!r} is for training with adapters (QLoRA), not for "
+                    f"quantization={self.quantization!r} needs training with adapters (QLoRA), not "
                     f"train_language_model={self.train_language_model!r}; choose 'lora'."
                 )
         if self.architecture is not None:
-            _check_choice("architecture", self.architecture, ARCHITECTURES)
+            check_choice("architecture", self.architecture, ARCHITECTURES)
 
 
 @dataclass
 class DataArguments:
-    """Which data, how examples are worded, and how answers are evaluated."""
+    """Data to use, wording of the examples, and how answers are evaluated."""
 
     dataset: str = field(
         default="shapes",
-        metadata={"help": "A name that data_scripts.load knows, or 'mixture' of several to train on."},
+        metadata={"help": "Data set to train on: a name of data_scripts.names(), or 'mixture' for several."},
     )
     mixture: str | None = field(
         default=None,
-        metadata={"help": "dataset=mixture: family -> names of its data sets, as JSON; by default the original's."},
+        metadata={"help": "dataset=mixture: names of the data sets of each family, as JSON; default: the original's."},
     )
     mixture_rates: str | None = field(
         default=None,
-        metadata={"help": "dataset=mixture: family -> rate, as JSON; by default the original's 9, 3, 3, 1."},
+        metadata={"help": "dataset=mixture: rate of each family, as JSON; default: the original's 9, 3, 3, 1."},
     )
     steps_per_epoch: int = field(
-        default=500, metadata={"help": "dataset=mixture: optimizer steps that make an epoch (original: 500)."}
+        default=500, metadata={"help": "dataset=mixture: optimizer steps per epoch (original: 500)."}
     )
-    eval_dataset: str | None = field(default=None, metadata={"help": "Evaluate on this one; by default on `dataset`."})
-    data_dir: str | None = field(default=None, metadata={"help": "Root of the data set's files."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Data set to evaluate on; default: `dataset`."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set's files."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
-    dataset_options: str | None = field(default=None, metadata={"help": "More options of the data set, as JSON."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many pictures."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many pictures."})
+    dataset_options: str | None = field(default=None, metadata={"help": "Further options of the data set, as JSON."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first N images only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first N images only."})
     max_eval_samples_in_training: int = field(
-        default=200, metadata={"help": "Evaluations in the middle of training take the first so many pictures."}
+        default=200, metadata={"help": "Evaluations during training use the first N images only."}
     )
-    num_expressions: int = field(default=3, metadata={"help": "Expressions per training picture (original: 3)."})
+    num_expressions: int = field(default=3, metadata={"help": "Expressions per training image (original: 3)."})
     wording: str = field(
         default="gsva",
-        metadata={"help": "Training prompts: 'gsva', the original's templates, or 'processor', those of evaluation."},
+        metadata={"help": "Training prompts: the original's templates ('gsva') or those of evaluation ('processor')."},
     )
     all_absent: bool = field(
-        default=False, metadata={"help": "Also train on pictures of which nothing asked is there."}
+        default=False, metadata={"help": "Also train on images in which no expression has a target."}
     )
     max_length: int | None = field(
-        default=1024, metadata={"help": "Longest conversation in tokens, the image included."}
+        default=1024, metadata={"help": "Longest conversation in tokens, including the image."}
     )
-    protocols: list[str] = field(default_factory=lambda: ["slots"], metadata={"help": f"Of {', '.join(PROTOCOLS)}."})
+    protocols: list[str] = field(
+        default_factory=lambda: ["slots"], metadata={"help": f"Evaluation protocols: {', '.join(PROTOCOLS)}."}
+    )
     conventions: list[str] = field(
-        default_factory=lambda: ["rela"], metadata={"help": f"Of {', '.join(CONVENTIONS)}."}
+        default_factory=lambda: ["rela"], metadata={"help": f"Metric conventions: {', '.join(CONVENTIONS)}."}
     )
-    threshold: float = field(default=0.0, metadata={"help": "Reject a slot below these log-odds (protocol slots)."})
-    one_prompt_per_expression: bool = field(default=False, metadata={"help": "Ask for each expression by itself."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer of the protocol generate."})
+    threshold: float = field(
+        default=0.0, metadata={"help": "Reject an expression whose log-odds of [SEG] are lower (slots)."}
+    )
+    one_prompt_per_expression: bool = field(
+        default=False, metadata={"help": "Ask for each expression in a prompt by itself."}
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer in tokens (generate)."})
     ignore_region: str = field(
         default="foreground",
         metadata={
-            "help": f"Pixels that do not count (ReasonSeg): {' or '.join(IGNORE_REGIONS)}. Original: foreground."
+            "help": f"Pixels that ReasonSeg marks as ignored are {' or '.join(IGNORE_REGIONS)}. Original: foreground."
         },
     )
     eval_task: str | None = field(
         default=None,
         metadata={
-            "help": "'referring', or 'reasoning' (ReasonSeg's prompts, first text only); default: by the data set."
+            "help": "'referring', or 'reasoning' (prompts of ReasonSeg, first text only); default: by data set."
         },
     )
-    resume_eval: bool = field(default=False, metadata={"help": "Continue a killed evaluation from its finished rows."})
-    save_masks: bool = field(default=False, metadata={"help": "Rows also hold the predicted mask as COCO RLE."})
-    eval_before_training: bool = field(default=True, metadata={"help": "Also evaluate before training."})
-    num_pictures: int = field(default=24, metadata={"help": "Pictures on the page of predictions."})
-    image: list[str] = field(default_factory=list, metadata={"help": "--do_predict: picture files."})
-    expressions: list[str] = field(default_factory=list, metadata={"help": "--do_predict: what to look for in each."})
+    resume_eval: bool = field(
+        default=False, metadata={"help": "Continue a killed evaluation after its last finished rows."}
+    )
+    save_masks: bool = field(
+        default=False, metadata={"help": "Also save the predicted masks in the rows file, as COCO RLE."}
+    )
+    eval_before_training: bool = field(
+        default=True, metadata={"help": "With --do_train and --do_eval: also evaluate before training."}
+    )
+    num_pictures: int = field(default=24, metadata={"help": "Images on the page of predictions."})
+    image: list[str] = field(default_factory=list, metadata={"help": "--do_predict: image files."})
+    expressions: list[str] = field(
+        default_factory=list, metadata={"help": "--do_predict: expressions to segment in each image."}
+    )
 
     def __post_init__(self):
         for protocol in self.protocols:
-            _check_choice("protocols", protocol, PROTOCOLS)
+            check_choice("protocols", protocol, PROTOCOLS)
         for convention in self.conventions:
-            _check_choice("conventions", convention, CONVENTIONS)
-        _check_choice("ignore_region", self.ignore_region, IGNORE_REGIONS)
+            check_choice("conventions", convention, CONVENTIONS)
+        check_choice("ignore_region", self.ignore_region, IGNORE_REGIONS)
         if self.eval_task is not None:
-            _check_choice("eval_task", self.eval_task, TASKS)
-        _check_choice("wording", self.wording, ("gsva", "processor"))
+            check_choice("eval_task", self.eval_task, TASKS)
+        check_choice("wording", self.wording, ("gsva", "processor"))
         if not math.isfinite(self.threshold):
             raise ValueError(
-                f"threshold={self.threshold} is no number that scores can be compared with; give say 0 or -1.5."
+                f"threshold={self.threshold} is not a finite number, so no score can be compared with it; give say 0 or -1.5."
             )
         for name in ("max_train_samples", "max_eval_samples", "max_eval_samples_in_training"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}={value} leaves no pictures; give 1 or more, or leave it out.")
+                raise ValueError(f"{name}={value} leaves no images; give 1 or more, or leave it out.")
         try:
             self.options = dict(json.loads(self.dataset_options or "{}"))
         except (TypeError, ValueError):
@@ -167,9 +180,9 @@ class DataArguments:
 
     @property
     def evaluated(self) -> str:
-        """The data set that is evaluated on."""
+        """Name of the data set to evaluate on."""
         if (name := self.eval_dataset or self.dataset) == "mixture":
-            raise ValueError("A mixture is trained on, not evaluated on: name an eval_dataset, say grefcoco.")
+            raise ValueError("A mixture can only be trained on; name an eval_dataset to evaluate on, say grefcoco.")
         return name
 
 
@@ -177,59 +190,75 @@ class DataArguments:
 class GsvaTrainingArguments(TrainingArguments):
     """[`TrainingArguments`] with this project's defaults."""
 
-    output_dir: str = field(default="runs/gsva", metadata={"help": "Where everything is written."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: examples are no model inputs."})
+    output_dir: str = field(default="runs/gsva", metadata={"help": "Folder for all results."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Always false: examples become model inputs in the collator."}
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-    report_to: list[str] = field(  # transformers' own type lets the command line name only one
+    report_to: list[str] = field(  # with transformers' type the command line can name only one
         default_factory=lambda: ["none"],
-        metadata={"help": "Of tensorboard, wandb and transformers' other reporters, or none."},
+        metadata={"help": "tensorboard, wandb and other reporters of transformers, or none."},
     )
     threads: int | None = field(
-        default=None, metadata={"help": "CPU threads per process; by default all cores to train, one to evaluate."}
+        default=None,
+        metadata={
+            "help": "CPU threads per process. Default: in training the free cores, shared by the processes, and after a "
+            "resume as many as before; in evaluation 1."
+        },
     )
     consolidated: str | None = field(
         default=None,
         metadata={
-            "help": "Instead of training: weights made whole from a sharded checkpoint, to save as training does."
+            "help": "Instead of training: save the consolidated weights of a sharded checkpoint as training does."
         },
     )
     resume: bool = field(default=True, metadata={"help": "Go on from the last complete checkpoint in output_dir."})
     divergence: str = field(
         default="stop",
-        metadata={"help": "NaN, loss spikes and collapse to [REJ]: 'stop' at NaN and say the others, 'warn', 'off'."},
+        metadata={
+            "help": "NaN losses, loss spikes and collapse to [REJ]: 'stop' at NaN and warn of the others, 'warn', 'off'."
+        },
     )
     validation_pictures: int = field(
         default=4,
-        metadata={"help": "Pictures that each evaluation in training draws to output_dir/validation; 0: none."},
+        metadata={"help": "Images whose predictions each evaluation during training draws in output_dir/validation."},
     )
     hub_adapter_id: str | None = field(
-        default=None, metadata={"help": "--push_to_hub: also the adapter alone, to this repository."}
+        default=None, metadata={"help": "--push_to_hub: also push the adapter alone to this repository."}
     )
     feature_cache: str | None = field(
-        default=None, metadata={"help": "Folder that keeps what the frozen towers see, so that they look once."}
+        default=None,
+        metadata={"help": "Folder for the frozen towers' outputs, so that each image is encoded only once."},
     )
     feature_cache_dtype: str = field(
-        default="float16", metadata={"help": "Type it is kept in; float32 loses nothing."}
+        default="float16", metadata={"help": "Type of the stored features; only float32 is exact."}
     )
     plan: bool = field(
-        default=False, metadata={"help": "Only count the memory that training takes, before anything is loaded."}
+        default=False, metadata={"help": "Only print the memory that training would take; load nothing."}
     )
     plan_strategy: str | None = field(
         default=None,
-        metadata={"help": "--plan: an accelerate config, say configs/accelerate/zero2.yaml; default: all."},
+        metadata={"help": "--plan: an accelerate config, say configs/accelerate/zero2.yaml; default: each of them."},
     )
-    plan_processes: int | None = field(default=None, metadata={"help": "--plan: processes, other than the config's."})
+    plan_processes: int | None = field(
+        default=None, metadata={"help": "--plan: number of processes; default: that of the config."}
+    )
     plan_memory: float | None = field(
-        default=None, metadata={"help": "--plan: GiB of your card, to say whether it fits."}
+        default=None, metadata={"help": "--plan: memory of your card in GiB, to see whether training fits."}
     )
 
     def __post_init__(self):
         if self.consolidated:
             self.do_train = False
         if self.plan:
-            self.use_cpu = True  # counting needs no card, whatever precision is planned for one
-        _check_choice("feature_cache_dtype", self.feature_cache_dtype, ("float16", "bfloat16", "float32"))
-        _check_choice("divergence", self.divergence, ("stop", "warn", "off"))
+            self.use_cpu = True  # so that no card is needed, whatever the precision
+        check_choice("feature_cache_dtype", self.feature_cache_dtype, ("float16", "bfloat16", "float32"))
+        check_choice("divergence", self.divergence, ("stop", "warn", "off"))
+        if self.threads is not None and not 1 <= self.threads <= usable_cores():
+            raise ValueError(
+                f"threads={self.threads} is not possible: this process may use {usable_cores()} CPU cores; give 1 to "
+                f"{usable_cores()}, or leave it out."
+            )
         super().__post_init__()
 
 
@@ -248,10 +277,10 @@ def _as_words(values: dict) -> list[str]:
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, GsvaTrainingArguments]:
     """
-    `[preset.yaml] [--name value ...]` → the three dataclasses. The command line overrides the preset.
+    Return the arguments of `[preset.yaml] [--name value ...]`. The command line overrides the preset.
 
     Raises:
-        ValueError: a preset that is missing or no mapping, or a name that no dataclass has.
+        ValueError: The preset is missing or not a mapping, or a name or value is not understood.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     words: list[str] = []
@@ -260,7 +289,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
         if not path.is_file():
             raise ValueError(f"The preset {path} does not exist; the presets are in configs/.")
         try:
-            preset = yaml.safe_load(path.read_text())
+            preset = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise ValueError(f"The preset {path} is no YAML ({error}).") from None
         if not isinstance(preset, dict):

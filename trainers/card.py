@@ -1,102 +1,69 @@
-"""The model card of a run: what was trained on what and how, what it came to, whose work it stands on."""
+"""The model card of a run: data, hyper-parameters, results, licences of the bases, citation."""
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from markupsafe import Markup
 from transformers import __version__ as transformers_version
 
+from data_scripts.files import render, write_text
+from evaluation.records import RESULTS, metric_cells, metric_notes, protocol_notes
+from metrics.gres import METRIC_KEYS
+
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
-from .pictures import write_text
+from .output_folder import ADAPTER, CARD, LOG_HISTORY, TRAINING
 
-CARD = "README.md"
-TRAINING = "training.json"  # what a run notes for its card: pictures it could draw from, seconds it took
-METRICS = ("gIoU", "cIoU", "N_acc", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9", "malformed")
-# What the paper's models are built from, for a base whose own card names no licence.
-BASES = """The weights may derive from these; their licences apply:
-
-| part | work | licence |
-| --- | --- | --- |
-| language model | LLaMA / Vicuna through LLaVA | Meta's licence of LLaMA, not for commercial use in its first version |
-| vision tower | CLIP ViT-L/14 | MIT |
-| masks | Segment Anything | Apache-2.0 |
-| method and original code | GSVA, built on LISA | Apache-2.0 |"""
-CITATION = """```bibtex
-@InProceedings{Xia_2024_CVPR,
-    author    = {Xia, Zhuofan and Han, Dongchen and Han, Yizeng and Pan, Xuran and Song, Shiji and Huang, Gao},
-    title     = {GSVA: Generalized Segmentation via Multimodal Large Language Models},
-    booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
-    month     = {June},
-    year      = {2024},
-    pages     = {3858-3869}
-}
-```"""
-USE = """```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)
-inputs = processor(images=[image], expressions=[["the man in red", "the unicorn"]], return_tensors="pt")
-results = processor.post_process_segmentation(model.segment(**inputs), inputs)
-```"""
+TEMPLATE = Path(__file__).resolve().parent / "templates" / "model_card.md.jinja"
 
 
-USE_ADAPTER = """This is the adapter alone (LoRA and the parts that were trained in full); it needs its base.
+def markdown(text: Any) -> Markup:
+    """Return text that stands in a line or table cell of Markdown as it is.
 
-```python
-from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-processor = AutoProcessor.from_pretrained("{base}", trust_remote_code=True)
-model = AutoModelForImageTextToText.from_pretrained("{base}", trust_remote_code=True)
-model = PeftModel.from_pretrained(model, "{name}").merge_and_unload()
-inputs = processor(images=[image], expressions=[["the man in red", "the unicorn"]], return_tensors="pt")
-results = processor.post_process_segmentation(model.segment(**inputs), inputs)
-```"""
+    >>> markdown("a|b <script> it's")
+    Markup("a\\\\|b &lt;script&gt; it's")
+    """
+    line = " ".join(str(text).split())
+    for character, escaped in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|")):
+        line = line.replace(character, escaped)
+    return Markup(line)
 
 
-def _table(rows: dict[str, Any]) -> str:
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
-
-
-def _licence_of(base: str) -> str | None:
-    """The licence that the base's own card names."""
+def licence_of(base: str) -> str | None:
+    """Return the licence that the base's card names, or None."""
     path = Path(base) / CARD
     try:
         return ModelCard.load(path if Path(base).is_dir() else base).data.get("license")
-    except (OSError, ValueError):  # no card, or no Hub to ask
+    except (OSError, ValueError):  # there is no card, or no connection to the Hub
         return None
 
 
-def _named(base: str) -> str:
-    """A base as a reader knows it: a Hub id or a relative path as it is, of any other path the last part."""
+def public_name(base: str) -> str:
+    """Return a Hub id or a relative path as it is, and of an absolute path the last part."""
     return Path(base).name if Path(base).is_absolute() else base
 
 
-def _trained_on(data: DataArguments) -> str:
-    if data.dataset != "mixture":
-        return data.dataset
-    return f"mixture of {data.mixture or 'the original data sets'}, rates {data.mixture_rates or '9, 3, 3, 1'}"
-
-
-def _training(
+def training_facts(
     model: ModelArguments,
     data: DataArguments,
     training: GsvaTrainingArguments,
     history: list[dict],
-    facts: dict[str, Any],
-) -> str:
-    learns = {"lora": f"LoRA, rank {model.lora_r}, alpha {model.lora_alpha}, dropout {model.lora_dropout}"}
-    rows = {
-        "base": f"`{_named(model.model)}`",
-        "language model": learns.get(model.train_language_model, model.train_language_model)
-        + (f", over a base in {model.quantization}" if model.quantization else ""),
-        "data": _trained_on(data),
+    measured: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the rows of the card's table on training."""
+    language_model = model.train_language_model
+    if language_model == "lora":
+        language_model = f"LoRA, rank {model.lora_r}, alpha {model.lora_alpha}, dropout {model.lora_dropout}"
+    if model.quantization:
+        language_model += f", over a base in {model.quantization}"
+    return {
+        "base": f"`{public_name(model.model)}`",
+        "language model": language_model,
+        "data": data_name(data),
         "split": data.train_split,
-        "pictures": f"{facts['pictures']:,}" if "pictures" in facts else data.max_train_samples or "all",
+        "pictures": f"{measured['pictures']:,}" if "pictures" in measured else data.max_train_samples or "all",
         "expressions per picture": data.num_expressions,
         "wording": data.wording,
         "steps": max((entry.get("step", 0) for entry in history), default=0),
@@ -108,49 +75,30 @@ def _training(
         f"{training.warmup_steps:g} warm-up steps, gradients clipped at {training.max_grad_norm:g}",
         "precision": "bfloat16" if training.bf16 else "float16" if training.fp16 else model.dtype,
         "seed": training.seed,
-        "time": f"{facts['seconds']:.0f} s of the last start" if "seconds" in facts else "not recorded",
+        "time": f"{measured['seconds']:.0f} s of the last start" if "seconds" in measured else "not recorded",
         "transformers": transformers_version,
     }
-    return _table(rows)
 
 
-def undefined_in(records: list[dict]) -> list[str]:
-    """A sentence for each metric of a split that is `-` in a table, such as "N_acc on refcoco val: not defined here: ..."."""
-    told = (
-        f"{name} on {Path(record['dataset']).name} {record['split']}: {note}"
-        for record in records
-        for name, note in record.get("notes", {}).items()
-        if name in METRICS
-    )
-    return list(dict.fromkeys(told))
+def data_name(data: DataArguments) -> str:
+    """Return the name of the training data, with the parts of a mixture."""
+    if data.dataset != "mixture":
+        return data.dataset
+    return f"mixture of {data.mixture or 'the original data sets'}, rates {data.mixture_rates or '9, 3, 3, 1'}"
 
 
-def _results(records: list[dict]) -> str:
-    if not records:
-        return "Not evaluated."
-    names = ("dataset", "split", "stage", "protocol", "convention", "samples")
-    lines = ["| " + " | ".join((*names, *METRICS)) + " |", "| --- " * (len(names) + len(METRICS)) + "|"]
-    for record in records:
-        values = [record["metrics"].get(name) for name in METRICS]
-        numbers = ["-" if value is None or math.isnan(value) else f"{value:.4f}" for value in values]
-        lines.append("| " + " | ".join([*(str(record[name]) for name in names), *numbers]) + " |")
-    notes = {record["protocol"]: record["protocol_note"] for record in records}
-    told = [*(f"{protocol}: {note}" for protocol, note in notes.items()), *undefined_in(records)]
-    return "\n".join([*lines, "", *(f"- {sentence}." for sentence in told)])
+def public_arguments(model: ModelArguments, data: DataArguments) -> dict[str, Any]:
+    """Return the arguments of data and model that are set, without folders of this machine."""
+    arguments = {**asdict(data), **asdict(model), "model": public_name(model.model)}
+    for private in ("data_dir", "image", "expressions"):
+        arguments.pop(private)
+    arguments["dataset_options"] = {k: v for k, v in data.options.items() if k != "cache_dir"} or None
+    return {name: value for name, value in arguments.items() if value not in (None, [], "")}
 
 
-def write_card(model: ModelArguments, data: DataArguments, training: GsvaTrainingArguments) -> Path:
-    """
-    Writes `OUTPUT_DIR/README.md`, and beside an adapter its own, from the arguments and from what the run left:
-    results.json, training.json, log_history.json and pictures. Numbers that are not there are not in it.
-    """
-    output_dir = Path(training.output_dir)
-
-    def read(name: str) -> Any:
-        return json.loads((output_dir / name).read_text()) if (output_dir / name).is_file() else []
-
-    records, licence, base = read("results.json"), _licence_of(model.model), _named(model.model)
-    evaluated = [
+def evaluation_results(records: list[dict]) -> list[EvalResult]:
+    """Return the metrics after training in the form of the Hub's metadata."""
+    return [
         EvalResult(
             task_type="image-segmentation",
             dataset_type=record["dataset"],
@@ -162,54 +110,68 @@ def write_card(model: ModelArguments, data: DataArguments, training: GsvaTrainin
         )
         for record in records
         if record["stage"] == "after"
-        for name in METRICS
+        for name in METRIC_KEYS
         if record["metrics"].get(name) is not None
     ]
-    told = {**asdict(data), **asdict(model), "model": base}
-    for private in ("data_dir", "image", "expressions"):  # of the machine, not of the model
-        told.pop(private)
-    told["dataset_options"] = {name: value for name, value in data.options.items() if name != "cache_dir"} or None
-    options = {name: value for name, value in told.items() if value not in (None, [], "")}
-    told_as_json = json.dumps(options, indent=1, default=str)
-    facts = (
-        f"## Results\n\n{_results(records)}",
-        f"## Training\n\n{_training(model, data, training, read('log_history.json'), dict(read(TRAINING)))}",
-    )
-    sources = (
-        f"## Licences\n\nThe base's card states `{licence}`." if licence else f"## Licences\n\n{BASES}",
-        f"## Citation\n\n{CITATION}",
-        f"<details><summary>All arguments of data and model</summary>\n\n```json\n{told_as_json}\n```\n</details>",
-    )
 
-    def write(folder: Path, name: str, library: str, use: str, pictures: list[str]) -> None:
+
+def write_card(model: ModelArguments, data: DataArguments, training: GsvaTrainingArguments) -> Path:
+    """
+    Write `OUTPUT_DIR/README.md`, and the adapter's card beside the adapter; return the former's path.
+
+    All facts come from the arguments and from files of the run: results.json, training.json, log_history.json and
+    pictures. A number that is in none of them is not in the card.
+    """
+    output_dir = Path(training.output_dir)
+
+    def read(name: str) -> Any:
+        path = output_dir / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+    records, licence = read(RESULTS), licence_of(model.model)
+    labels = ("dataset", "split", "stage", "protocol", "convention", "samples")
+    notes = [*(f"{protocol}: {note}" for protocol, note in protocol_notes(records).items()), *metric_notes(records)]
+    table = training_facts(model, data, training, read(LOG_HISTORY), dict(read(TRAINING)))
+    facts = {
+        "base": markdown(public_name(model.model)),
+        "data": markdown(data_name(data)),
+        "columns": (*labels, *METRIC_KEYS),
+        "results": [
+            [markdown(record[name]) for name in labels] + [cell.text for cell in metric_cells(record).values()]
+            for record in records
+        ],
+        "notes": [markdown(note) for note in notes],
+        "training": {name: markdown(value) for name, value in table.items()},
+        "licence": licence,
+        # In a fenced block, which only a line of backticks would end; JSON has no such line.
+        "arguments": Markup(json.dumps(public_arguments(model, data), indent=1, default=str)),
+    }
+
+    def write(folder: Path, name: str, is_adapter: bool, pictures: list[str], pages: list[str]) -> None:
         front = ModelCardData(
-            library_name=library,
+            library_name="peft" if is_adapter else "transformers",
             pipeline_tag="image-segmentation",
             tags=["gsva", "referring-expression-segmentation"],
             license=licence or "other",
-            base_model=None if Path(model.model).exists() else model.model,  # the Hub takes ids of its own
+            base_model=None if Path(model.model).exists() else model.model,  # the Hub only takes ids of its models
             model_name=name,
-            eval_results=evaluated or None,
+            eval_results=evaluation_results(records) or None,
         )
-        introduction = (
-            "GSVA segments what an expression names and rejects the expressions whose thing is not in the picture: "
-            f"`{base}` after training on {_trained_on(data)}."
+        text = render(
+            TEMPLATE,
+            **facts,
+            front=Markup(front.to_yaml()),
+            name=markdown(name),
+            is_adapter=is_adapter,
+            pictures=pictures,
+            pages=pages,
         )
-        head = (
-            f"---\n{front.to_yaml()}\n---",
-            f"# {name}",
-            introduction,
-            f"## Use\n\n{use.format(name=name, base=base)}",
-        )
-        write_text(folder / CARD, "\n\n".join([*head, *facts, *pictures, *sources]) + "\n")
+        write_text(folder / CARD, text)
 
-    shown = [
-        path.name for path in sorted(output_dir.glob("*.png")) if path.name.startswith(("curves", "pictures_after"))
-    ]
+    names = sorted(path.name for path in output_dir.glob("*.png"))
+    pictures = [name for name in names if name.startswith(("curves", "pictures_after"))]
     pages = sorted(path.name for path in output_dir.glob("*.html"))
-    pictures = [f"![{Path(name).stem}]({name})" for name in shown]
-    pictures += ["Pictures: " + ", ".join(f"[{name}]({name})" for name in pages) + "."] if pages else []
-    write(output_dir, training.hub_model_id or output_dir.name, "transformers", USE, pictures)
-    if (adapter := output_dir / "adapter").is_dir():
-        write(adapter, training.hub_adapter_id or f"{output_dir.name}/adapter", "peft", USE_ADAPTER, [])
+    write(output_dir, training.hub_model_id or output_dir.name, False, pictures, pages)
+    if (adapter := output_dir / ADAPTER).is_dir():
+        write(adapter, training.hub_adapter_id or f"{output_dir.name}/adapter", True, [], [])
     return output_dir / CARD

@@ -1,4 +1,10 @@
-"""Training data as the arguments name it: one data set, or the paper's mixture of several."""
+"""Load the training data that the arguments name, one data set or the paper's mixture of several, and batch it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import BatchFeature, ProcessorMixin
 
 import data_scripts
 from data_scripts.mixture import Mixture, TrainingDataset, load_mixture
@@ -9,6 +15,8 @@ from data_scripts.transforms import (
     SemanticTransform,
     Wording,
 )
+from evaluation.config import EvaluationConfig, conventions_for
+from modeling_gsva import GsvaProcessor
 
 from .arguments import DataArguments, GsvaTrainingArguments
 
@@ -16,19 +24,21 @@ MIXTURE = "mixture"
 
 
 def load_rows(args: DataArguments, split: str, limit: int | None, name: str | None = None):
-    """The first `limit` rows (None: all) of a split of `name`, by default of `args.dataset`."""
+    """Return the first `limit` rows (None: all) of a split of the data set `name`, by default `args.dataset`."""
     rows = data_scripts.load(name or args.dataset, args.data_dir, split, **args.options)
     return rows.select(range(min(limit, len(rows)))) if limit is not None else rows
 
 
 def training_data(args: DataArguments, training: GsvaTrainingArguments, wording: Wording) -> TrainingDataset | Mixture:
     """
-    Training examples by index. An epoch of a data set is every picture once; an epoch of the mixture is
-    `steps_per_epoch` optimizer steps of examples drawn with replacement, as in the original (main.py:
-    batch_size * grad_accumulation_steps * steps_per_epoch * world_size).
+    Return training examples by index.
+
+    In an epoch of a data set each image comes once. An epoch of the mixture is `steps_per_epoch` optimizer steps of
+    examples drawn with replacement, as in the original (main.py: batch_size * grad_accumulation_steps *
+    steps_per_epoch * world_size).
 
     Raises:
-        ValueError: a mixture without data_dir, or of families that do not exist.
+        ValueError: The mixture has no `data_dir`, or names families that do not exist.
     """
     referring = ReferringTransform(wording, args.num_expressions, args.all_absent)
     if args.dataset != MIXTURE:
@@ -53,7 +63,94 @@ def training_data(args: DataArguments, training: GsvaTrainingArguments, wording:
     )
 
 
-def pictures_in(dataset: TrainingDataset | Mixture) -> int:
-    """How many rows there are to draw from."""
+def num_images(dataset: TrainingDataset | Mixture) -> int:
+    """Return the number of rows that examples are made from."""
     parts = [part for family in dataset.sources for part in family] if isinstance(dataset, Mixture) else [dataset]
     return sum(len(part.rows) for part in parts)
+
+
+@dataclass(frozen=True)
+class ProcessorWording(Wording):
+    """Words training examples as the processor words evaluation, so that a small model need not learn twenty phrasings."""
+
+    # One question and one answer to draw from. Their text is not used.
+    questions: tuple[str, ...] = field(default=("processor",), init=False)
+    answers: tuple[tuple[str, str], ...] = field(default=(("processor", ""),), init=False)
+    separator: str = field(default=", ", init=False)
+    processor: GsvaProcessor
+
+    def question(self, template, names):
+        return self.processor.build_conversation(list(names))[0]["content"]
+
+    def answer(self, template, names, present):
+        return self.processor.build_conversation(list(names), [not there for there in present])[1]["content"]
+
+
+@dataclass
+class GsvaCollator:
+    """
+    Batches examples `{"image", "conversations", "masks"}` (see `data_scripts/transforms.py`). Every image is stacked
+    once, even if several conversations are about it; `image_index` holds the image of each conversation, or -1.
+
+    >>> batch = collator([{"image": picture, "conversations": [talk, talk], "masks": [mask, mask]},
+    ...                   {"image": None, "conversations": [talk], "masks": [no_mask]}])  # doctest: +SKIP
+    >>> batch["image_index"]  # doctest: +SKIP
+    tensor([ 0,  0, -1])
+
+    Args:
+        processor: A [`GsvaProcessor`].
+        max_length: Longest conversation in tokens, including the placeholders of the image.
+    """
+
+    processor: ProcessorMixin
+    max_length: int | None = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> BatchFeature:
+        images, conversations, image_index, masks = [], [], [], []
+        for example in examples:
+            if example["image"] is not None:
+                images.append(example["image"])
+            for conversation, mask in zip(example["conversations"], example["masks"], strict=True):
+                conversations.append(conversation)
+                has_image = example["image"] is not None and any("<image>" in turn["content"] for turn in conversation)
+                image_index.append(len(images) - 1 if has_image else -1)
+                masks.append(mask)
+        return self.processor(
+            images=images,
+            conversations=conversations,
+            image_index=image_index,
+            masks=masks,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+
+
+def evaluation_config(
+    args: DataArguments,
+    training: GsvaTrainingArguments,
+    protocol: str,
+    rows: Sequence[dict[str, Any]] | None = None,
+    limit: int | None = None,
+) -> EvaluationConfig:
+    """Return the settings of an evaluation as the arguments name them.
+
+    Args:
+        protocol: One of `PROTOCOLS`.
+        rows: The rows to evaluate; by default the first of the evaluation split.
+        limit: Evaluate at most this number of images, beside `max_eval_samples`.
+    """
+    limit = min((n for n in (limit, args.max_eval_samples) if n is not None), default=None)
+    return EvaluationConfig(
+        rows=load_rows(args, args.eval_split, limit, args.evaluated) if rows is None else rows,
+        dataset=args.evaluated,
+        split=args.eval_split,
+        protocol=protocol,
+        batch_size=training.per_device_eval_batch_size,
+        one_prompt_per_expression=args.one_prompt_per_expression,
+        threshold=args.threshold,
+        conventions=conventions_for(args.evaluated, args.conventions),
+        threads=training.threads or 1,
+        max_new_tokens=args.max_new_tokens,
+        ignore_region=args.ignore_region,
+        task=args.eval_task,
+    )

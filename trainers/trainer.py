@@ -1,4 +1,4 @@
-"""GsvaTrainer: transformers' Trainer with loss parts in the log, GRES metrics as evaluation, and exact resume."""
+"""GsvaTrainer: transformers' Trainer with loss parts in the log, GRES metrics as evaluation, and exact continuation."""
 
 import json
 import math
@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,19 +19,25 @@ from transformers import Trainer, TrainerControl
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_utils import sort_checkpoints
 
+from data_scripts.files import give_umask_permissions, remove_folder, replacing, write_json
+from data_scripts.transforms import read_image
+from evaluation.config import PROTOCOL_NOTES, EvaluationConfig
+from evaluation.drawing import expression_sheet
+from evaluation.loop import evaluate_rows
+from evaluation.questions import Question
+
 from .divergence import DivergenceWatch
-from .evaluation import PROTOCOL_NOTES, EvaluationPlan, evaluate_rows
-from .features import FeatureCache
-from .pictures import expression_sheet, replacing
+from .feature_cache import FeatureCache
+from .output_folder import RUN, TENSORBOARD, VALIDATION
 
 LOSS_PARTS = ("ce_loss", "mask_bce_loss", "mask_dice_loss")
 
 
 class EpochSampler(Sampler[int]):
     """
-    A seeded order of the data set, another one in every epoch, with the epoch written into the index: item `epoch * n +
-    i` is item `i` as that epoch words it (`data_scripts/mixture.py`). The stream is a pure function of seed and epoch,
-    so workers, ranks and resumed runs agree.
+    Shuffles the data set in each epoch and writes the epoch into the index: item `epoch * n + i` is item `i` with the
+    wording of that epoch (`data_scripts/mixture.py`). The order depends on seed and epoch alone, so workers, processes
+    and resumed runs agree.
     """
 
     def __init__(self, length: int, seed: int):
@@ -48,7 +55,7 @@ class EpochSampler(Sampler[int]):
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest `checkpoint-N` whose state, written last, is whole: a folder copied in half, say, is not."""
+    """Return the newest `checkpoint-N` with a complete state file, or None. A folder that was copied in part has none."""
     folders = sorted(
         (int(folder.name.rpartition("-")[2]), folder)
         for folder in Path(output_dir).glob("checkpoint-*")
@@ -64,7 +71,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes this process has held so far: of tensors on a GPU, of everything where there is none."""
+    """Return the largest number of bytes that this process has held: tensors on a GPU, the whole process without one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): macOS counts bytes, Linux kilobytes
@@ -74,17 +81,21 @@ def peak_memory(device: torch.device) -> int:
 class GsvaTrainer(Trainer):
     """
     Args:
-        evaluation ([`EvaluationPlan`]): rows and protocol of `evaluate()`; its metrics are logged as `eval_gIoU` and so on.
+        evaluation ([`EvaluationConfig`]): Configuration of `evaluate()`, whose metrics are logged as `eval_gIoU` and so on.
+        run_record: Facts about the run that are saved in each checkpoint as `run.json`.
 
-    Micro-batches of an optimizer step are weighted by what they hold: their cross-entropy by the number of supervised
-    tokens of the whole step, their mask losses by its number of masks. Any split into micro-batches and processes gives
-    the same gradient (the original averages each micro-batch by itself).
+    The cross-entropy of a micro-batch is divided by the number of supervised tokens of the whole optimizer step, its mask
+    losses by the number of masks of the whole step. So any split into micro-batches and processes gives the same gradient
+    (the original averages each micro-batch by itself).
     """
 
     control: TrainerControl
 
-    def __init__(self, *args, evaluation: EvaluationPlan | None = None, **kwargs):
+    def __init__(
+        self, *args, evaluation: EvaluationConfig | None = None, run_record: dict[str, Any] | None = None, **kwargs
+    ):
         super().__init__(*args, **kwargs)
+        self.run_record = run_record
         self._aside: Path | None = None
         self.evaluation = evaluation
         self.watch = DivergenceWatch(
@@ -99,9 +110,9 @@ class GsvaTrainer(Trainer):
             plain = plain.base_model.model if isinstance(plain, PeftModel) else plain
             self.features = FeatureCache(self.args.feature_cache, plain, getattr(torch, self.args.feature_cache_dtype))
         for callback in self.callback_handler.callbacks:
-            # transformers promises output_dir, but without the variable TENSORBOARD_LOGGING_DIR takes the working directory.
+            # transformers documents output_dir, but takes the working directory unless TENSORBOARD_LOGGING_DIR is set.
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-                callback.logging_dir = str(Path(self.args.output_dir) / "runs")
+                callback.logging_dir = str(Path(self.args.output_dir) / TENSORBOARD)
         self._begin_log()
 
     def _begin_log(self) -> None:
@@ -126,7 +137,10 @@ class GsvaTrainer(Trainer):
         return str(self._aside or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Written aside, and renamed when every process has written its part: a `checkpoint-N` is whole or not there."""
+        """Save a checkpoint under a temporary name and rename it when every process has written its part.
+
+        So a folder named `checkpoint-N` is always complete.
+        """
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         aside, old = folder / ".checkpoint", folder / ".old-checkpoint"
         if self.args.should_save:
@@ -146,25 +160,23 @@ class GsvaTrainer(Trainer):
                 self.state.save_to_json(str(aside / name / "trainer_state.json"))
         if not self.args.should_save:
             return
-
-        def remove(checkpoint: Path) -> None:  # renamed first: one that is deleted in half is not there either
-            checkpoint.rename(old)
-            shutil.rmtree(old, ignore_errors=True)
-
+        if self.run_record is not None:
+            write_json(aside / name / RUN, self.run_record)
+        give_umask_permissions(aside / name)
         if (folder / name).exists():
-            remove(folder / name)
+            remove_folder(folder / name)
         (aside / name).rename(folder / name)
         aside.rmdir()
         if limit := self.args.save_total_limit:
             checkpoints = sort_checkpoints(str(folder), use_mtime=True)
             unprotected = [checkpoint for checkpoint in checkpoints[:-1] if checkpoint != best]
             for checkpoint in unprotected[: max(len(checkpoints) - limit, 0)]:
-                remove(Path(checkpoint))
+                remove_folder(checkpoint)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._data_seconds += time.perf_counter() - begun
+        self._data_seconds += time.perf_counter() - start
         self._steps += 1
         count = torch.tensor(sum(self._num_masks(batch) for batch in batches), device=device)
         if self.args.world_size > 1:
@@ -172,7 +184,7 @@ class GsvaTrainer(Trainer):
         for batch in batches:
             batch["num_masks_in_batch"] = count.clamp(min=1)
             self._images += len(batch.get("pixel_values", ()))
-        # Where max_length cuts off every answer there is nothing to learn, and nothing to divide by.
+        # There may be no supervised tokens, where max_length cuts off every answer: do not divide by zero.
         return batches, num_items.clamp(min=1) if torch.is_tensor(num_items) else num_items
 
     def _num_masks(self, batch) -> int:
@@ -188,33 +200,35 @@ class GsvaTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             self._collect(inputs, outputs)
-            self._look_for_divergence(inputs, outputs)
+            self._check_divergence(inputs, outputs)
         return (loss, outputs) if return_outputs else loss
 
     def _collect(self, inputs, outputs) -> None:
+        """Add the loss parts, slot accuracy and mask IoU of a micro-batch to the sums that `log` averages."""
         values = {name: outputs[name].detach() for name in LOSS_PARTS if outputs.get(name) is not None}
         if outputs.get("slot_positions") is not None:
-            places, config = outputs["slot_positions"], self.accelerator.unwrap_model(self.model).config
-            wants_seg = inputs["input_ids"][places[:, 0], places[:, 1]] == config.seg_token_id
-            says_seg = outputs["slot_logits"].detach().argmax(1) == 0
-            values["slots_right"] = (wants_seg == says_seg).sum().float()
-            values["slots"] = torch.tensor(float(len(places)), device=says_seg.device)
+            positions, config = outputs["slot_positions"], self.accelerator.unwrap_model(self.model).config
+            expects_seg = inputs["input_ids"][positions[:, 0], positions[:, 1]] == config.seg_token_id
+            answers_seg = outputs["slot_logits"].detach().argmax(1) == 0
+            values["slots_right"] = (expects_seg == answers_seg).sum().float()
+            values["slots"] = torch.tensor(float(len(positions)), device=answers_seg.device)
         if (ious := outputs.get("mask_ious")) is not None:
             values["ious"], values["masks"] = ious.detach().sum(), torch.tensor(float(len(ious)), device=ious.device)
         for name, value in values.items():
             self._parts[name] = self._parts.get(name, 0) + value
 
-    def _look_for_divergence(self, inputs, outputs) -> None:
+    def _check_divergence(self, inputs, outputs) -> None:
         if self.watch.mode == "off":
             return
-        shares = self.args.gradient_accumulation_steps * self.args.world_size  # of the step's loss
-        parts = {n: float(outputs[n].detach()) * shares for n in ("loss", *LOSS_PARTS) if outputs.get(n) is not None}
+        # Each micro-batch of each process has its share of the step's loss.
+        shares = self.args.gradient_accumulation_steps * self.args.world_size
+        losses = {n: float(outputs[n].detach()) * shares for n in ("loss", *LOSS_PARTS) if outputs.get(n) is not None}
         config = self.accelerator.unwrap_model(self.model).config
-        self.watch.see(self.state.global_step + 1, parts, inputs, outputs, config.seg_token_id)
+        self.watch.check_batch(self.state.global_step + 1, losses, inputs, outputs, config.seg_token_id)
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._parts:
-            # Each micro-batch and process holds its share of the step's loss: shares add up.
+            # Each micro-batch and process holds its share of the step's loss, so the sum is the loss.
             names = sorted({*LOSS_PARTS, "slots", "slots_right", "ious", "masks"})
             sums = torch.stack([torch.as_tensor(self._parts.get(n, 0.0), dtype=torch.float32).cpu() for n in names])
             sums = self.accelerator.reduce(sums.to(self.args.device)).tolist()
@@ -224,8 +238,8 @@ class GsvaTrainer(Trainer):
                 logs["slot_accuracy"] = parts["slots_right"] / parts["slots"]
             if parts["masks"]:
                 logs["mask_iou"] = parts["ious"] / parts["masks"]
-            held = torch.tensor([peak_memory(self.args.device) / 2**30], device=self.args.device)
-            logs["memory_gib"] = float(self.accelerator.gather(held).max())  # of the fullest process
+            memory = torch.tensor([peak_memory(self.args.device) / 2**30], device=self.args.device)
+            logs["memory_gib"] = float(self.accelerator.gather(memory).max())  # of the process with most
             seconds = time.perf_counter() - self._begun
             logs["images_per_second"] = self._images * self.args.world_size / seconds
             logs["data_wait_share"] = self._data_seconds / seconds
@@ -234,45 +248,52 @@ class GsvaTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """
-        The metrics of `evaluation` for the model as it is now, logged with the names of protocol and convention. The first
-        pictures are drawn to `OUTPUT_DIR/validation/step-N/`, and shown by the reporters that can.
+        Evaluate the model as it is now, and log the metrics with the names of protocol and convention.
+
+        Predictions for the first images are drawn in `OUTPUT_DIR/validation/step-N/` and sent to TensorBoard and W&B.
         """
         if self.evaluation is None:
-            raise ValueError("This trainer has no evaluation plan; pass GsvaTrainer(evaluation=EvaluationPlan(...)).")
-        begun, plan = time.perf_counter(), self.evaluation
+            raise ValueError("This trainer has no evaluation; pass GsvaTrainer(evaluation=EvaluationConfig(...)).")
+        start, config = time.perf_counter(), self.evaluation
+        convention = config.conventions[0]
         with self.accelerator.autocast():  # half-precision frozen weights beside float32 trained ones
-            result = evaluate_rows(self.accelerator.unwrap_model(self.model), self.processing_class, plan, self._draw)
+            model = self.accelerator.unwrap_model(self.model)
+            result = evaluate_rows(model, self.processing_class, config, on_prediction=self._draw)
         metrics = {
-            f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items() if not math.isnan(value)
+            f"{metric_key_prefix}_{name}": value
+            for name, value in result.metrics(convention).items()
+            if not math.isnan(value)
         }
-        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - begun
-        said = {
-            "protocol": plan.protocol,
-            "protocol_note": PROTOCOL_NOTES[plan.protocol],
-            "convention": plan.convention,
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
+        facts = {
+            "protocol": config.protocol,
+            "protocol_note": PROTOCOL_NOTES[config.protocol],
+            "convention": convention,
         }
-        self.log({**metrics, **{f"{metric_key_prefix}_{name}": value for name, value in said.items()}})
+        self.log({**metrics, **{f"{metric_key_prefix}_{name}": value for name, value in facts.items()}})
         self._show_pictures()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._begun += time.perf_counter() - begun  # an evaluation is no training time
+        self._begun += time.perf_counter() - start  # the time of an evaluation is not training time
         return metrics
 
     @property
     def _pictures(self) -> Path:
-        return Path(self.args.output_dir) / "validation" / f"step-{self.state.global_step}"
+        return Path(self.args.output_dir) / VALIDATION / f"step-{self.state.global_step}"
 
-    def _draw(self, index: int, row: dict, results: list[dict]) -> None:
-        """On the process that evaluates the picture."""
-        plan, step = self.evaluation, self.state.global_step
-        if plan is None or index >= getattr(self.args, "validation_pictures", 0):
+    def _draw(self, index: int, row: dict, questions: list[Question], results: list[dict]) -> None:
+        """Draw the sheet of one of the first images, on the process that evaluates it."""
+        config, step = self.evaluation, self.state.global_step
+        if config is None or index >= getattr(self.args, "validation_pictures", 0):
             return
-        title = f"{plan.dataset} {plan.split} {row['image_id']}, step {step}: prediction orange, truth blue; {plan.protocol}: "
-        title += PROTOCOL_NOTES[plan.protocol]
+        title = (
+            f"{config.dataset} {config.split} {row['image_id']}, step {step}: prediction orange, truth blue; "
+            f"{config.protocol}: {PROTOCOL_NOTES[config.protocol]}"
+        )
         with replacing(self._pictures / f"{index:03d}.png") as temporary:
-            expression_sheet(row, results, title).save(temporary)
+            expression_sheet(read_image(row["image"]), questions, results, title).save(temporary)
 
     def _show_pictures(self) -> None:
-        """Hands what all processes have drawn to TensorBoard and W&B, where `report_to` asks for them."""
+        """Send the pictures that all processes have drawn to TensorBoard and W&B, if `report_to` names them."""
         self.accelerator.wait_for_everyone()
         paths = sorted(self._pictures.glob("[0-9]*.png")) if self.is_world_process_zero() else []
         if not paths:

@@ -6,8 +6,8 @@ import torch
 
 from benchmarks.train import LOSSES, STAGES, Road, apart, make_batches, our_losses, plain_losses, table
 from trainers.arguments import ModelArguments
-from trainers.features import FeatureCache
-from trainers.parts import prepare_for_training
+from trainers.feature_cache import FeatureCache
+from trainers.freezing import prepare_for_training
 
 
 def test_roads_have_equal_losses_and_stages_that_add_up(make_model, processor, tmp_path):

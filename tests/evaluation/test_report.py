@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evaluation.drawing import PALETTE, contours
+from evaluation.exhibits import choose_exhibits
+from evaluation.pages import report_page
+from evaluation.published import PUBLISHED, published
+from evaluation.report import main, read_run
 from metrics.gres import read_rows
-from trainers.pictures import PALETTE, contours
-from trainers.report import PUBLISHED, choose_exhibits, main, published, read_run, report_page
 
 PROTOCOLS = ["teacher_forced", "slots", "generate"]
 
@@ -68,8 +71,8 @@ def test_every_number_is_there_with_its_protocol_and_convention(page, run_dir):
         for key in ("gIoU", "cIoU", "N_acc", "T_acc"):
             assert f"{record['metrics'][key]:.4f}" in page
         low, high = record["intervals"]["gIoU"]
-        assert f"{low:.4f}&ndash;{high:.4f}" in page
-    for word in (*PROTOCOLS, "rela", "gsva", "gold answers were in the model&#x27;s input", "no-target", "per prompt"):
+        assert f"{low:.4f}–{high:.4f}" in page
+    for word in (*PROTOCOLS, "rela", "gsva", "gold answers were in the model&#39;s input", "no-target", "per prompt"):
         assert word in page
     assert "balancing threshold" in page and "data:image/png;base64," in page
 
@@ -123,7 +126,7 @@ def test_a_metric_that_is_not_defined(run_dir):
         record["notes"]["N_acc"] = "not defined here: no no-target expressions"
     page = report_page([run])
     assert (
-        page.count("<span class=none title='not defined here: no no-target expressions'>not defined here</span>") == 6
+        page.count('<span class=none title="not defined here: no no-target expressions">not defined here</span>') == 6
     )
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from modeling_gsva import GsvaForConditionalGeneration, GsvaModel
-from modeling_gsva.modeling_gsva import MAX_NAMES, GsvaWeightsError
+from modeling_gsva.loading_gsva import MAX_NAMES, GsvaWeightsError
 
 HEAD, LAST, STRANGE = "lm_head.weight", "mask_projector.2.bias", "sam.mask_decoder.stranger"
 
@@ -161,6 +161,35 @@ def test_an_adapter_and_its_base_are_both_checked(saved, tmp_path):
     change(adapter, [lora], file="adapter_model.safetensors")
     with pytest.raises(ValueError, match=r"1 missing: .*lora_B"):
         load(adapter)
+
+
+def test_transformers_gives_each_report_to_our_hook_before_it_uses_it(saved, monkeypatch):
+    """`from_pretrained` collects the reports in `mark_tied_weights_as_initialized`, which has no other promise than this."""
+    steps: list[str] = []
+
+    def note(name):
+        method = getattr(GsvaForConditionalGeneration, name)
+
+        def noted(self, *args, **kwargs):
+            steps.append(name)
+            return method(self, *args, **kwargs)
+
+        monkeypatch.setattr(GsvaForConditionalGeneration, name, noted)
+
+    for name in (
+        "mark_tied_weights_as_initialized",
+        "_move_missing_keys_from_meta_to_device",
+        "_initialize_missing_keys",
+        "_adjust_missing_and_unexpected_keys",
+    ):
+        note(name)
+    load(saved)
+    assert steps == [
+        "mark_tied_weights_as_initialized",
+        "_move_missing_keys_from_meta_to_device",
+        "_initialize_missing_keys",
+        "_adjust_missing_and_unexpected_keys",
+    ]
 
 
 def test_an_empty_state_dict_asks_for_fresh_weights(model):

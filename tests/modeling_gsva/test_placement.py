@@ -117,11 +117,27 @@ def test_no_layer_is_split(model):
     assert {"LlamaDecoderLayer", "CLIPEncoderLayer", "SamVisionLayer"} <= model._no_split_modules & classes
 
 
+@pytest.fixture(scope="module")
+def packable(model):
+    """
+    A model whose 4-bit weights bitsandbytes can repack, as it does in `Linear4bit.forward` on CPUs with AVX512-BF16: whole
+    blocks of 64 columns (more than one block comes back from `save_pretrained` in another order) and of 32 rows.
+    """
+    config = copy.deepcopy(model.config)
+    text = config.text_config
+    text.hidden_size = text.intermediate_size = 64
+    text.head_dim = text.hidden_size // text.num_attention_heads
+    torch.manual_seed(0)
+    return GsvaForConditionalGeneration(config).eval()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["load_in_8bit", "load_in_4bit"])
-def test_by_default_only_the_language_models_layers_are_quantized(model_dir, inputs, expected, kind, device, tmp_path):
+def test_by_default_only_the_language_models_layers_are_quantized(packable, inputs, kind, device, tmp_path):
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
+    packable.save_pretrained(model_dir := tmp_path / "whole")
+    expected = packable.segment(**inputs, threshold=-1e4)
     options = {"bnb_4bit_quant_type": "nf4"} if kind == "load_in_4bit" else {}
     config = BitsAndBytesConfig(**{kind: True}, **options)
     small = load(model_dir, quantization_config=config, device_map={"": device}, dtype=torch.float32)
@@ -134,12 +150,14 @@ def test_by_default_only_the_language_models_layers_are_quantized(model_dir, inp
             *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
         )
     }
+    quantized = [small.get_submodule(name) for name in names]
+    assert all(layer.in_features == 64 and layer.out_features % 32 == 0 for layer in quantized)
     assert config.llm_int8_skip_modules is None  # the caller's own is left as it was
     outputs = small.segment(**copy.copy(inputs).to(device), threshold=-1e4)
     assert 0 < distance(outputs, expected) < 1  # 4 bits of random weights: alike, not equal
 
-    small.save_pretrained(tmp_path)
-    again = load(tmp_path, device_map={"": device})
+    small.save_pretrained(tmp_path / "small")
+    again = load(tmp_path / "small", device_map={"": device})
     assert {n for n, module in again.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)} == names
     assert distance(again.segment(**copy.copy(inputs).to(device), threshold=-1e4), outputs) == 0
 

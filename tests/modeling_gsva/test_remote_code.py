@@ -1,5 +1,6 @@
 """A saved directory loads by the Auto classes in a fresh process that cannot import the project, and gives the same masks."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from isolation import WITHOUT_PROJECT
+from paths import ROOT
 from PIL import Image
 
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
@@ -165,12 +167,36 @@ def test_saving_in_half_precision_again_gives_the_same_bytes(saved, tmp_path, dt
 
 def test_the_directory_holds_what_it_needs_and_no_pickle(saved):
     names = set(files(saved))
-    code = {f"{room}_gsva.py" for room in ("configuration", "image_processing", "modeling", "pipeline", "processing")}
-    assert code <= names and {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
+    code = {path.name for path in (ROOT / "modeling_gsva").glob("*_gsva.py")} - {"export_gsva.py"}  # a command
+    assert {name for name in names if name.endswith(".py")} == code and len(code) == 12
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
     auto_map = json.loads((saved / "config.json").read_text())["auto_map"]
     assert auto_map["AutoConfig"] == "configuration_gsva.GsvaConfig"
     assert auto_map["AutoModelForImageTextToText"] == "modeling_gsva.GsvaForConditionalGeneration"
+
+
+OWN_MODEL = """
+from modeling_gsva import GsvaForConditionalGeneration
+
+class OwnGsva(GsvaForConditionalGeneration):
+    pass
+
+OwnGsva.register_for_auto_class("AutoModelForImageTextToText")
+"""
+
+
+def test_a_subclass_is_named_by_its_own_file(saved, tmp_path, monkeypatch):
+    """Also where the weights come from a directory that names the parent."""
+    (tmp_path / "own_model_of_a_test.py").write_text(OWN_MODEL)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("own_model_of_a_test")
+    own.OwnGsva.from_pretrained(saved).save_pretrained(tmp_path / "own")
+    auto_map = json.loads((tmp_path / "own" / "config.json").read_text())["auto_map"]
+    assert (tmp_path / "own" / "own_model_of_a_test.py").is_file()
+    assert auto_map.pop("AutoConfig") == "configuration_gsva.GsvaConfig"
+    names = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMaskGeneration")
+    assert auto_map == dict.fromkeys(names, "own_model_of_a_test.OwnGsva")
 
 
 def test_weights_come_back_in_every_precision(saved, model):

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from padding import padded
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}  # float64; see test_modeling
 
@@ -194,13 +195,13 @@ def test_a_conversation_without_slots_or_image_beside_others(double_model, proce
     ]
     prompts = [prompt.replace("<image>", "<image>" * 16) for prompt in prompts]
     rows = [processor.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    ids, mask = processor._pad([*inputs["input_ids"][0:1].tolist(), *rows], side="left")
-    answers, answer_mask = processor._pad([inputs["answer_ids"][0].tolist(), [101, 2], [102, 103, 2]])
+    ids, mask = padded(processor, [*inputs["input_ids"][0:1].tolist(), *rows], side="left")
+    answers, answer_mask = padded(processor, [inputs["answer_ids"][0].tolist(), [101, 2], [102, 103, 2]])
     mixed = {
-        "input_ids": torch.from_numpy(ids),
-        "attention_mask": torch.from_numpy(mask),
-        "answer_ids": torch.from_numpy(answers),
-        "answer_attention_mask": torch.from_numpy(answer_mask),
+        "input_ids": ids,
+        "attention_mask": mask,
+        "answer_ids": answers,
+        "answer_attention_mask": answer_mask,
         "pixel_values": inputs["pixel_values"],
         "sam_pixel_values": inputs["sam_pixel_values"],
         "image_index": torch.tensor([0, -1, 1]),
@@ -355,9 +356,9 @@ def test_several_answers_belong_to_their_own_images(double_model, inputs):
 def crafted(processor, inputs, answers):
     """Sequences as `generate` returns them, answers written by hand and padded on the right."""
     rows = [processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in answers]
-    padded, _ = processor._pad(rows)
+    answer_ids, _ = padded(processor, rows)
     copies = len(rows) // len(inputs["input_ids"])
-    return torch.cat([inputs["input_ids"].repeat_interleave(copies, 0), torch.from_numpy(padded)], 1)
+    return torch.cat([inputs["input_ids"].repeat_interleave(copies, 0), answer_ids], 1)
 
 
 def read(model, inputs, sequences):
@@ -428,12 +429,12 @@ def chat_inputs(processor, pictures, questions, image_index):
     for question, image in zip(questions, image_index):
         message = {"role": "user", "content": ("<image>\n" if image >= 0 else "") + question}
         rows.append(processor.encode_conversations([[message]], add_generation_prompt=True)[0][0])
-    ids, mask = processor._pad(rows, side="left")
+    ids, mask = padded(processor, rows, side="left")
     pixels = dict(processor.image_processor(pictures, return_tensors="pt")) if pictures else {}
     index = torch.tensor(image_index)
     return {
-        "input_ids": torch.from_numpy(ids),
-        "attention_mask": torch.from_numpy(mask),
+        "input_ids": ids,
+        "attention_mask": mask,
         "image_index": index,
         **pixels,
     }

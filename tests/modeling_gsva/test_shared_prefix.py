@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from padding import padded
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}  # float64; see test_modeling
 EXPRESSIONS = [["red dog", "a cat", "the bird on the left"], ["b"], ["red dog", "red dog", "red dogs"]]
@@ -62,11 +63,14 @@ def test_shared_prefix_equals_reading_each_prompt_alone(
 def test_prompts_that_differ_before_the_image_share_nothing(double_model, processor, pictures, widths):
     messages = [[{"role": "user", "content": f"{word}: <image>\nWhere?"}] for word in ("One", "Two")]
     rows = [processor.encode_conversations([each], add_generation_prompt=True)[0][0] for each in messages]
-    ids, mask = processor._pad(rows, side="left")
-    answers, answer_mask = processor._pad([processor.tokenizer(" [SEG]")["input_ids"][1:]] * 2)
-    inputs = {name: torch.from_numpy(value) for name, value in (
-        ("input_ids", ids), ("attention_mask", mask), ("answer_ids", answers), ("answer_attention_mask", answer_mask)
-    )}  # fmt: skip
+    ids, mask = padded(processor, rows, side="left")
+    answers, answer_mask = padded(processor, [processor.tokenizer(" [SEG]")["input_ids"][1:]] * 2)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "answer_ids": answers,
+        "answer_attention_mask": answer_mask,
+    }
     inputs |= dict(processor.image_processor(pictures[:1], return_tensors="pt"), image_index=torch.tensor([0, 0]))
     outputs = double_model.segment(**inputs)
     assert [count for count, _ in widths] == [2]

@@ -5,7 +5,7 @@ WITHOUT_PROJECT = """
 import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name in ("modeling_gsva", "data_scripts", "trainers", "metrics", "run_gres", "convert_checkpoint"):
+        if name in ("modeling_gsva", "data_scripts", "conversion", "trainers", "metrics", "run_gres", "convert_checkpoint"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
 try:

@@ -381,9 +381,9 @@ def check_metrics(report: Report, case: str, rows: list[dict], golden: dict) -> 
 
 
 def check_rooms(report: Report, golden: Golden, model, processor, names: list[str]) -> None:
-    """The same metrics from the project's own road: data_scripts → trainers.evaluation → metrics."""
+    """The same metrics from the project's own road: data_scripts → evaluation → metrics."""
     import data_scripts
-    from trainers.evaluation import EvaluationPlan, evaluate_rows
+    from evaluation import EvaluationConfig, evaluate_rows
 
     for name in names:
         spec = golden.evaluated(name)[0]["val_dataset"]
@@ -392,7 +392,7 @@ def check_rooms(report: Report, golden: Golden, model, processor, names: list[st
         rows = data_scripts.load(
             dataset, str(golden.root / "data"), split=split, cache_dir=str(golden.work / "datasets")
         )
-        plan = EvaluationPlan(rows, dataset, split, protocol="teacher_forced", batch_size=2)
+        plan = EvaluationConfig(rows, dataset, split, protocol="teacher_forced", batch_size=2)
         ours = gres_metrics(evaluate_rows(model, processor, plan).rows, CONVENTIONS[stored["function"]])
         for key, value in stored["values"].items():
             key = {"giou": "gIoU", "ciou": "cIoU"}.get(key, key)

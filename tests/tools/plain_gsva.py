@@ -65,12 +65,12 @@ class Plain:
                     logits = self.head(states[position(p) - 1])
                     entropy, tokens = entropy + logits.logsumexp(0) - logits[label], tokens + 1
             slots = [p for p, token in enumerate(ids) if token in (config.seg_token_id, config.rej_token_id)]
-            for p, truth in zip(slots, item["truth"]):
+            for number, truth in enumerate(item["truth"]):
                 count += 1
                 truth = truth.to(states.dtype)
-                logits = torch.zeros_like(truth)  # what stands for a [REJ]
-                if truth.any():
-                    low_res = self.low_res(states[position(p) - 1][None], item["sam_pixels"])
+                logits = torch.zeros_like(truth)  # for a [REJ], and for a slot that truncation cut off
+                if truth.any() and number < len(slots):
+                    low_res = self.low_res(states[position(slots[number]) - 1][None], item["sam_pixels"])
                     logits = self.masks(low_res, item["reshaped"], item["original"])[0]
                 p_true = logits.sigmoid()
                 bce = bce - (truth * F.logsigmoid(logits) + (1 - truth) * F.logsigmoid(-logits)).mean()

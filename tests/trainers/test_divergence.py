@@ -25,14 +25,14 @@ def batch(wanted=(SEG, REJ), said=(SEG, REJ)):
 
 def run(watch, losses, **options):
     inputs, outputs = batch(**options)
-    return [watch.see(step, {"loss": loss}, inputs, outputs, SEG) for step, loss in enumerate(losses, 1)]
+    return [watch.check_batch(step, {"loss": loss}, inputs, outputs, SEG) for step, loss in enumerate(losses, 1)]
 
 
 def test_nan_stops_and_leaves_the_batch_with_its_texts(tmp_path):
     watch = DivergenceWatch(tmp_path, decode=lambda ids: ["words"] * len(ids))
     run(watch, [1.0, 1.0])
     with pytest.raises(FloatingPointError, match=r"Step 3: the loss is nan.*step3-rank0-1"):
-        watch.see(3, {"loss": math.nan, "ce_loss": 0.5}, *batch(), SEG)
+        watch.check_batch(3, {"loss": math.nan, "ce_loss": 0.5}, *batch(), SEG)
     tensors = load_file(tmp_path / "divergence" / "step3-rank0-1.safetensors")
     assert tensors["input_ids"].tolist() == [[1, SEG, REJ]] and tensors["mask_labels.0"].shape == (2, 3, 4)
     told = json.loads((tmp_path / "divergence" / "step3-rank0-1.json").read_text())
@@ -88,7 +88,7 @@ def test_the_trainer_stops_before_a_bad_batch_counts(make_model, processor, make
     import numpy as np
 
     from trainers.arguments import GsvaTrainingArguments
-    from trainers.collator import GsvaCollator
+    from trainers.data import GsvaCollator
     from trainers.trainer import GsvaTrainer
 
     class Data(SimpleNamespace):

@@ -149,4 +149,4 @@ def test_a_run_that_rejects_everything_is_told_so(model_dir, tmp_path, monkeypat
     (said,) = (record.message for record in caplog.records if "all [REJ]" in record.message)
     assert "slots that should be [SEG] is" in said
     (told,) = (json.loads(path.read_text()) for path in (tmp_path / "run/divergence").glob("*.json"))
-    assert "all [REJ]" in told["what"] and any("a thing" in text for text in told["texts"])
+    assert "all [REJ]" in told["problem"] and any("a thing" in text for text in told["texts"])

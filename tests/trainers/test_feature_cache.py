@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainers.collator import GsvaCollator
-from trainers.features import FeatureCache
-from trainers.parts import prepare_for_training
+from trainers.data import GsvaCollator
+from trainers.feature_cache import FeatureCache
+from trainers.freezing import prepare_for_training
 
 
 @pytest.fixture
@@ -131,19 +131,19 @@ def test_a_broken_file_is_made_again_and_a_wrong_one_is_refused(gsva, batch, tmp
     assert cache.misses == 1 and not list(tmp_path.glob("*/*.tmp"))
     wrong = {name: value + 1 for name, value in load_file(path).items()}
     save_file(wrong, path)
-    with pytest.raises(ValueError, match="differ by .* from what the tower gives"):
+    with pytest.raises(ValueError, match="differ by .* from the tower"):
         FeatureCache(tmp_path, gsva).fill(batch(0))
 
 
 def test_size_is_announced_and_is_the_files_size(gsva, batch, tmp_path):
     cache = FeatureCache(tmp_path, gsva)
-    assert "features of 5 pictures" in cache.announce(5) and " 0 are there" in cache.announce(5)
+    assert "features of 5 images" in cache.disk_report(5) and " 0 are stored" in cache.disk_report(5)
     cache.fill(batch(0))
     (path,) = tmp_path.glob("*/*.safetensors")
-    assert cache.bytes_per_picture <= path.stat().st_size <= cache.bytes_per_picture + 400
-    assert " 1 are there" in cache.announce(5)
+    assert cache.bytes_per_image <= path.stat().st_size <= cache.bytes_per_image + 400
+    assert " 1 are stored" in cache.disk_report(5)
     with pytest.raises(ValueError, match="give another --feature_cache"):
-        cache.announce(10**12)
+        cache.disk_report(10**12)
 
 
 def test_trained_towers_and_batches_without_pictures(make_model, gsva, tmp_path):

@@ -6,8 +6,8 @@ from paths import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trainers.arguments import ModelArguments, parse_arguments
-from trainers.parts import prepare_for_training
-from trainers.plan import (
+from trainers.freezing import prepare_for_training
+from trainers.memory_plan import (
     GIB,
     LiveBytes,
     Sizes,
@@ -78,7 +78,7 @@ def test_quantized_weights_take_what_bitsandbytes_makes_of_them():
     """A layer of a size for which the constant parts of its state weigh little."""
     import bitsandbytes as bnb
 
-    from trainers.plan import _quantized_bytes
+    from trainers.memory_plan import _quantized_bytes
 
     weight = torch.randn(1024, 2048)
     data, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)

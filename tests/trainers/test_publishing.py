@@ -169,3 +169,14 @@ def test_the_cards_tell_the_run(published):
     assert len(pictures) == 2 and "curves.png" in pictures[0]
     for line in pictures:
         assert (published / "me/gsva-shapes" / line.partition("](")[2].rstrip(")")).is_file()
+
+
+def test_what_a_run_saves_can_be_read_as_the_umask_says(published):
+    """Model, adapter and checkpoints; libraries write weights for their owner alone."""
+    run = published / "run"
+    (run / "plain.txt").write_text("")  # with the umask of this process
+    permissions = (run / "plain.txt").stat().st_mode & 0o777
+    (run / "plain.txt").unlink()
+    kept = [path for path in run.rglob("*") if path.is_file()]
+    assert {"model.safetensors", "adapter_model.safetensors", "optimizer.pt"} <= {path.name for path in kept}
+    assert {path: oct(path.stat().st_mode & 0o777) for path in kept} == {path: oct(permissions) for path in kept}

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from trainers.arguments import GsvaTrainingArguments, ModelArguments
-from trainers.collator import GsvaCollator
-from trainers.parts import prepare_for_training
+from trainers.data import GsvaCollator
+from trainers.freezing import prepare_for_training
 
 EXPRESSIONS = ["a thing", "a unicorn"]
 
@@ -94,7 +94,7 @@ def test_lora_sits_on_the_language_models_q_and_v_and_nowhere_else(make_model):
 def test_only_the_language_models_layers_are_quantized(base, kind):
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    from trainers.runs import load_model
+    from trainers.loading import load_model
 
     _, model = load_model(ModelArguments(model=str(base), quantization=kind))
     kinds = {name for name, module in model.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)}
@@ -115,19 +115,20 @@ def test_a_qlora_step_on_the_processor_then_adapter_then_merge(base, processor, 
     from peft import PeftModel
 
     from modeling_gsva import GsvaForConditionalGeneration
-    from trainers import runs
     from trainers.arguments import DataArguments
+    from trainers.loading import load_model
+    from trainers.training import train
 
     args = ModelArguments(model=str(base), quantization="4bit", lora_dropout=0.0)
-    _, model = runs.load_model(args)
+    _, model = load_model(args)
     rounded = {n: p.clone() for n, p in model.named_parameters() if isinstance(p, Params4bit)}
     assert len(rounded) == 14
-    monkeypatch.setattr(runs, "training_data", lambda *_: Pictures(processor, make_picture))
+    monkeypatch.setattr("trainers.training.training_data", lambda *_: Pictures(processor, make_picture))
     training = GsvaTrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2,
         save_strategy="no", do_train=True, logging_steps=1,
     )  # fmt: skip
-    trained = runs.train(processor, model, args, DataArguments(), training)
+    trained = train(processor, model, args, DataArguments(), training)
 
     assert isinstance(trained, PeftModel)
     for name, parameter in trained.named_parameters():
@@ -149,17 +150,17 @@ def test_a_qlora_step_on_the_processor_then_adapter_then_merge(base, processor, 
     assert not torch.equal(merged.lm_head.weight, unrounded.lm_head.weight)
 
     # The adapter alone gives the same model over the base.
-    _, again = runs.load_model(ModelArguments(model=str(tmp_path / "adapter")))
+    _, again = load_model(ModelArguments(model=str(tmp_path / "adapter")))
     for name, parameter in merged.named_parameters():
         torch.testing.assert_close(again.get_parameter(name), parameter)
     with pytest.raises(ValueError, match="is an adapter"):
-        runs.load_model(ModelArguments(model=str(tmp_path / "adapter"), quantization="4bit"))
+        load_model(ModelArguments(model=str(tmp_path / "adapter"), quantization="4bit"))
 
 
 def test_an_adapter_holds_nothing_that_is_frozen(make_model, tmp_path):
     from safetensors import safe_open
 
-    from trainers.adapters import save_adapter
+    from trainers.publishing import save_adapter
 
     model = prepare_for_training(make_model(), ModelArguments())
     folder = save_adapter(model, tmp_path)
@@ -216,12 +217,12 @@ def test_autograd_keeps_nothing_of_frozen_towers_and_less_with_checkpointing(mak
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bf16_trains_float32_weights_and_evaluates(base, processor, make_picture, dtype, tmp_path):
-    from trainers import runs
-    from trainers.adapters import cast_trained
-    from trainers.evaluation import EvaluationPlan
+    from evaluation import EvaluationConfig
+    from trainers.freezing import cast_trained
+    from trainers.loading import load_model
     from trainers.trainer import GsvaTrainer
 
-    _, model = runs.load_model(ModelArguments(model=str(base), dtype=dtype))
+    _, model = load_model(ModelArguments(model=str(base), dtype=dtype))
     model = cast_trained(prepare_for_training(model, ModelArguments()), torch.float32)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert model.base_model.model.model.vision_tower.dtype == getattr(torch, dtype)
@@ -231,7 +232,7 @@ def test_bf16_trains_float32_weights_and_evaluates(base, processor, make_picture
     )  # fmt: skip
     trainer = GsvaTrainer(
         model=model, args=args, train_dataset=Pictures(processor, make_picture), data_collator=GsvaCollator(processor),
-        processing_class=processor, evaluation=EvaluationPlan(rows(processor, make_picture), "pictures", "all"),
+        processing_class=processor, evaluation=EvaluationConfig(rows(processor, make_picture), "pictures", "all"),
     )  # fmt: skip
     result = trainer.train()
     assert np.isfinite(result.training_loss) and result.training_loss > 0

@@ -35,7 +35,7 @@ def test_what_needs_whole_weights_is_refused_before_anything_is_loaded(words, mo
     from accelerate.utils import DeepSpeedPlugin
 
     from trainers.arguments import parse_arguments
-    from trainers.runs import refuse_what_shards_cannot
+    from trainers.sharding import refuse_what_shards_cannot
 
     model_args, _, args = parse_arguments([*words, "--do_train", *more])
     refuse_what_shards_cannot(model_args, args)  # every process holds everything
@@ -58,8 +58,8 @@ def test_consolidated_weights_become_a_model(words, tmp_path, monkeypatch, way, 
     """As zero_to_fp32.py names them (as parameters, in several files), and as FSDP's checkpoints do with LoRA."""
     import run_gres
     from trainers.arguments import ModelArguments
-    from trainers.parts import merged, prepare_for_training
-    from trainers.runs import load_model
+    from trainers.freezing import merge_lora, prepare_for_training
+    from trainers.loading import load_model
 
     args = ModelArguments(model=MODEL, train_language_model=way)
     model = prepare_for_training(load_model(args, "cpu")[1], args)
@@ -87,7 +87,7 @@ def test_consolidated_weights_become_a_model(words, tmp_path, monkeypatch, way, 
             save_file({name: weights[name] for name in part}, folder / f"model-{number}.safetensors")
     words += ["--train_language_model", way, "--consolidated", str(folder)]
     assert run_gres.main(words) == 0
-    expected = merged(model).state_dict()
+    expected = merge_lora(model).state_dict()
     found = load_model(ModelArguments(model=str(tmp_path / "out")), "cpu")[1].state_dict()
     assert found.keys() == expected.keys()
     for name, tensor in found.items():

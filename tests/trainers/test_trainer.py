@@ -17,11 +17,11 @@ from data_scripts import shapes
 from data_scripts.mixture import Mixture, TrainingDataset
 from data_scripts.schema import decode_mask
 from data_scripts.transforms import ConversationTransform, ReferringTransform
+from evaluation.config import PROTOCOL_NOTES, EvaluationConfig
+from evaluation.loop import evaluate_rows
 from trainers.arguments import GsvaTrainingArguments, ModelArguments, parse_arguments
-from trainers.collator import GsvaCollator
-from trainers.evaluation import PROTOCOL_NOTES, EvaluationPlan, evaluate_rows
-from trainers.parts import merged, parts_table, prepare_for_training, snapshot, unmoved
-from trainers.runs import ProcessorWording
+from trainers.data import GsvaCollator, ProcessorWording
+from trainers.freezing import merge_lora, parts_table, prepare_for_training, snapshot, unmoved
 from trainers.trainer import LOSS_PARTS, EpochSampler, GsvaTrainer, last_complete_checkpoint
 
 MODES = ("lora", "full", "frozen")
@@ -250,7 +250,7 @@ def test_every_trained_parameter_changes_and_no_frozen_one_does(make_trainer, mo
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(before[name], parameter) != parameter.requires_grad, name
     assert unmoved(trainer.model, prints) == []
-    plain = merged(trainer.model)
+    plain = merge_lora(trainer.model)
     assert not [name for name, _ in plain.named_parameters() if "lora" in name or "modules_to_save" in name]
     assert torch.equal(plain.lm_head.weight, dict(plain.named_parameters())["lm_head.weight"])
     changed = dict(plain.named_parameters())["model.language_model.layers.0.self_attn.q_proj.weight"]
@@ -406,7 +406,7 @@ def test_answers_that_max_length_cuts_off_teach_nothing(make_trainer, processor)
 
 
 def plan_of(rows, **options):
-    return EvaluationPlan(rows=rows, dataset="shapes", split="train", **options)
+    return EvaluationConfig(rows=rows, dataset="shapes", split="train", **options)
 
 
 def test_evaluation_during_training_is_the_evaluation_of_that_moment(make_trainer, processor, rows):
@@ -415,12 +415,12 @@ def test_evaluation_during_training_is_the_evaluation_of_that_moment(make_traine
     trainer.train()
     evaluations = [entry for entry in trainer.state.log_history if "eval_gIoU" in entry]
     assert [entry["step"] for entry in evaluations] == [1, 2] and trainer.model.training
-    metrics = evaluate_rows(trainer.model, processor, plan).metrics
+    metrics = evaluate_rows(trainer.model, processor, plan).metrics()
     assert evaluations[-1]["eval_gIoU"] == metrics["gIoU"] and evaluations[-1]["eval_T_acc"] == metrics["T_acc"]
     alone = make_trainer(max_steps=2)
     alone.train()
     assert equal(trainer.model, alone.model)  # looking changes nothing
-    with pytest.raises(ValueError, match="no evaluation plan"):
+    with pytest.raises(ValueError, match="no evaluation"):
         alone.evaluate()
 
 
@@ -428,7 +428,9 @@ def test_evaluation_during_training_is_the_evaluation_of_that_moment(make_traine
 def test_every_expression_gives_one_row_in_order(model, processor, rows, protocol):
     seen = []
     plan = plan_of(rows[:4], protocol=protocol, batch_size=3, max_new_tokens=4)
-    result = evaluate_rows(model, processor, plan, lambda index, row, results: seen.append((index, len(results))))
+    result = evaluate_rows(
+        model, processor, plan, on_prediction=lambda index, row, questions, results: seen.append((index, len(results)))
+    )
     asked = [(row["image_id"], entry) for row in rows[:4] for entry in row["expressions"]]
     assert [(found["image_id"], found["expression"]) for found in result.rows] == [(i, e["text"]) for i, e in asked]
     assert [found["is_no_target"] for found in result.rows] == [e["num_targets"] == 0 for _, e in asked]
@@ -448,9 +450,9 @@ from data_scripts.mixture import TrainingDataset
 from data_scripts.transforms import ReferringTransform
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
 from trainers.arguments import GsvaTrainingArguments, ModelArguments
-from trainers.collator import GsvaCollator
-from trainers.evaluation import EvaluationPlan, evaluate_rows
-from trainers.parts import prepare_for_training
+from trainers.data import GsvaCollator
+from evaluation import EvaluationConfig, evaluate_rows
+from trainers.freezing import prepare_for_training
 from trainers.trainer import GsvaTrainer
 
 folder, out = sys.argv[1:]
@@ -483,8 +485,8 @@ found = {"processes": trainer.accelerator.num_processes, "resumed": equal, "hist
 model = GsvaForConditionalGeneration.from_pretrained(folder).to(trainer.args.device)
 for count in (7, 1):
     seen = []
-    plan = EvaluationPlan(rows[:count], "shapes", "train", batch_size=2)
-    result = evaluate_rows(model, processor, plan, lambda index, row, results: seen.append(index))
+    plan = EvaluationConfig(rows[:count], "shapes", "train", batch_size=2)
+    result = evaluate_rows(model, processor, plan, on_prediction=lambda index, *rest: seen.append(index))
     found["seen"][count], found[f"rows of {count}"] = seen, result.rows
 with open(f"{out}/{rank}.json", "w") as file:
     json.dump(found, file)

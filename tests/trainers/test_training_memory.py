@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from modeling_gsva.image_processing_gsva import upscale_mask_logits
 from modeling_gsva.modeling_gsva import upscaled_mask_losses
 from trainers.arguments import ModelArguments
-from trainers.parts import prepare_for_training
-from trainers.plan import LiveBytes
+from trainers.freezing import prepare_for_training
+from trainers.memory_plan import LiveBytes
 
 HEIGHT, WIDTH, SLOTS, LOW, SIDE = 150, 200, 3, 16, 64
 RESHAPED = (48, 64)

@@ -1,20 +1,20 @@
-"""`run_gres.py --plan`: the memory that training takes on each card, counted before anything is loaded.
+"""`run_gres.py --plan`: count the memory that training takes on each card before anything is loaded.
 
-What is counted, in bytes per process:
+The parts of the sum, in bytes per process:
 
-- **weights**: every parameter and buffer of the very model that would be trained (made without memory, LoRA and peft's
-  copies of the parts trained in full included), times the size of its type. A 4-bit weight takes 1/2 byte, 1/64 for the
-  scale of its block and 1/4096 for the scale of the scales (nf4, doubly quantized); an 8-bit one 1 byte and 4 per row.
-- **gradients**: the trained parameters' size.
+- **weights**: every parameter and buffer of the model that would be trained, times the size of its type. The model is
+  made without memory and has LoRA and peft's copies of the fully trained parts. A 4-bit weight takes 1/2 byte, 1/64 for
+  the scale of its block and 1/4096 for the scale of the scales (nf4, doubly quantized); an 8-bit one 1 byte and 4 per row.
+- **gradients**: the size of the trained parameters.
 - **optimizer**: AdamW's two float32 moments, 8 bytes per trained parameter.
-- **activations**: the highest sum of live tensors beside those, while the model's own code runs one forward and backward
-  pass of a micro-batch on tensors without content (`FakeTensorMode`): what autograd keeps, checkpoints, temporaries, the
-  frozen towers' passes, logits and mask losses.
-- **buffers**: what the way of sharing out needs, see `Strategy`.
+- **activations**: the highest sum of other live tensors while the model's code runs one forward and backward pass of a
+  micro-batch on tensors without content (`FakeTensorMode`). It includes tensors that autograd keeps, checkpoints,
+  temporaries, the passes of the frozen towers, logits and mask losses.
+- **buffers**: additional memory of the strategy, see `Strategy`.
 
-Assumed, and so on the safe side: every conversation is as long as max_length allows, all its text is learned, it has
-num_expressions slots that are all `[SEG]`, and pictures are 640 x 640, COCO's largest. Not counted: the driver's own
-memory, fragmentation of the allocator, and temporaries inside fused kernels; `MARGIN` stands for them.
+The count assumes the worst case: every conversation is as long as max_length allows, all its text is supervised, all its
+num_expressions slots are `[SEG]`, and images are 640 x 640, COCO's largest. It leaves out the memory of the driver,
+fragmentation of the allocator, and temporaries inside fused kernels; `MARGIN` allows for them.
 """
 
 from __future__ import annotations
@@ -38,15 +38,14 @@ from transformers import AutoConfig
 from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration
 from modeling_gsva.modeling_gsva import upscaled_mask_losses
 from modeling_gsva.sam_attention_gsva import BIAS_ELEMENTS
-from modeling_gsva.sam_decoder_gsva import SLOTS_AT_A_TIME
+from modeling_gsva.sam_decoder_gsva import MAP_BYTES
 
-from .adapters import cast_trained
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
-from .parts import prepare_for_training
+from .freezing import cast_trained, prepare_for_training
 
 GIB = 1024**3
 MARGIN = 1.5 * GIB  # an assumption: about 0.5 GiB for the CUDA context, the rest for the allocator
-PICTURE_SIDE = 640
+IMAGE_SIDE = 640
 # The cards people train on, in GiB.
 CARDS = {"24 GiB": 24, "40 GiB": 40, "48 GiB": 48, "80 GiB": 80}
 PLANNED = ("one_gpu", "ddp", "zero2", "zero3", "fsdp2")
@@ -85,10 +84,10 @@ def architecture(name: str) -> GsvaConfig:
 
 def planned_config(args: ModelArguments) -> GsvaConfig:
     """
-    The configuration of the model, where it can be read, else of `architecture`.
+    Return the configuration of the model if it can be read, else that of `architecture`.
 
     Raises:
-        ValueError: neither is there.
+        ValueError: There is neither.
     """
     if (Path(args.model) / "config.json").is_file():
         return GsvaConfig.from_pretrained(args.model)
@@ -98,21 +97,22 @@ def planned_config(args: ModelArguments) -> GsvaConfig:
         return AutoConfig.from_pretrained(args.model, trust_remote_code=True)
     except OSError:
         raise ValueError(
-            f"model={args.model!r} is not here, so its size is not known; name one of its size: --architecture 7b or 13b."
+            f"model={args.model!r} is not on this machine, so its size is not known; name it: --architecture 7b or 13b."
         ) from None
 
 
 @dataclass
 class Strategy:
     """
-    How work and memory are shared out among `processes`, read from an accelerate config.
+    How memory is divided among `processes`, read from an accelerate config.
 
-    - "NO", "MULTI_GPU": everything on every card; the latter's buckets hold the gradients once more.
-    - "zero2": DeepSpeed under bf16 keeps all weights in 2 bytes on every card, and a share of the gradients (2 bytes)
-      and of the optimizer (float32 weights and two moments).
-    - "zero3": a share of the weights as well; one layer of the language model is gathered while another is fetched.
-    - "fsdp2": a share of weights, gradients and optimizer; what is in no wrapped layer is gathered for the whole step,
-      and two layers at a time.
+    - "NO", "MULTI_GPU": every card holds everything; the latter's buckets hold the gradients once more.
+    - "zero2": with bf16, DeepSpeed keeps all weights in 2 bytes on every card, and shards of the gradients (2 bytes) and of
+      the optimizer (float32 weights and two moments).
+    - "zero3": also shards of the weights. Two layers of the language model are gathered at a time: one that is used and
+      one that is prefetched.
+    - "fsdp2": shards of weights, gradients and optimizer. Two layers are gathered at a time, and all modules that are not
+      wrapped for the whole step.
     """
 
     name: str
@@ -122,8 +122,10 @@ class Strategy:
     @classmethod
     def read(cls, path: str | Path, processes: int | None = None) -> Strategy:
         """
+        Return the strategy of an accelerate config, with `processes` instead of its number of processes.
+
         Raises:
-            ValueError: there is no such file, or it is no accelerate config.
+            ValueError: There is no such file, or it is no accelerate config.
         """
         path = Path(path)
         content = yaml.safe_load(path.read_text()) if path.is_file() else None
@@ -140,25 +142,26 @@ class Strategy:
             kind = "fsdp2"
         if kind not in ("NO", "MULTI_GPU", "zero2", "zero3", "fsdp2"):
             raise ValueError(
-                f"{path}: distributed_type {kind} is not planned for; choose NO, MULTI_GPU, DEEPSPEED or FSDP."
+                f"{path}: --plan does not know distributed_type {kind}; choose NO, MULTI_GPU, DEEPSPEED or FSDP."
             )
         return cls(path.stem, kind, processes or int(content.get("num_processes", 1)))
 
 
 @dataclass
 class Sizes:
-    """Bytes and numbers of the model that is trained, as it stands on one process."""
+    """Sizes of the model that is trained, as one process without sharding holds it."""
 
     frozen_bytes: int
-    trained: int
+    trained: int  # parameters
     trained_bytes: int
     parameters: int
     layer_bytes: int  # the largest layer of the language model
-    root_bytes: int  # what lies outside the language model's layers
-    dequantized: int  # a quantized weight while it is used
+    root_bytes: int  # all modules outside the language model's layers
+    dequantized: int  # the largest quantized weight while it is used
 
     @property
     def weights(self) -> int:
+        """Bytes of all weights."""
         return self.frozen_bytes + self.trained_bytes
 
 
@@ -174,6 +177,7 @@ class Memory:
 
     @property
     def total(self) -> float:
+        """Bytes of everything."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
 
 
@@ -183,7 +187,7 @@ def _quantized_bytes(weight: torch.Tensor, kind: str) -> float:
 
 
 def trained_model(config: GsvaConfig, args: ModelArguments, half: bool) -> nn.Module:
-    """The model as `runs.train` makes it, on the meta device: shapes and types without content."""
+    """Return the model as it is prepared for training, on the meta device: shapes and types without content."""
     with torch.device("meta"):
         model = GsvaForConditionalGeneration(config)
         if args.dtype in ("bfloat16", "float16"):
@@ -193,24 +197,24 @@ def trained_model(config: GsvaConfig, args: ModelArguments, half: bool) -> nn.Mo
 
 
 def without_content(model: nn.Module) -> nn.Module:
-    """Inside `FakeTensorMode`: takes the tensors of the meta device to the processor, still without memory."""
-    made: dict[int, torch.Tensor] = {}  # tied parameters stay tied
+    """Inside `FakeTensorMode`, move a model from the meta device to the CPU; it still takes no memory."""
+    copies: dict[int, torch.Tensor] = {}  # tied parameters stay tied
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is None:
                     continue
-                if id(tensor) not in made:
+                if id(tensor) not in copies:
                     new = torch.empty(tensor.shape, dtype=tensor.dtype)
                     if isinstance(tensor, nn.Parameter):
                         new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-                    made[id(tensor)] = new
-                tensors[name] = made[id(tensor)]
+                    copies[id(tensor)] = new
+                tensors[name] = copies[id(tensor)]
     return model
 
 
 def sizes_of(model: nn.Module, quantization: str | None) -> Sizes:
-    """Counts every parameter and buffer once."""
+    """Return the sizes of a model. Every parameter and buffer is counted once."""
     sizes = Sizes(0, 0, 0, 0, 0, 0, 0)
     layers: dict[str, float] = {}
     frozen = root = 0.0
@@ -241,8 +245,8 @@ def sizes_of(model: nn.Module, quantization: str | None) -> Sizes:
 
 @contextmanager
 def pieces_as_on_a_card() -> Iterator[None]:
-    """SAM's attention and mask decoder go through their work in pieces whose size depends on the device."""
-    sizes = BIAS_ELEMENTS, SLOTS_AT_A_TIME
+    """Let SAM's attention and mask decoder work in pieces of the size that they have on a GPU, not on a CPU."""
+    sizes = BIAS_ELEMENTS, MAP_BYTES
     usual = [table["cpu"] for table in sizes]
     for table in sizes:
         table["cpu"] = table["default"]
@@ -254,19 +258,27 @@ def pieces_as_on_a_card() -> Iterator[None]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations make; `peak` is the highest sum of those alive at once."""
+    """
+    Follows the storages that operations create. `live` is the sum of their bytes now, `peak` the highest so far.
 
-    def __init__(self, known=()):
+    torch.distributed._tools.mem_tracker.MemTracker (torch 2.13) would do the same, but it registers hooks on all parameters
+    and fails for frozen ones.
+
+    Args:
+        counted_elsewhere: Tensors that are not counted.
+    """
+
+    def __init__(self, counted_elsewhere=()):
         super().__init__()
         self.live = self.peak = 0
-        self.alive = {tensor.untyped_storage()._cdata for tensor in known}
+        self.alive = {tensor.untyped_storage()._cdata for tensor in counted_elsewhere}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self._see, out)
+        tree_map_only(torch.Tensor, self._add, out)
         return out
 
-    def _see(self, tensor: torch.Tensor) -> None:
+    def _add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata in self.alive:
             return
@@ -274,35 +286,39 @@ class LiveBytes(TorchDispatchMode):
         size = storage.nbytes()
         self.live += size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._gone, storage._cdata, size)
+        weakref.finalize(storage, self._remove, storage._cdata, size)
 
-    def _gone(self, key: int, size: int) -> None:
+    def _remove(self, key: int, size: int) -> None:
         self.alive.discard(key)
         self.live -= size
 
 
 def activation_bytes(
-    model: nn.Module, images: int, length: int, slots: int, half: bool, side: int = PICTURE_SIDE
+    model: nn.Module, images: int, length: int, slots: int, half: bool, side: int = IMAGE_SIDE
 ) -> int:
     """
-    The highest sum of live tensors in one forward and backward pass, beside weights and gradients.
+    Return the highest sum of live tensors, other than weights and gradients, in one forward and backward pass in bytes.
 
     Args:
-        model: Of `trained_model`.
-        images: Pictures of a micro-batch, one conversation each.
+        model: Result of `trained_model`.
+        images: Images of a micro-batch, one conversation each.
         length: Tokens per conversation.
-        slots: Of each picture.
+        slots: Slots per image.
         half: Whether autocast computes in bfloat16.
-        side: Of the pictures in pixels, for the mask losses.
+        side: Height and width of the images in pixels, for the mask losses.
     """
     gsva = model.base_model.model if isinstance(model, PeftModel) else model
     config, model = gsva.config, model.train()
     vision, sam = config.vision_config.image_size, config.sam_config.vision_config.image_size
-    for parameter in model.parameters():  # gradients are counted by themselves, and added to in place
+    for parameter in model.parameters():  # gradients are counted by themselves and updated in place
         if parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter)
-    known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    with LiveBytes(known) as counter, pieces_as_on_a_card(), ExitStack() as stack:
+    counted_elsewhere = [
+        *model.parameters(),
+        *model.buffers(),
+        *(p.grad for p in model.parameters() if p.grad is not None),
+    ]
+    with LiveBytes(counted_elsewhere) as counter, pieces_as_on_a_card(), ExitStack() as stack:
         if half:
             stack.enter_context(torch.autocast("cpu", torch.bfloat16))
         features = gsva.model.multi_modal_projector(
@@ -334,7 +350,7 @@ def activation_bytes(
 
 
 def memory_of(sizes: Sizes, activations: int, strategy: Strategy) -> Memory:
-    """Shares out what was counted; see `Strategy`."""
+    """Return the memory per process of a model with these sizes and activations; see `Strategy`."""
     n, trained = strategy.processes, sizes.trained
     if strategy.kind in ("NO", "MULTI_GPU"):
         buckets = sizes.trained_bytes if strategy.kind == "MULTI_GPU" else 0
@@ -354,7 +370,7 @@ def memory_of(sizes: Sizes, activations: int, strategy: Strategy) -> Memory:
 
 
 def count(model_args: ModelArguments, data_args: DataArguments, training: GsvaTrainingArguments) -> tuple[Sizes, int]:
-    """Sizes of the model and bytes of the activations of these arguments."""
+    """Return the sizes of the model and the bytes of the activations."""
     config, half = planned_config(model_args), training.bf16 or training.fp16
     length = data_args.max_length or config.text_config.max_position_embeddings
     model = trained_model(config, replace(model_args, quantization=None), half)
@@ -368,7 +384,7 @@ def count(model_args: ModelArguments, data_args: DataArguments, training: GsvaTr
 
 
 def plan(model_args: ModelArguments, data_args: DataArguments, training: GsvaTrainingArguments) -> str:
-    """The table of `--plan`."""
+    """Return the table that `--plan` prints."""
     configs = Path(__file__).resolve().parent.parent / "configs" / "accelerate"
     paths = [training.plan_strategy] if training.plan_strategy else [configs / f"{name}.yaml" for name in PLANNED]
     strategies = [Strategy.read(path, training.plan_processes) for path in paths]
@@ -377,7 +393,7 @@ def plan(model_args: ModelArguments, data_args: DataArguments, training: GsvaTra
     title = (
         f"{model_args.model}: {sizes.parameters:,} parameters, {sizes.trained:,} trained ({model_args.train_language_model}"
         f"{', ' + model_args.quantization if model_args.quantization else ''}), {training.per_device_train_batch_size} "
-        f"pictures of {data_args.num_expressions} expressions per card, activations "
+        f"images with {data_args.num_expressions} expressions per card, activations "
         f"{'checkpointed' if training.activation_checkpointing else 'kept'}; GiB per card:"
     )
     names = ("weights", "gradients", "optimizer", "activations", "buffers", "total")

@@ -1,10 +1,9 @@
-"""What the frozen towers see in a picture, kept on disk: CLIP and SAM need not look at it again in every epoch."""
+"""Keep the outputs of the frozen towers on disk, so that CLIP and SAM encode each image once instead of in every epoch."""
 
 import hashlib
 import json
 import logging
 import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from data_scripts.files import replacing
+
 logger = logging.getLogger(__name__)
-# How far a kept feature may be from a fresh one, relative to the largest: rounding of the type it is kept in or the towers
-# compute in, whichever is coarser, and batches of other sizes.
+# Largest allowed difference between a stored and a fresh feature, relative to the largest value. It covers the rounding of
+# the stored type or of the towers' type, whichever is coarser, and other batch sizes.
 TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Of the towers' weights (names, shapes, types and bytes), and of what their outputs depend on beside them."""
+def towers_digest(model: nn.Module) -> str:
+    """Return a SHA-256 of everything that the towers' outputs depend on: their weights and their settings."""
     config, digest = model.config, hashlib.sha256()
     facts = [config.vision_config.to_dict(), config.sam_config.vision_config.to_dict()]
-    # How they were loaded and by which release says nothing about what they compute.
+    # Settings that do not change the outputs.
     hidden = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures", "_attn_implementation"}
     facts = [{name: value for name, value in fact.items() if name not in hidden} for fact in facts]
     facts += [config.vision_feature_layer, config.vision_feature_select_strategy]
@@ -43,24 +44,25 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)  # of one picture, in the order of its file
+def _contiguous_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy that shares no memory with the rest of the batch."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 class FeatureCache:
     """
-    Features by picture: one safetensors file each, `FOLDER/WEIGHTS/PICTURE.safetensors`, named by the digests of the
-    towers' weights and of the picture as the towers get it. Files are written aside and moved, so several processes may
-    share a folder and a killed run leaves no half file; what is there is found again.
+    Features by image: one safetensors file each, `FOLDER/TOWERS/IMAGE.safetensors`, named by the digests of the towers
+    and of the image's pixels as the towers get them. Several processes may share a folder, a killed run leaves no partial
+    file, and later runs find the features of earlier ones.
 
     Args:
-        folder: Where to keep them.
-        model: Of [`GsvaForConditionalGeneration`]; its towers must be frozen.
-        dtype: To keep them in.
-        verify_every: Every so many features read, one is compared with a fresh one, the first among them.
+        folder: Folder for the files.
+        model: A [`GsvaForConditionalGeneration`]; its towers must be frozen.
+        dtype: Type in which features are stored.
+        verify_every: One in so many features that are read is compared with a fresh one, beginning with the first.
 
     Raises:
-        ValueError: a tower is trained, or a kept feature is not what the tower gives.
+        ValueError: A tower is trained, or a stored feature differs from the tower's output.
     """
 
     def __init__(
@@ -69,59 +71,60 @@ class FeatureCache:
         self.model, self.dtype, self.verify_every = model, dtype, verify_every
         if any(parameter.requires_grad for tower in _towers(model) for parameter in tower.parameters()):
             raise ValueError(
-                "feature_cache keeps what frozen towers give, but the vision tower or SAM's encoder is trained."
+                "feature_cache stores the outputs of frozen towers, but the vision tower or SAM's encoder is trained."
             )
         kind = str(dtype).removeprefix("torch.")
-        self.folder = Path(folder) / f"{fingerprint(model)[:16]}-{kind}"
+        self.folder = Path(folder) / f"{towers_digest(model)[:16]}-{kind}"
         self.hits = self.misses = 0
 
     @property
-    def bytes_per_picture(self) -> int:
+    def bytes_per_image(self) -> int:
+        """Size of one image's features in bytes."""
         vision, sam = self.model.config.vision_config, self.model.config.sam_config.vision_config
         numbers = self.model.config.image_seq_length * vision.hidden_size
         numbers += sam.output_channels * (sam.image_size // sam.patch_size) ** 2
         return numbers * self.dtype.itemsize
 
-    def announce(self, pictures: int) -> str:
+    def disk_report(self, images: int) -> str:
         """
-        What the features of so many pictures take, and what there is.
+        Return a sentence about the disk space that the features of `images` images take.
 
         Raises:
-            ValueError: the disk is too small.
+            ValueError: There is not enough free disk space.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        there = sum(1 for _ in self.folder.glob("*.safetensors"))
-        free, needed = shutil.disk_usage(self.folder).free, max(pictures - there, 0) * self.bytes_per_picture
-        said = (
-            f"{self.folder}: features of {pictures} pictures take {pictures * self.bytes_per_picture / 1e9:.2f} GB, "
-            f"{there} are there, {free / 1e9:.1f} GB are free"
+        stored = sum(1 for _ in self.folder.glob("[0-9a-f]*.safetensors"))
+        free, needed = shutil.disk_usage(self.folder).free, max(images - stored, 0) * self.bytes_per_image
+        report = (
+            f"{self.folder}: features of {images} images take {images * self.bytes_per_image / 1e9:.2f} GB, "
+            f"{stored} are stored, {free / 1e9:.1f} GB are free"
         )
         if needed > free:
-            raise ValueError(f"{said}; give another --feature_cache, or train without.")
-        return said
+            raise ValueError(f"{report}; give another --feature_cache, or train without it.")
+        return report
 
     def fill(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Inputs of the model with features in the place of pixels, read or made and kept."""
+        """Return the model's inputs with features in place of pixels, read from the cache or computed and stored."""
         if inputs.get("pixel_values") is None or inputs.get("sam_pixel_values") is None:
             return inputs
         inputs = dict(inputs)
         pixels, sam_pixels = inputs.pop("pixel_values"), inputs.pop("sam_pixel_values")
         paths = [self.folder / f"{self._name(*pair)}.safetensors" for pair in zip(pixels, sam_pixels)]
-        kept = [self._read(path) for path in paths]
-        missing = [n for n, features in enumerate(kept) if features is None]
-        made = dict(zip(missing, self._encode(pixels[missing], sam_pixels[missing])))
-        for n, features in made.items():
-            self._write(paths[n], features)
-        for n, known in enumerate(kept):
-            if known is not None:
+        stored = [self._read(path) for path in paths]
+        missing = [n for n, features in enumerate(stored) if features is None]
+        computed = dict(zip(missing, self._encode(pixels[missing], sam_pixels[missing])))
+        for n, new_features in computed.items():
+            self._write(paths[n], new_features)
+        for n, features in enumerate(stored):
+            if features is not None:
                 if self.hits % self.verify_every == 0:
-                    self._verify(paths[n], known, pixels[n : n + 1], sam_pixels[n : n + 1])
+                    self._verify(paths[n], features, pixels[n : n + 1], sam_pixels[n : n + 1])
                 self.hits += 1
         self.misses += len(missing)
-        whole = [made[n] if known is None else known for n, known in enumerate(kept)]
+        batch = [computed[n] if features is None else features for n, features in enumerate(stored)]
         for name in ("vision_features", "sam_embeddings"):
-            # Converted first: autocast in bfloat16 refuses to stack float16.
-            values = [features[name].to(pixels.device, self.model.dtype) for features in whole]
+            # Convert first: autocast in bfloat16 refuses to stack float16.
+            values = [features[name].to(pixels.device, self.model.dtype) for features in batch]
             inputs[name] = torch.stack(values)
         return inputs
 
@@ -133,11 +136,14 @@ class FeatureCache:
     def _encode(self, pixels: torch.Tensor, sam_pixels: torch.Tensor) -> list[dict[str, torch.Tensor]]:
         if not len(pixels):
             return []
-        # In the towers' own type, so that kept features serve runs with autocast and without.
+        # In the towers' type, so that the features serve runs with and without autocast.
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
             vision = self.model.model.get_vision_features(pixels).to(self.dtype).cpu()
             sam = self.model.get_sam_embeddings(sam_pixels).to(self.dtype).cpu()
-        return [{"vision_features": _own(v), "sam_embeddings": _own(s)} for v, s in zip(vision, sam)]
+        return [
+            {"vision_features": _contiguous_copy(v), "sam_embeddings": _contiguous_copy(s)}
+            for v, s in zip(vision, sam)
+        ]
 
     def _read(self, path: Path) -> dict[str, torch.Tensor] | None:
         try:
@@ -146,24 +152,22 @@ class FeatureCache:
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError) as error:
-            logger.warning("%s cannot be read (%s); it is made again.", path, error)
+            logger.warning("%s cannot be read (%s); its features are computed again.", path, error)
             return None
 
     def _write(self, path: Path, features: dict[str, torch.Tensor]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # a process's number is not unique on shared disks
-        save_file(features, temporary)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file(features, temporary)
 
     def _verify(self, path: Path, features: dict[str, torch.Tensor], pixels, sam_pixels) -> None:
         (fresh,) = self._encode(pixels, sam_pixels)
         tower_dtypes = {parameter.dtype for tower in _towers(self.model) for parameter in tower.parameters()}
         tolerance = max(TOLERANCES.get(dtype, 0.0) for dtype in {self.dtype, *tower_dtypes})
         for name, value in fresh.items():
-            worst = float((features[name].float() - value.float()).abs().max())
+            difference = float((features[name].float() - value.float()).abs().max())
             allowed = tolerance * max(float(value.float().abs().max()), 1e-6)
-            if features[name].shape != value.shape or not worst <= allowed:
+            if features[name].shape != value.shape or not difference <= allowed:
                 raise ValueError(
-                    f"{path} holds {name} that differ by {worst:.3g} from what the tower gives (allowed {allowed:.3g}); "
+                    f"{path}: {name} differ by {difference:.3g} from the tower's output (allowed: {allowed:.3g}); "
                     f"delete {self.folder} and start again."
                 )

@@ -1,4 +1,4 @@
-"""Which parts of GSVA learn and how: one place for freezing, LoRA and full training."""
+"""Decide which parts of GSVA are trained and how: frozen, with LoRA, or in full."""
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -11,7 +11,7 @@ from .arguments import ModelArguments
 LORA_TARGETS = r".*language_model\.layers\.\d+\.self_attn\.(q_proj|v_proj)"
 # Trained in full beside LoRA, as in the original; text_hidden_fcs is called mask_projector here.
 FULLY_TRAINED = ("model.language_model.embed_tokens", "lm_head", "sam.mask_decoder", "mask_projector")
-# Parts of SAM's decoder that have no say in a single mask (multimask_output=False): they would get no gradient.
+# Parts of SAM's decoder that a single mask (multimask_output=False) does not depend on, so they would get no gradient.
 WITHOUT_GRADIENT = ("sam.mask_decoder.iou_prediction_head",) + tuple(
     f"sam.mask_decoder.output_hypernetworks_mlps.{number}" for number in (1, 2, 3)
 )
@@ -23,9 +23,9 @@ def _is_in(name: str, parts: tuple[str, ...]) -> bool:
 
 def prepare_for_training(model: nn.Module, args: ModelArguments) -> nn.Module:
     """
-    Freezes what the paper freezes (vision tower, projector, SAM's encoders) and makes the rest learn.
+    Return the model with the parts frozen that the paper freezes: vision tower, projector and SAM's encoders.
 
-    With `train_language_model="lora"` the result is a [`PeftModel`] around the same model; its adapter holds LoRA and
+    With `train_language_model="lora"` the result is a [`PeftModel`] around the same model, whose adapter holds LoRA and
     the fully trained parts. "full" trains the whole language model, "frozen" only its embedding and head.
     """
     if args.train_language_model == "lora":
@@ -50,8 +50,8 @@ def prepare_for_training(model: nn.Module, args: ModelArguments) -> nn.Module:
     return model
 
 
-def merged(model: nn.Module) -> nn.Module:
-    """The plain model, with any LoRA merged into its weights."""
+def merge_lora(model: nn.Module) -> nn.Module:
+    """Return the plain model, with LoRA merged into its weights if there is any."""
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
@@ -66,10 +66,10 @@ def _part_of(name: str) -> str:
 
 
 def parts_table(model: nn.Module) -> str:
-    """A table of the model's parts with the numbers of trained and frozen parameters."""
+    """Return a table with the numbers of trained and frozen parameters of each part of the model."""
     counts: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
-        if ".original_module." not in name:  # peft's copy of a part that is trained beside it
+        if ".original_module." not in name:  # peft's frozen copy of a part that is trained in full
             counts.setdefault(_part_of(name), [0, 0])[0 if parameter.requires_grad else 1] += parameter.numel()
     lines = [f"{'part':<40}{'trained':>15}{'frozen':>15}"]
     lines += [f"{part:<40}{trained:>15,}{frozen:>15,}" for part, (trained, frozen) in counts.items()]
@@ -78,7 +78,7 @@ def parts_table(model: nn.Module) -> str:
 
 
 def snapshot(model: nn.Module) -> dict[str, tuple[float, float]]:
-    """Sum and sum of squares of each trained parameter, to tell afterwards which ones moved."""
+    """Return the sum and the sum of squares of each trained parameter, to find out later which ones have changed."""
     with torch.no_grad():
         return {
             name: (float(parameter.double().sum()), float(parameter.double().square().sum()))
@@ -88,11 +88,11 @@ def snapshot(model: nn.Module) -> dict[str, tuple[float, float]]:
 
 
 def moved_table(model: nn.Module, before: dict) -> str:
-    """For each part that is trained, how many of its parameter tensors are others than they were at `before`."""
-    still, counts = set(unmoved(model, before)), dict[str, list[int]]()
+    """Return a table with the number of tensors of each trained part that have changed since the snapshot `before`."""
+    unchanged, counts = set(unmoved(model, before)), dict[str, list[int]]()
     for name in before:
         of_part = counts.setdefault(_part_of(name), [0, 0])
-        of_part[0] += name not in still
+        of_part[0] += name not in unchanged
         of_part[1] += 1
     return "\n".join(
         ["trained tensors that moved:", *(f"{part:<40}{moved:>7} of {n}" for part, (moved, n) in counts.items())]
@@ -100,6 +100,14 @@ def moved_table(model: nn.Module, before: dict) -> str:
 
 
 def unmoved(model: nn.Module, before: dict) -> list[str]:
-    """Names of trained parameters that are still what they were at `before`."""
+    """Return the names of trained parameters that have not changed since the snapshot `before`."""
     after = snapshot(model)
-    return [name for name, print_ in before.items() if after.get(name, print_) == print_]
+    return [name for name, sums in before.items() if after.get(name, sums) == sums]
+
+
+def cast_trained(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Convert the trained parameters to `dtype`, and leave the frozen ones. Two types in one model need autocast."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return model

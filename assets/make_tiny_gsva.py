@@ -1,22 +1,21 @@
 """
-Makes the embedded base, `assets/tiny_gsva`: a small GSVA before generalised fine-tuning, as LLaVA and SAM are before GSVA.
+Train the embedded base model, `assets/tiny_gsva`: a small GSVA before generalized fine-tuning, like LLaVA and SAM before GSVA.
 
-    python -m trainers.make_base            # or: make base
+    python assets/make_tiny_gsva.py            # or: make base
 
-Two stages, each resumable from its last checkpoint in `--work_dir`:
+It has two stages, and each resumes at its last checkpoint in `--work_dir`:
 
-1. *towers*: both image encoders learn colour, shape and size patch by patch, and SAM's decoder learns to draw what an
-   attribute prompt names, as CLIP and SAM are pretrained before anything else. They are frozen from then on.
+1. *towers*: both image encoders learn the colour, shape and size of each patch, and SAM's decoder learns to segment things by
+   their attributes, as CLIP and SAM are pretrained. They are frozen afterwards.
 2. *language*: projector, language model and mask prompts learn to answer questions in words (is there a …? what is there
-   from left to right?) and to segment what *is* there, one or several targets. Nothing absent is ever asked to be
-   segmented and `[REJ]` is never said: rejecting is what the generalised fine-tuning of `configs/demo.yaml` teaches.
+   from left to right?) and to segment expressions with one or several targets. Expressions without a target do not occur,
+   and `[REJ]` is never an answer: the generalized fine-tuning of `configs/demo.yaml` teaches rejection.
 """
 
 import argparse
 import json
 import math
 import multiprocessing
-import os
 import time
 from pathlib import Path
 
@@ -26,16 +25,18 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers import trainers as tokenizer_trainers
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast, SamConfig
 
 from data_scripts import shapes
+from data_scripts.files import replacing, write_text
 from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration, GsvaImageProcessor, GsvaProcessor
 from modeling_gsva.modeling_gsva import mask_losses
 from modeling_gsva.processing_gsva import ADDED_TOKENS, CHAT_TEMPLATES
 
-# The pictures of the demo are drawn with seed 0; the base sees others.
-PICTURE_SEED = 1
+# The images of the demo are drawn with seed 0, those of the base with another one.
+IMAGE_SEED = 1
 IMAGE_SIDE, PATCH = 64, 8
 GRID = IMAGE_SIDE // PATCH
 PROMPTS = {
@@ -52,10 +53,10 @@ NUM_CLASSES = 1 + len(COLOURS) * len(SHAPES) * len(SIZES)  # 0 is background
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE: the words of *shapes* are single tokens, any other text falls apart into smaller ones."""
+    """Return a byte-level BPE tokenizer in which the words of *shapes* are single tokens."""
     corpus = []
     for index in range(2000):
-        row = shapes.make_row(PICTURE_SEED, "train", index, "vqa")
+        row = shapes.make_row(IMAGE_SEED, "train", index, "vqa")
         corpus += [turn["text"].replace("<image>\n", "\n") for turn in row["conversation"]]
     corpus += ["USER: \nsegment the red circle. ASSISTANT: the red circle:"] * 50
     tokenizer = Tokenizer(models.BPE())
@@ -85,6 +86,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> GsvaProcessor:
+    """Return the processor of the embedded base."""
     image_processor = GsvaImageProcessor(
         size={"shortest_edge": IMAGE_SIDE},
         crop_size={"height": IMAGE_SIDE, "width": IMAGE_SIDE},
@@ -96,7 +98,7 @@ def build_processor() -> GsvaProcessor:
 
 
 def build_config(processor: GsvaProcessor) -> GsvaConfig:
-    """Sizes of the embedded base: about two million parameters."""
+    """Return the configuration of the embedded base, which has about two million parameters."""
     vocab_size = len(processor.tokenizer) - 1  # <image> has no embedding, as in the original
     return GsvaConfig(
         vision_config=CLIPVisionConfig(
@@ -122,14 +124,14 @@ def build_config(processor: GsvaProcessor) -> GsvaConfig:
         image_token_id=processor.image_token_id,
         seg_token_id=processor.seg_token_id,
         rej_token_id=processor.rej_token_id,
-        # Only three layers, all trained as one tower here: nothing is gained by dropping the last.
+        # Do not drop the last of only three layers: they are trained here as one tower.
         vision_feature_layer=-1,
     )  # fmt: skip
 
 
 def _draw(index: int):
-    """A picture as uint8, its things without masks, and one map of which thing is where (they never overlap)."""
-    image, things = shapes.draw_picture(np.random.default_rng([PICTURE_SEED, shapes.SPLIT_CODES["train"], index, 0]))
+    """Return an image, its things without masks, and a map with the number of the thing at each pixel."""
+    image, things = shapes.draw_picture(np.random.default_rng([IMAGE_SEED, shapes.SPLIT_CODES["train"], index, 0]))
     owner = np.zeros((image.height, image.width), dtype=np.uint8)
     for number, thing in enumerate(things, start=1):
         owner[thing.mask] = number
@@ -137,8 +139,8 @@ def _draw(index: int):
     return image, light, owner
 
 
-class Pictures:
-    """All training pictures in memory, ready for the towers."""
+class Images:
+    """All training images in memory, as the towers take them."""
 
     def __init__(self, processor: GsvaProcessor, count: int):
         self.things, owners, clip, sam = [], [], [], []
@@ -167,12 +169,13 @@ class Pictures:
         best = shares.max(-1)
         self.patches = torch.where(best.values > 0.25, best.indices + 1, 0)  # (count, GRID, GRID)
 
-    def mask(self, picture: int, things: list[shapes.Thing]) -> torch.Tensor:
-        return torch.isin(self.owners[picture], torch.tensor([int(thing.mask) for thing in things], dtype=torch.uint8))
+    def mask(self, image: int, things: list[shapes.Thing]) -> torch.Tensor:
+        """Return the mask of some things of an image."""
+        return torch.isin(self.owners[image], torch.tensor([int(thing.mask) for thing in things], dtype=torch.uint8))
 
 
 class Stage:
-    """A resumable training stage: fixed steps, warm-up and cosine, a checkpoint now and then, a log line every 50 steps."""
+    """A training stage that can be resumed: warm-up and cosine schedule, checkpoints, a log line every 50 steps."""
 
     def __init__(
         self, name, modules: nn.Module, steps: int, lr: float, work_dir: Path, log: list, save_every: int = 200
@@ -189,19 +192,20 @@ class Stage:
             self.step = state["step"]
 
     def save(self):
+        """Write a checkpoint."""
         state = {"modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-        torch.save(state, self.path.with_suffix(".tmp"))
-        os.replace(self.path.with_suffix(".tmp"), self.path)
+        with replacing(self.path) as temporary:
+            torch.save(state, temporary)
 
     def run(self, losses, evaluate=None):
-        """`losses(random)` gives a dict of loss parts, from a generator that depends on seed and step alone."""
+        """Train. `losses(random)` returns the loss parts; its generator depends on seed and step alone."""
         bar = tqdm(range(self.step, self.steps), self.name, initial=self.step, total=self.steps, mininterval=10)
-        sums, begun = dict[str, list[float]](), time.time()
+        sums, start = dict[str, list[float]](), time.time()
         for step in bar:
             warm, turn = min(1.0, (step + 1) / 100), math.pi * step / self.steps
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * warm * (0.02 + 0.98 * (1 + math.cos(turn)) / 2)
-            parts = losses(np.random.default_rng([PICTURE_SEED, 100, step]))
+            parts = losses(np.random.default_rng([IMAGE_SEED, 100, step]))
             sum(parts.values()).backward()
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
@@ -215,18 +219,18 @@ class Stage:
                     "step": self.step,
                     **{k: round(sum(v) / len(v), 4) for k, v in sums.items()},
                 }
-                entry["seconds_per_step"] = round((time.time() - begun) / max(len(next(iter(sums.values()))), 1), 3)
+                entry["seconds_per_step"] = round((time.time() - start) / max(len(next(iter(sums.values()))), 1), 3)
                 if evaluate is not None and (self.step % 300 == 0 or self.step == self.steps):
                     entry.update(evaluate())
                 self.log.append(entry)
                 tqdm.write(json.dumps(entry))
-                sums, begun = {}, time.time()
+                sums, start = {}, time.time()
             if self.step % self.save_every == 0 or self.step == self.steps:
                 self.save()
 
 
-def train_towers(model, pictures: Pictures, args, log):
-    """Stage 1. The classifiers and the attribute prompts are scaffolding, thrown away afterwards."""
+def train_towers(model, images: Images, args, log):
+    """Run stage 1. Its classifiers and attribute prompts are not part of the model and are discarded."""
     width = model.config.sam_config.prompt_encoder_config.hidden_size
     scaffold = nn.ModuleDict(
         {
@@ -244,27 +248,27 @@ def train_towers(model, pictures: Pictures, args, log):
     saved_projector, model.mask_projector = model.mask_projector, nn.Identity()
 
     def losses(random):
-        rows = torch.from_numpy(random.integers(len(pictures.things), size=args.batch))
-        targets = torch.gather(pictures.classes[rows], 1, pictures.patches[rows].flatten(1)).flatten()
-        clip = model.model.get_vision_features(pictures.clip[rows].float())
-        embeddings = model.get_sam_embeddings(pictures.sam[rows].float())
-        prompts, images, truths = [], [], []
+        rows = torch.from_numpy(random.integers(len(images.things), size=args.batch))
+        targets = torch.gather(images.classes[rows], 1, images.patches[rows].flatten(1)).flatten()
+        clip = model.model.get_vision_features(images.clip[rows].float())
+        embeddings = model.get_sam_embeddings(images.sam[rows].float())
+        prompts, image_index, truths = [], [], []
         for n, row in enumerate(rows.tolist()):
-            things = pictures.things[row]
+            things = images.things[row]
             for _ in range(2):
                 thing = things[random.integers(len(things))]
                 named = random.random(3) < (0.6, 0.6, 0.25)
                 if not named.any():
                     named[random.integers(2)] = True
-                wanted = [a for a, used in zip((thing.colour, thing.shape, thing.size), named) if used]
-                same = [t for t in things if all(a in (t.colour, t.shape, t.size) for a in wanted)]
-                prompts.append([(COLOURS + SHAPES + SIZES).index(a) for a in wanted])
-                images.append(n)
-                truths.append(pictures.mask(row, same))
+                attributes = [a for a, used in zip((thing.colour, thing.shape, thing.size), named) if used]
+                same = [t for t in things if all(a in (t.colour, t.shape, t.size) for a in attributes)]
+                prompts.append([(COLOURS + SHAPES + SIZES).index(a) for a in attributes])
+                image_index.append(n)
+                truths.append(images.mask(row, same))
         offsets = torch.tensor([0, *np.cumsum([len(p) for p in prompts])[:-1].tolist()])
         states = scaffold["prompt"](torch.tensor([a for p in prompts for a in p]), offsets)
-        masks, _ = model.decode_masks(states, embeddings, torch.tensor(images))
-        bce, dice = picture_mask_losses(masks, torch.stack(truths))
+        masks, _ = model.decode_masks(states, embeddings, torch.tensor(image_index))
+        bce, dice = square_mask_losses(masks, torch.stack(truths))
         return {
             "clip": F.cross_entropy(scaffold["clip"](clip).flatten(0, 1), targets),
             "sam": F.cross_entropy(scaffold["sam"](embeddings.flatten(2).transpose(1, 2)).flatten(0, 1), targets),
@@ -277,15 +281,23 @@ def train_towers(model, pictures: Pictures, args, log):
     model.mask_projector = saved_projector
 
 
-def picture_mask_losses(masks: torch.Tensor, truths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means over the masks of the BCE and dice losses of square pictures."""
+def square_mask_losses(masks: torch.Tensor, truths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the means over the masks of the BCE and dice losses of square images."""
     upscaled = F.interpolate(masks[:, None].float(), truths.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
     bce, dice = mask_losses(upscaled, truths.float())
     return bce / len(masks), dice / len(masks)
 
 
-def train_language(model, processor, pictures: Pictures, args, log):
-    """Stage 2, over kept features of the frozen towers."""
+def pad(sequences: list, value: int = 0, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token sequences padded to one length with `value`, and a mask that is 0 at the padding."""
+    tensors = [torch.as_tensor(sequence) for sequence in sequences]
+    masks = [torch.ones_like(tensor) for tensor in tensors]
+    options = {"batch_first": True, "padding_side": side}
+    return pad_sequence(tensors, padding_value=value, **options), pad_sequence(masks, **options)
+
+
+def train_language(model, processor, images: Images, args, log):
+    """Run stage 2 on stored features of the frozen towers."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     for frozen in (
@@ -297,10 +309,10 @@ def train_language(model, processor, pictures: Pictures, args, log):
         frozen.requires_grad_(False)
     model.eval()
     with torch.no_grad():
-        batches = tqdm(range(0, len(pictures.things), 256), "features", leave=False)
+        batches = tqdm(range(0, len(images.things), 256), "features", leave=False)
         spans = [slice(n, n + 256) for n in batches]
-        clip = torch.cat([model.model.get_vision_features(pictures.clip[span].float()).half() for span in spans])
-        sam = torch.cat([model.get_sam_embeddings(pictures.sam[span].float()).half() for span in spans])
+        clip = torch.cat([model.model.get_vision_features(images.clip[span].float()).half() for span in spans])
+        sam = torch.cat([model.get_sam_embeddings(images.sam[span].float()).half() for span in spans])
     model.train()
     trained = nn.ModuleDict(
         {
@@ -311,8 +323,8 @@ def train_language(model, processor, pictures: Pictures, args, log):
     stage = Stage("language", trained, args.language_steps, 2e-3, args.work_dir, log)
 
     def conversation(random, row):
-        """Rounds in words, and one of expressions that all have a target, in random order."""
-        things = pictures.things[row]
+        """Return a conversation with turns in words and a turn of expressions with targets, in random order, and the masks."""
+        things = images.things[row]
         asked = [item for item in shapes.make_expressions(random, things, 6) if item[1]]
         asked = asked[: random.integers(1, len(asked) + 1)] if random.random() < 0.2 else asked
         words = [
@@ -323,109 +335,118 @@ def train_language(model, processor, pictures: Pictures, args, log):
         segment[0]["content"] = segment[0]["content"].replace("<image>\n", "")
         turns = segment + words if random.random() < 0.6 else words + segment
         turns[0] = {"role": "user", "content": "<image>\n" + turns[0]["content"]}
-        return turns, torch.stack([pictures.mask(row, targets) for _, targets in asked])
+        return turns, torch.stack([images.mask(row, targets) for _, targets in asked])
 
     def losses(random):
-        rows = random.integers(len(pictures.things), size=args.batch)
+        rows = random.integers(len(images.things), size=args.batch)
         turns, truths = zip(*(conversation(random, row) for row in rows))
         encoded = processor.encode_conversations(list(turns))
-        ids, mask = processor._pad([ids for ids, _ in encoded])
-        labels, _ = processor._pad([labels for _, labels in encoded], value=-100)
+        ids, mask = pad([ids for ids, _ in encoded])
+        labels, _ = pad([labels for _, labels in encoded], value=-100)
         rows = torch.from_numpy(rows)
         outputs = model(
-            input_ids=torch.from_numpy(ids),
-            attention_mask=torch.from_numpy(mask),
-            labels=torch.from_numpy(labels),
+            input_ids=ids,
+            attention_mask=mask,
+            labels=labels,
             vision_features=clip[rows].float(),
             sam_embeddings=sam[rows].float(),
         )
-        # Every second pixel is enough here, and a quarter of the work.
-        bce, dice = picture_mask_losses(torch.cat(outputs.mask_logits), torch.cat(truths)[:, ::2, ::2])
+        # Every second pixel is enough here and takes a quarter of the time.
+        bce, dice = square_mask_losses(torch.cat(outputs.mask_logits), torch.cat(truths)[:, ::2, ::2])
         return {"ce": outputs.ce_loss, "bce": 2.0 * bce, "dice": 0.5 * dice}
 
-    def evaluate():
-        """On pictures that no stage trains on: existence questions answered rightly, IoU of the masks."""
-        model.eval()
-        random = np.random.default_rng(7)
-        right, ious = [], []
-        yes, no = (processor.tokenizer(word, add_special_tokens=False)["input_ids"][-1] for word in (" yes", " no"))
-        for start in range(0, 192, 64):
-            images, asked, questions, truth, answers = [], [], [], [], []
-            for index in range(start, start + 64):
-                image, things = shapes.draw_picture(
-                    np.random.default_rng([PICTURE_SEED, shapes.SPLIT_CODES["test"], index, 0])
-                )
-                items = shapes.make_expressions(random, things)
-                images.append(image)
-                asked.append([text for text, targets in items if targets])
-                truth.append([np.any([t.mask for t in targets], 0) for _, targets in items if targets])
-                text, targets = items[random.integers(len(items))]
-                question = {"role": "user", "content": f"<image>\nis there {text}?"}
-                questions.append([question, {"role": "assistant", "content": "yes"}])
-                answers.append(bool(targets))
-            inputs = processor(images=images, expressions=asked, return_tensors="pt")
-            results = processor.post_process_segmentation(model.segment(**inputs), inputs)
-            for entries, masks in zip(results, truth):
-                ious += [(e["mask"] & m).sum() / (e["mask"] | m).sum() for e, m in zip(entries, masks)]
-            encoded = processor.encode_conversations(questions)
-            ids, mask = processor._pad([ids[:-2] for ids, _ in encoded], side="left")  # up to before "yes</s>"
-            with torch.no_grad():
-                logits = model(
-                    input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask),
-                    position_ids=torch.from_numpy(mask.cumsum(-1) - 1).clamp(min=0),
-                    pixel_values=inputs["pixel_values"], logits_to_keep=1,
-                ).logits[:, -1]  # fmt: skip
-            said = logits[:, yes] > logits[:, no]
-            right += (said == torch.tensor(answers)).tolist()
-        model.train()
-        return {"existence": round(float(np.mean(right)), 4), "mask_iou": round(float(np.mean(ious)), 4)}
+    stage.run(losses, lambda: evaluate(model, processor))
 
-    stage.run(losses, evaluate)
+
+def evaluate(model, processor) -> dict[str, float]:
+    """Return the share of right answers to existence questions and the mean IoU of masks, on images of another split."""
+    model.eval()
+    random = np.random.default_rng(7)
+    right, ious = [], []
+    yes, no = (processor.tokenizer(word, add_special_tokens=False)["input_ids"][-1] for word in (" yes", " no"))
+    for start in range(0, 192, 64):
+        batch, expressions, questions, truth, answers = [], [], [], [], []
+        for index in range(start, start + 64):
+            image, things = shapes.draw_picture(
+                np.random.default_rng([IMAGE_SEED, shapes.SPLIT_CODES["test"], index, 0])
+            )
+            items = shapes.make_expressions(random, things)
+            batch.append(image)
+            expressions.append([text for text, targets in items if targets])
+            truth.append([np.any([t.mask for t in targets], 0) for _, targets in items if targets])
+            text, targets = items[random.integers(len(items))]
+            question = {"role": "user", "content": f"<image>\nis there {text}?"}
+            questions.append([question, {"role": "assistant", "content": "yes"}])
+            answers.append(bool(targets))
+        inputs = processor(images=batch, expressions=expressions, return_tensors="pt")
+        results = processor.post_process_segmentation(model.segment(**inputs), inputs)
+        for entries, masks in zip(results, truth):
+            ious += [(e["mask"] & m).sum() / (e["mask"] | m).sum() for e, m in zip(entries, masks)]
+        encoded = processor.encode_conversations(questions)
+        ids, mask = pad([ids[:-2] for ids, _ in encoded], side="left")  # without "yes</s>"
+        with torch.no_grad():
+            logits = model(
+                input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                pixel_values=inputs["pixel_values"], logits_to_keep=1,
+            ).logits[:, -1]  # fmt: skip
+        answers_yes = logits[:, yes] > logits[:, no]
+        right += (answers_yes == torch.tensor(answers)).tolist()
+    model.train()
+    return {"existence": round(float(np.mean(right)), 4), "mask_iou": round(float(np.mean(ious)), 4)}
+
+
+class Log(list):
+    """A list of log entries that is also a file with one JSON object per line."""
+
+    def __init__(self, path: Path):
+        super().__init__(
+            json.loads(line) for line in path.read_text().splitlines()
+        ) if path.exists() else super().__init__()
+        self.path = path
+
+    def append(self, entry: dict) -> None:
+        super().append(entry)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("assets/tiny_gsva"))
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/base"), help="checkpoints, to resume from")
-    parser.add_argument("--pictures", type=int, default=24000)
+    parser.add_argument(
+        "--work_dir", type=Path, default=Path("runs/base"), help="folder of the checkpoints, to resume from"
+    )
+    parser.add_argument("--images", type=int, default=24000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tower_steps", type=int, default=2000)
     parser.add_argument("--language_steps", type=int, default=2300)
     args = parser.parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    begun = time.time()
-    torch.manual_seed(PICTURE_SEED)
+    start = time.time()
+    torch.manual_seed(IMAGE_SEED)
     processor = build_processor()
     model = GsvaForConditionalGeneration(build_config(processor))
-    log_path = args.work_dir / "log.jsonl"
-    log = [json.loads(line) for line in log_path.read_text().splitlines()] if log_path.exists() else []
-
-    class Log(list):
-        def append(self, entry):
-            super().append(entry)
-            with open(log_path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
-
-    log = Log(log)
-    pictures = Pictures(processor, args.pictures)
-    train_towers(model, pictures, args, log)
-    train_language(model, processor, pictures, args, log)
-    log.append({"stage": "done", "seconds_of_this_start": round(time.time() - begun)})
+    log = Log(args.work_dir / "log.jsonl")
+    images = Images(processor, args.images)
+    train_towers(model, images, args, log)
+    train_language(model, processor, images, args, log)
+    log.append({"stage": "done", "seconds_of_this_start": round(time.time() - start)})
     save_base(model, processor, args.output_dir, log)
 
 
 def save_base(model, processor, output_dir: Path, log: list) -> None:
+    """Save model, processor and training log, without a copy of the code."""
     model = model.to(torch.bfloat16).eval()
     model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2, max_new_tokens=128)
     output_dir.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     leave_code_out(output_dir)
-    (output_dir / "training_log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    write_text(output_dir / "training_log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
 
 
 def leave_code_out(directory: Path) -> None:
-    """Beside the project a saved directory needs no copy of its code: a second one would only grow stale."""
+    """Remove the copy of the code from a saved directory, because the project beside it holds the current version."""
 
     code_names = ("auto_map", "custom_pipelines")
 
@@ -438,7 +459,7 @@ def leave_code_out(directory: Path) -> None:
         code.unlink()
     for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
         content = without_code(json.loads((directory / name).read_text()))
-        (directory / name).write_text(json.dumps(content, indent=2) + "\n")
+        write_text(directory / name, json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,281 @@
+"""The evaluation loop: rows of a data set → the model's answers → one metric row per expression."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from data_scripts.schema import encode_mask
+from data_scripts.transforms import read_image
+from metrics.gres import gres_metrics
+
+from .config import EvaluationConfig
+from .questions import Question, num_questions, prompt_of, questions_of
+from .resume import EvaluationProgress, stored_images
+
+MetricRow = dict[str, Any]
+# Called with the index of a row, the row, its questions and the processor's results for them.
+OnPrediction = Callable[[int, dict[str, Any], list[Question], list[dict[str, Any]]], None]
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Compute with `count` threads where there is no accelerator, and restore the former number afterwards."""
+    before = torch.get_num_threads()
+    if PartialState().device.type == "cpu":
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Switch the model to evaluation, and back on every way out."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@dataclass
+class EvaluationResult:
+    """The metric rows of an evaluation.
+
+    Args:
+        rows_by_image: The rows of each image, in the order of the data set.
+        seconds: How long this start of the evaluation took.
+        taken_over: The number of images that an earlier, killed start had evaluated.
+        was_complete: Whether an earlier start had finished, so that nothing was evaluated now.
+    """
+
+    rows_by_image: list[list[MetricRow]]
+    seconds: float
+    taken_over: int = 0
+    was_complete: bool = False
+    _metrics: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def rows(self) -> list[MetricRow]:
+        return [row for rows in self.rows_by_image for row in rows]
+
+    @property
+    def has_masks(self) -> bool:
+        """Return whether every row holds the predicted mask."""
+        return all("prediction" in row for row in self.rows)
+
+    def metrics(self, convention: str = "rela") -> dict[str, float]:
+        """Return the metrics by one convention. They are computed once."""
+        if convention not in self._metrics:
+            self._metrics[convention] = gres_metrics(self.rows, convention)
+        return self._metrics[convention]
+
+
+@torch.no_grad()
+def evaluate_rows(
+    model,
+    processor,
+    config: EvaluationConfig,
+    progress: EvaluationProgress | None = None,
+    on_prediction: OnPrediction | None = None,
+    keep_masks: bool = False,
+) -> EvaluationResult:
+    """Evaluate every expression exactly once, on any number of processes.
+
+    Batches are fixed before the processes share them out. Every batch is therefore computed alike on one process and on
+    many, before a kill and after it, and the gathered rows are identical.
+
+    Args:
+        progress: The open progress of this evaluation, which keeps finished batches on disk. Rows then hold the predicted
+            mask as `prediction`.
+        on_prediction: Called for every image that is evaluated now, on the process that does it.
+        keep_masks: Rows hold the predicted mask without `progress`, too.
+
+    Raises:
+        ValueError: There is nothing to evaluate, or model and processor do not belong together.
+    """
+    begun, state, keep_masks = time.perf_counter(), PartialState(), keep_masks or progress is not None
+    check_evaluation(model, processor, config)
+    if progress is not None and progress.is_complete:
+        rows_by_image = _by_image(progress.read(), config)
+        return EvaluationResult(rows_by_image, time.perf_counter() - begun, len(config.rows), was_complete=True)
+    size, count = config.batch_size, len(config.rows)
+    batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    finished = progress.finished if progress is not None else {}
+    if progress is not None and finished and state.is_main_process:
+        print(f"{progress.path}: {len(finished)} of {len(batches)} batches were finished, going on", flush=True)
+    mine = [n for n in range(len(batches)) if n not in finished][state.process_index :: state.num_processes]
+    evaluated: list[tuple[int, list[list[MetricRow]]]] = []
+    title = f"{config.protocol} on {config.dataset} {config.split}"
+    with evaluation_mode(model):
+        for number in tqdm(mine, title, disable=not state.is_main_process, mininterval=2):
+            rows_by_image = []
+            with cpu_threads(config.threads):
+                answers = _answer_batch(model, processor, [config.rows[index] for index in batches[number]], config)
+            for index, (row, questions, of_image) in zip(batches[number], answers, strict=True):
+                rows_by_image.append(_metric_rows(row, questions, of_image, config, keep_masks))
+                if on_prediction is not None:
+                    on_prediction(index, row, questions, of_image)
+            evaluated.append((number, rows_by_image))
+            if progress is not None:
+                progress.add(number, rows_by_image)
+    every = sorted([*finished.items(), *gather_from_all(evaluated)], key=lambda pair: pair[0])
+    if [number for number, _ in every] != list(range(len(batches))):
+        raise RuntimeError(
+            f"Evaluated the batches {[number for number, _ in every]}, not each of {len(batches)} once."
+        )
+    taken_over = sum(len(batches[number]) for number in finished)
+    rows_by_image = [rows for _, batch in every for rows in batch]
+    result = EvaluationResult(rows_by_image, time.perf_counter() - begun, taken_over)
+    if progress is not None and state.is_main_process:
+        progress.write(result.rows)
+    return result
+
+
+def gather_from_all(values: list) -> list:
+    """Return the values of all processes, in the order of the processes."""
+    return gather_object(values) if PartialState().num_processes > 1 else values
+
+
+def check_evaluation(model, processor, config: EvaluationConfig) -> None:
+    """Raise ValueError if there is nothing to evaluate, or if model and processor do not belong together."""
+    check_slot_tokens(model, processor)
+    if not len(config.rows):
+        raise ValueError(f"{config.dataset} {config.split} has no rows to evaluate.")
+    if "expressions" not in config.rows[0]:
+        raise ValueError(
+            f"{config.dataset} {config.split} has no expressions to evaluate; choose a segmentation data set."
+        )
+
+
+def check_slot_tokens(model, processor) -> None:
+    """Raise ValueError if the model lacks `[SEG]` or `[REJ]`, or means other tokens by them than the processor."""
+    config, size = model.config, model.get_output_embeddings().weight.shape[0]
+    for token, name in (("[SEG]", "seg_token_id"), ("[REJ]", "rej_token_id")):
+        of_model, of_processor = getattr(config, name, None), getattr(processor, name, None)
+        if of_model is None or of_model >= size:
+            raise ValueError(
+                f"The model has no {token} in its vocabulary ({name}={of_model}, {size} output tokens), so it cannot "
+                f"{'reject' if token == '[REJ]' else 'segment'}; add the token and train it, or take a GSVA model."
+            )
+        if of_model != of_processor:
+            raise ValueError(
+                f"The model means token {of_model} by {token}, the processor {of_processor}; load both from one directory."
+            )
+
+
+def segment_images(
+    model, processor, images, expressions, config: EvaluationConfig, no_targets=None, prompt: str = "refer"
+) -> list[list[dict[str, Any]]]:
+    """Return the processor's results for the expressions of each image, by the protocol of `config`.
+
+    Args:
+        images: The images.
+        expressions: For each image, its expressions.
+        no_targets: The gold answers, for `teacher_forced`: for each expression, whether it is a no-target.
+        prompt: The name of the processor's prompt.
+    """
+    options: dict[str, Any] = {}
+    if config.protocol == "slots":
+        options["threshold"] = config.threshold
+    elif config.protocol == "generate":
+        options["max_new_tokens"] = config.max_new_tokens
+        options["do_sample"] = False
+    inputs = processor(
+        images=images,
+        expressions=expressions,
+        no_targets=no_targets,
+        prompt=prompt,
+        one_prompt_per_expression=config.one_prompt_per_expression,
+        return_tensors="pt",
+    ).to(next(model.parameters()).device)
+    outputs = model.segment(**inputs, method=config.protocol, **options)
+    is_forced = config.protocol == "teacher_forced"
+    return processor.post_process_segmentation(outputs, inputs, keep_rejected_masks=is_forced)
+
+
+def _answer_batch(
+    model, processor, rows: list[dict[str, Any]], config: EvaluationConfig
+) -> list[tuple[dict[str, Any], list[Question], list[dict[str, Any]]]]:
+    """Return (row, questions, results) of each row. Rows with the same kind of prompt are answered together."""
+    asked = [questions_of(row, config) for row in rows]
+    results: list[list[dict[str, Any]]] = [[] for _ in rows]
+    groups: dict[str, list[int]] = {}
+    for number, questions in enumerate(asked):
+        if questions:
+            groups.setdefault(prompt_of(questions, config), []).append(number)
+    for prompt, group in groups.items():
+        gold = None
+        if config.protocol == "teacher_forced":
+            gold = [[question.is_no_target for question in asked[n]] for n in group]
+        images = [read_image(rows[n]["image"]) for n in group]
+        expressions = [[question.text for question in asked[n]] for n in group]
+        answers = segment_images(model, processor, images, expressions, config, gold, prompt)
+        for n, of_image in zip(group, answers, strict=True):
+            results[n] = of_image
+    return list(zip(rows, asked, results, strict=True))
+
+
+def _metric_rows(
+    row: dict[str, Any],
+    questions: list[Question],
+    results: list[dict[str, Any]],
+    config: EvaluationConfig,
+    keep_masks: bool,
+) -> list[MetricRow]:
+    """Return the metric row of each question of a row."""
+    run_facts = {
+        "dataset": config.dataset,
+        "split": config.split,
+        "protocol": config.protocol,
+        "prompts": config.prompts,
+        "ignore_region": config.ignore_region,
+        **({} if config.used_threshold is None else {"threshold": config.used_threshold}),
+        **config.labels,
+        "image_id": row["image_id"],
+    }
+    metric_rows = []
+    for question, result in zip(questions, results, strict=True):
+        mask = result["mask"]
+        if question.truth.shape != mask.shape:
+            raise ValueError(
+                f"The mask of {question.text!r} in image {row['image_id']} is {question.truth.shape}, the image "
+                f"{mask.shape} (height, width); take images and annotations from one release."
+            )
+        intersection, union = question.overlap(mask)
+        metric_rows.append(
+            {
+                **run_facts,
+                "expression": question.text,
+                "is_no_target": question.is_no_target,
+                "is_rejected": result["is_rejected"],
+                "score": result["score"] if np.isfinite(result["score"]) else None,
+                "intersection": intersection,
+                "union": union,
+                "is_malformed": result["is_malformed"],
+                "num_targets": question.num_targets,
+                "num_expressions": 1 if config.one_prompt_per_expression else len(questions),
+            }
+        )
+        if keep_masks:
+            metric_rows[-1]["prediction"] = encode_mask(mask)
+    return metric_rows
+
+
+def _by_image(rows: list[MetricRow], config: EvaluationConfig) -> list[list[MetricRow]]:
+    """Return the rows of a finished evaluation as one list per image."""
+    rest = iter(rows)
+    return [[next(rest) for _ in range(num_questions(row, config))] for row in stored_images(config.rows)]

@@ -1,0 +1,110 @@
+"""Predictions: on image files, and on the images of a data set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from data_scripts.files import replacing, write_json, write_text
+from data_scripts.schema import encode_mask
+from data_scripts.transforms import read_image
+
+from .config import PROTOCOL_NOTES, EvaluationConfig
+from .drawing import labelled_overlay
+from .loop import cpu_threads, evaluate_rows, evaluation_mode, gather_from_all, segment_images
+from .pages import AnsweredImage, prediction_page
+
+PREDICTIONS = "predictions.json"
+
+
+def predict_files(
+    model,
+    processor,
+    paths: Sequence[str],
+    expressions: Sequence[str],
+    config: EvaluationConfig,
+    output_dir: str | Path,
+) -> None:
+    """Segment every expression in every image file; write overlays and `predictions.json`.
+
+    Args:
+        paths: Image files.
+        expressions: What to segment in each.
+        config: The settings; its rows are not read.
+
+    Raises:
+        FileNotFoundError: An image file does not exist. Nothing is predicted then.
+        ValueError: There are no expressions, or the protocol needs gold answers.
+    """
+    if not expressions:
+        raise ValueError("--do_predict got images but no --expressions; say what to look for.")
+    if config.protocol == "teacher_forced":
+        raise ValueError(
+            "protocols=teacher_forced needs gold answers, which image files do not have; choose slots or generate."
+        )
+    for path in paths:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--image {path} does not exist; give the path of an image file.")
+    if not PartialState().is_main_process:
+        return
+    output_dir, predictions = Path(output_dir), []
+    with evaluation_mode(model), cpu_threads(config.threads):
+        for number, path in enumerate(paths):
+            image = read_image({"path": path, "bytes": None})
+            (results,) = segment_images(model, processor, [image], [list(expressions)], config)
+            overlay_file = f"{number:03d}_{Path(path).stem}.png"
+            with replacing(output_dir / overlay_file) as temporary:
+                labelled_overlay(image, results).save(temporary)
+            size = {"height": image.height, "width": image.width}
+            predictions.append({"image": path, **size, "overlay": overlay_file, **_answers(results, config)})
+            for result in results:
+                decision = "rejected" if result["is_rejected"] else f"{int(result['mask'].sum())} pixels"
+                print(f"{path}: {result['text']}: {decision} (score {result['score']:+.2f})")
+    write_json(output_dir / PREDICTIONS, predictions)
+
+
+def predict_rows(model, processor, config: EvaluationConfig, output_dir: str | Path, num_pictures: int) -> None:
+    """Predict on the rows of a data set; write `predictions.json` and a page with the first images.
+
+    Args:
+        num_pictures: Images on the page.
+    """
+    predictions: list[tuple[int, dict[str, Any], AnsweredImage | None]] = []
+
+    def keep(index, row, questions, results):
+        answered = None
+        if index < num_pictures:
+            answered = AnsweredImage(row["image_id"], read_image(row["image"]), questions, results)
+        predictions.append((index, {"image_id": row["image_id"], **_answers(results, config)}, answered))
+
+    evaluate_rows(model, processor, config, on_prediction=keep)
+    ordered = sorted(gather_from_all(predictions), key=lambda entry: entry[0])
+    if not PartialState().is_main_process:
+        return
+    write_json(Path(output_dir) / PREDICTIONS, [prediction for _, prediction, _ in ordered])
+    note = f"{config.protocol}: {PROTOCOL_NOTES[config.protocol]}"
+    title = f"{config.dataset} {config.split}, {config.protocol}"
+    page = prediction_page(title, note, [answered for *_, answered in ordered if answered is not None])
+    write_text(Path(output_dir) / "predictions.html", page)
+
+
+def _answers(results: list[dict[str, Any]], config: EvaluationConfig) -> dict[str, Any]:
+    """Return the results of an image as `predictions.json` holds them: masks as COCO RLE, no score without a slot."""
+    return {
+        "protocol": config.protocol,
+        "protocol_note": PROTOCOL_NOTES[config.protocol],
+        "expressions": [
+            {
+                "text": result["text"],
+                "is_rejected": result["is_rejected"],
+                "score": None if math.isnan(result["score"]) else result["score"],
+                "area": int(result["mask"].sum()),
+                "mask": encode_mask(result["mask"]),
+            }
+            for result in results
+        ],
+    }

@@ -1,0 +1,137 @@
+"""GSVA's mask losses: binary cross-entropy and dice at each image's own size, with the original's constants."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .configuration_gsva import GsvaConfig
+from .image_processing_gsva import upscale_mask_logits
+
+# Constants of the original's losses (model/llava/model/modeling_lisa_gsva.py): the areas of the dice loss are divided by
+# 1000 and smoothed by 1e-6, the mean over masks by 1e-8.
+DICE_SCALE = 1000.0
+DICE_EPS = 1e-6
+MASK_COUNT_EPS = 1e-8
+
+
+def mask_losses(logits: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return the sums over masks of the binary cross-entropy (mean over a mask's pixels) and of the dice loss.
+
+    Args:
+        logits: (masks, height, width) before the sigmoid.
+        truth: (masks, height, width) of 0 and 1.
+    """
+    bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").flatten(1).mean(1).sum()
+    probability, truth = logits.sigmoid().flatten(1), truth.flatten(1)
+    overlap = 2 * (probability * truth).sum(1) / DICE_SCALE
+    area = (probability.sum(1) + truth.sum(1)) / DICE_SCALE
+    return bce, (1 - (overlap + DICE_EPS) / (area + DICE_EPS)).sum()
+
+
+def zero_logits_losses(area: int, pixels: int) -> tuple[float, float]:
+    """
+    Return the BCE and dice of `mask_losses` for one mask of constant zero logits, whose probabilities are all 0.5.
+
+    Args:
+        area: number of pixels in the true mask.
+        pixels: number of pixels of the image.
+    """
+    dice = 1 - (area / DICE_SCALE + DICE_EPS) / ((0.5 * pixels + area) / DICE_SCALE + DICE_EPS)
+    return math.log(2), dice
+
+
+def upscaled_mask_losses(
+    logits: torch.Tensor, truth: torch.Tensor, reshaped_input_size, original_size, input_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Compute `mask_losses` at the image's own size, and the IoU of each mask there. Autograd keeps the low-resolution
+    logits and the truth as given; float32 tensors of the image's size are computed a second time in the backward pass.
+
+    Args:
+        logits: (masks, low height, low width) before the sigmoid.
+        truth: (masks, height, width) of 0 and 1, of any type.
+        reshaped_input_size, original_size, input_size: See `upscale_mask_logits`.
+
+    Returns:
+        Sums of BCE and dice, and IoUs (masks,) without a gradient.
+    """
+
+    def losses(logits):
+        upscaled = upscale_mask_logits(logits, reshaped_input_size, original_size, input_size)
+        with torch.no_grad():
+            predicted, true = upscaled > 0, truth > 0
+            iou = (predicted & true).flatten(1).sum(1) / (predicted | true).flatten(1).sum(1)
+        return *mask_losses(upscaled, truth.float()), iou
+
+    return checkpoint(losses, logits, use_reentrant=False, preserve_rng_state=False)
+
+
+def batch_mask_losses(
+    config: GsvaConfig,
+    mask_logits: tuple[torch.Tensor, ...],
+    mask_labels: list[torch.Tensor],
+    image_index: torch.LongTensor,
+    original_sizes: torch.LongTensor,
+    reshaped_input_sizes: torch.LongTensor,
+    num_masks: torch.Tensor | int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Return the weighted BCE and dice losses of a batch, each summed over all masks and divided by their number, and the
+    IoUs of the predicted masks. Only one conversation's masks exist at the image's size at a time, in the backward pass
+    as well.
+
+    Args:
+        mask_logits: per conversation (slots, low height, low width).
+        mask_labels: per conversation (slots, height, width), see [`GsvaForConditionalGeneration.forward`].
+        image_index: (conversations,) the image of each.
+        original_sizes, reshaped_input_sizes: (images, 2) as (height, width).
+        num_masks: the number to divide by, by default that of this batch.
+
+    Raises:
+        ValueError: other numbers of masks than of conversations or slots, masks that do not have their image's size.
+    """
+    if len(mask_labels) != len(mask_logits):
+        raise ValueError(
+            f"{len(mask_logits)} conversations but {len(mask_labels)} entries in mask_labels; give one each."
+        )
+    input_size = config.sam_config.vision_config.image_size
+    bce_sum = dice_sum = mask_logits[0].new_zeros((), dtype=torch.float32)
+    count, ious = 0, [bce_sum.new_zeros(0)]
+    for index, (logits, truth) in enumerate(zip(mask_logits, mask_labels)):
+        if len(truth) == 0:
+            continue
+        image = int(image_index[index])
+        original_size = tuple(original_sizes[image].tolist())
+        if tuple(truth.shape[1:]) != original_size:
+            raise ValueError(
+                f"mask_labels[{index}] has masks of size {tuple(truth.shape[1:])}, but its image is "
+                f"{original_size} (height, width). Give masks at the image's own size."
+            )
+        if len(logits) > len(truth):
+            raise ValueError(
+                f"Conversation {index} has {len(logits)} [SEG]/[REJ] slots but {len(truth)} masks; give one mask per "
+                "slot, an empty one for [REJ]."
+            )
+        truth = truth.to(logits.device)
+        areas = truth.bool().flatten(1).sum(1).tolist()  # of bytes it would be a sum of bytes
+        # As in the original, the empty mask decides and not the token.
+        predicted = [n for n, area in enumerate(areas[: len(logits)]) if area]
+        if predicted:
+            bce, dice, iou = upscaled_mask_losses(
+                logits[predicted], truth[predicted], reshaped_input_sizes[image].tolist(), original_size, input_size
+            )
+            bce_sum, dice_sum, count = bce_sum + bce, dice_sum + dice, count + len(predicted)
+            ious.append(iou)
+        for n, area in enumerate(areas):
+            is_cut = n >= len(logits)  # by truncation: the original gives it zero logits, whatever its mask
+            if is_cut and area or not area and config.rejected_slot_loss == "zero_logits":
+                bce, dice = zero_logits_losses(area, math.prod(original_size))
+                bce_sum, dice_sum, count = bce_sum + bce, dice_sum + dice, count + 1
+    shared = (count if num_masks is None else num_masks) + MASK_COUNT_EPS
+    return config.bce_loss_weight * bce_sum / shared, config.dice_loss_weight * dice_sum / shared, torch.cat(ious)
+
+
+__all__ = ["batch_mask_losses", "mask_losses", "upscaled_mask_losses"]

@@ -1,0 +1,61 @@
+"""Save and publish a trained model."""
+
+from pathlib import Path
+
+from accelerate import PartialState
+from huggingface_hub import HfApi
+from peft import PeftModel
+
+from data_scripts.files import adding_files, replacing_folder
+from evaluation.records import RESULTS
+
+from .arguments import GsvaTrainingArguments
+from .output_folder import ADAPTER, CARD, CURVES, TRAINING
+
+# Files that a run publishes. Nothing in them names folders of this machine, and files that others put beside them stay.
+PUBLISHED = ("*.safetensors", "*.json", "*.jinja", "*.py", CARD, CURVES, "pictures_*")
+# Not published although PUBLISHED matches them. "*/*": all subfolders, such as checkpoints.
+UNPUBLISHED = ("*/*", ".*", "rows_*", "predictions*", RESULTS, TRAINING)
+
+
+def save(processor, model, output_dir: Path) -> None:
+    """Save model and processor as a directory that the Auto classes load. Files are moved in when all are written."""
+    with adding_files(output_dir) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+
+def save_adapter(model: PeftModel, output_dir: Path) -> Path:
+    """Save LoRA and the fully trained parts, without the base, in `OUTPUT_DIR/adapter`, and return that path."""
+    with replacing_folder(output_dir / ADAPTER) as folder:
+        # The embedding layers are among the fully trained parts already (modules_to_save).
+        model.save_pretrained(folder, save_embedding_layers=False)
+    return output_dir / ADAPTER
+
+
+def push(args: GsvaTrainingArguments) -> None:
+    """
+    Upload the results in `output_dir`, each repository in one commit.
+
+    The model with processor, card and pictures goes to `hub_model_id` (by default the name of `output_dir`), and the adapter
+    alone to `hub_adapter_id` if it is given.
+
+    Raises:
+        FileNotFoundError: There is no trained model, or no adapter, in `output_dir`.
+    """
+    if not PartialState().is_main_process:
+        return
+    output_dir, hub = Path(args.output_dir), HfApi(token=args.hub_token)
+    uploads: dict[str, tuple[Path, list[str] | None, list[str] | None]]
+    uploads = {args.hub_model_id or output_dir.name: (output_dir, list(PUBLISHED), list(UNPUBLISHED))}
+    if args.hub_adapter_id:
+        uploads[args.hub_adapter_id] = (output_dir / ADAPTER, None, None)
+    for folder, required in zip((folder for folder, *_ in uploads.values()), ("config.json", "adapter_config.json")):
+        if not (folder / required).is_file():
+            raise FileNotFoundError(
+                f"There is nothing to push: {folder} has no {required}; give --do_train, and LoRA for an adapter."
+            )
+    for name, (folder, allowed, ignored) in uploads.items():
+        repository = hub.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+        hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=allowed, ignore_patterns=ignored)
+        print(f"pushed {folder} to {repository}", flush=True)

@@ -1,0 +1,117 @@
+"""Train with sharded weights (FSDP, ZeRO-3): refuse options that cannot work, gather the weights, load consolidated ones."""
+
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from modeling_gsva import GsvaProcessor
+
+from .arguments import GsvaTrainingArguments, ModelArguments
+from .freezing import merge_lora, prepare_for_training
+from .loading import load_model
+from .publishing import save, save_adapter
+from .trainer import GsvaTrainer
+
+
+def shares_weights(args: GsvaTrainingArguments) -> bool:
+    """Return whether each process holds only a shard of the weights in training: FSDP, or DeepSpeed's ZeRO-3."""
+    if args.deepspeed_plugin is not None:
+        return args.deepspeed_plugin.zero_stage == 3
+    return args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def refuse_what_shards_cannot(model_args: ModelArguments, args: GsvaTrainingArguments) -> None:
+    """
+    Refuse options that need the whole weights in each process if training shards them.
+
+    Raises:
+        ValueError: Such an option is given.
+    """
+    if not (args.do_train and shares_weights(args)):
+        return
+    eval_strategy = args.eval_strategy.value if args.eval_strategy != "no" else None
+    for name, value, instead in (
+        ("feature_cache", args.feature_cache, "train without it"),
+        ("quantization", model_args.quantization, "train without it, or data parallel (configs/accelerate/ddp.yaml)"),
+        (
+            "eval_strategy",
+            eval_strategy,
+            "give --eval_strategy no; --do_eval evaluates whole weights before and after training",
+        ),
+    ):
+        if value:
+            raise ValueError(
+                f"{name}={value} is not possible where weights are sharded (FSDP, DeepSpeed ZeRO-3): {instead}."
+            )
+
+
+def gather_trained_model(trainer: GsvaTrainer, args: ModelArguments) -> torch.nn.Module | None:
+    """
+    Gather the sharded weights into one model in CPU memory on the main process. It is prepared for training as before.
+
+    Every process must call this; the others get None.
+    """
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return load_trained_weights(load_model(args, "cpu")[1], args, weights) if PartialState().is_main_process else None
+
+
+def load_trained_weights(
+    model: torch.nn.Module, args: ModelArguments, weights: dict[str, torch.Tensor]
+) -> torch.nn.Module:
+    """
+    Prepare the plain model for training and load trained weights into it.
+
+    The weights are named like parameters or as in an adapter's file. Frozen ones may be missing.
+
+    Raises:
+        ValueError: Trained weights are missing, or some belong to another model.
+    """
+    model = prepare_for_training(model, args)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    in_adapter = {name.replace(".modules_to_save", "").replace(".default", ""): name for name in model.state_dict()}
+    weights = {in_adapter.get(name, name): tensor for name, tensor in weights.items()}
+    for name in trained.keys() & weights.keys():
+        trained[name].data = trained[name].data.to(weights[name].dtype)  # float32 where the frozen rest is not
+    keys = model.load_state_dict(weights, strict=False)
+    if misfits := sorted(trained.keys() & set(keys.missing_keys)) + sorted(keys.unexpected_keys):
+        raise ValueError(
+            f"{len(misfits)} trained weights are missing or not this model's, among them {', '.join(misfits[:4])}; "
+            "give --model, --train_language_model and --lora_r as they were in training."
+        )
+    return model
+
+
+def consolidate(source: Path, model_args: ModelArguments, output_dir: Path) -> tuple[GsvaProcessor, torch.nn.Module]:
+    """
+    Return processor and model with the trained weights that accelerate's or DeepSpeed's tool has made of a checkpoint.
+
+    Both are saved in `output_dir` as at the end of training.
+
+    Args:
+        source: The tool's output, a file or a folder of files.
+
+    Raises:
+        ValueError: There are no weights at `source`, or they do not fit the model.
+    """
+    files = [source] if source.is_file() else sorted(source.glob("*.safetensors")) or sorted(source.glob("*.bin"))
+    if not files:
+        raise ValueError(
+            f"consolidated={str(source)!r} is no file, and no folder with .safetensors or .bin files in it."
+        )
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        weights |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    processor, model = load_model(model_args, "cpu")
+    dtype = model.dtype
+    model = load_trained_weights(model, model_args, weights)
+    if PartialState().is_main_process and isinstance(model, PeftModel):
+        save_adapter(model, output_dir)
+    model = merge_lora(model).to(dtype)
+    if PartialState().is_main_process:
+        save(processor, model, output_dir)
+        print(f"saved {output_dir}", flush=True)
+    return processor, model.to(PartialState().device)
