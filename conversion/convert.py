@@ -292,8 +292,16 @@ def write_model(
     args: argparse.Namespace,
 ) -> int:
     """Write configuration, code, processor, weights and, with `--keep_lora`, the adapter. Return the bytes of the weights."""
+    from transformers.utils import logging
+
     dtype = model.config.dtype
-    model.to(dtype).save_pretrained(folder, state_dict={})  # everything but the weights
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it would count the files of weights, and there are none
+    try:
+        model.to(dtype).save_pretrained(folder, state_dict={})  # everything but the weights
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
     processor.save_pretrained(folder)
     written = write_shards(folder, tensors, dtype, args.max_shard_size)
     if args.keep_lora and checkpoint.lora:

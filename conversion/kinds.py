@@ -80,7 +80,12 @@ KINDS = (
         (),
         _LLAVA_ADVICE,
     ),
-    Kind("GSVA", r"model\.(text_hidden_fcs|visual_model)\.", ("--checkpoint", *_LLAVA), "Pass it with --checkpoint."),
+    Kind(
+        "GSVA in the original's layout",
+        r"model\.(text_hidden_fcs|visual_model)\.",
+        ("--checkpoint", *_LLAVA),
+        "Pass it with --checkpoint.",
+    ),
     Kind(
         "SAM of segment-anything",
         r"(image_encoder|prompt_encoder|mask_decoder)\.",

@@ -69,21 +69,20 @@ def _heic_advice(source: str | os.PathLike | bytes) -> str:
     )
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image as RGB with 8 bits per channel.
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as it is shown: upright by its EXIF orientation, as RGB with 8 bits per channel.
 
     Alpha is dropped, as cv2.imread does for the original. 16-bit grey is scaled by its range; Pillow itself would clip it.
-    `GsvaImageProcessor` has the same rules for Pillow's images, which it cannot import from here.
+    `modeling_gsva.image_processing_gsva.upright_rgb` has the same rules; model code is copied without this package.
 
     Raises:
         ValueError: The range of the pixels is not known (32 bits, floating point), or Pillow does not convert their colours
             (LAB).
     """
-    if image.mode.startswith("I;16"):
-        array = np.asarray(image).astype(np.float64)
-        return Image.fromarray((array / 257 + 0.5).astype(np.uint8)).convert("RGB")  # 65535 = 255 x 257
-    if image.mode == "I" and image.format == "PPM":  # Pillow's PPM reader scales to 16 bits
-        return Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8)).convert("RGB")
+    is_ppm = image.format == "PPM"  # whose "I" Pillow has scaled to 16 bits
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and is_ppm):
+        return Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8)).convert("RGB")  # 65535 = 255 x 257
     if image.mode in ("I", "F"):
         low, high = np.asarray(image).min(), np.asarray(image).max()
         if image.mode == "F" or not 0 <= low <= high <= 255:
@@ -125,7 +124,7 @@ def read_image(image: Any, size: tuple[int, int] | None = None) -> Image.Image |
     try:
         image = _open_field(image)
         orientation = _orientation_of(image)
-        upright = to_rgb(ImageOps.exif_transpose(image))
+        upright = upright_rgb(image)
     except FileNotFoundError:
         raise PictureError(missing_file(f"The image {name}", name)) from None
     except DAMAGE as error:

@@ -84,8 +84,8 @@ def _caption(result: dict[str, Any]) -> str:
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int = 3, width: int = 360) -> Image.Image:
-    """Return images in rows of `columns` on one white sheet, each `width` pixels wide."""
-    scaled = [image.resize((width, max(round(image.height * width / image.width), 1))) for image in images]
+    """Return images in rows of `columns` on one white sheet, each at most `width` pixels wide and high."""
+    scaled = [ImageOps.contain(image, (width, width)) for image in images]
     rows = [scaled[n : n + columns] for n in range(0, len(scaled), columns)]
     heights = [max(image.height for image in row) + 8 for row in rows]
     sheet = Image.new("RGB", (min(columns, max(len(scaled), 1)) * (width + 8), sum(heights) or 1), "white")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data_scripts.files import render
 from metrics.gres import METRIC_KEYS, plot_rejection_curves
@@ -88,9 +88,8 @@ def prediction_page(title: str, table: str, answered: Sequence[AnsweredImage]) -
     return render(TEMPLATES / "predictions.html.jinja", title=title, table=table, images=images)
 
 
-def _thumbnail(image: Image.Image, width: int = 190) -> str:
-    size = (width, max(round(image.height * width / image.width), 1))
-    return data_url(image.resize(size, Image.Resampling.LANCZOS), optimize=True)
+def _thumbnail(image: Image.Image, side: int = 190) -> str:
+    return data_url(ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS), optimize=True)
 
 
 def report_page(runs: Sequence[Run]) -> str:

@@ -45,8 +45,10 @@ class GsvaImageProcessor(PilBackend):
       standard deviation of segment-anything, zeros right and below.
     - `original_sizes` and `reshaped_input_sizes` (images, 2): (height, width) before and after the SAM resize.
 
-    EXIF orientation is applied, as cv2.imread does in the original. Images may be PIL images, arrays (height, width, 3)
-    or (3, height, width), paths or URLs.
+    EXIF orientation is applied, as cv2.imread does in the original. Images may be PIL images, arrays or tensors (height,
+    width, 3) or (3, height, width), paths, URLs, or the bytes of an image file. All are read as what they show, with 8 bits
+    per channel: 16-bit values are scaled by their range, floats of 0 to 1 (as torchvision's ToTensor gives) by 255,
+    and booleans are black and white. Values whose range cannot be told are refused.
 
     Raises:
         ValueError: not an image, or one that cannot be decoded, has a side of zero pixels or more than `max_image_pixels`.
@@ -89,11 +91,16 @@ class GsvaImageProcessor(PilBackend):
             return [self.fetch_images(image, timeout) for image in image_url_or_urls]
         if image_url_or_urls is None:
             raise ValueError("An image is None: give a PIL image, an array, a path or a URL.")
-        if isinstance(image_url_or_urls, (str, os.PathLike, Image.Image)):
-            name = getattr(image_url_or_urls, "filename", image_url_or_urls)
+        if isinstance(image_url_or_urls, (bytes, bytearray, memoryview)):
+            image_url_or_urls = io.BytesIO(image_url_or_urls)
+        if isinstance(image_url_or_urls, (str, os.PathLike, io.IOBase, Image.Image)):
+            name = getattr(image_url_or_urls, "filename", getattr(image_url_or_urls, "name", image_url_or_urls))
+            name = "an image given as bytes" if isinstance(name, io.BytesIO) else name
             try:
                 if isinstance(image_url_or_urls, Image.Image):
                     image = image_url_or_urls
+                elif isinstance(image_url_or_urls, io.IOBase):
+                    image = _open_image(image_url_or_urls)
                 else:
                     image = self._open(os.fspath(image_url_or_urls), timeout)
                 self._check_pixels(image)
@@ -107,7 +114,7 @@ class GsvaImageProcessor(PilBackend):
         if not isinstance(image_url_or_urls, (np.ndarray, torch.Tensor)):
             raise ValueError(
                 f"An image of type {type(image_url_or_urls).__name__} is not supported: give a PIL image, an array of "
-                "shape (height, width, 3), a path or a URL."
+                "shape (height, width, 3), a path, a URL or the bytes of an image file."
             )
         if image_url_or_urls.ndim not in (2, 3, 4):  # 4: a batch
             self._raise_shape(image_url_or_urls)
@@ -117,15 +124,16 @@ class GsvaImageProcessor(PilBackend):
     def _open(source: str, timeout: float | None) -> Image.Image:
         """Open a path, a URL or base64 and read only the header (`load_image` would decode all pixels)."""
         if source.startswith(("http://", "https://")):
-            return Image.open(
+            return _open_image(
                 io.BytesIO(httpx.get(source, follow_redirects=True, timeout=timeout).raise_for_status().content)
             )
         if os.path.isfile(source):
-            return Image.open(source)
+            return _open_image(source)
         try:
-            return Image.open(io.BytesIO(base64.b64decode("".join(source.rpartition(",")[2].split()), validate=True)))
+            content = base64.b64decode("".join(source.rpartition(",")[2].split()), validate=True)
         except ValueError:
             raise FileNotFoundError("there is no such file") from None
+        return _open_image(io.BytesIO(content))
 
     def _check_pixels(self, image: Image.Image) -> None:
         if self.max_image_pixels is not None and image.width * image.height > self.max_image_pixels:
@@ -140,8 +148,8 @@ class GsvaImageProcessor(PilBackend):
         laid on white; with `do_convert_rgb=False` an array of four channels keeps them for the vision tower.
         """
         if isinstance(image, Image.Image):
-            image, input_data_format = np.array(ImageOps.exif_transpose(image).convert("RGB")), "channels_last"
-        array = np.asarray(image)
+            image, input_data_format = np.array(upright_rgb(image)), "channels_last"
+        array = to_bytes(image)
         if input_data_format is None:
             first = array.shape[0] == 3 or array.shape[-1] not in (1, 3, 4)
             input_data_format = "channels_first" if first else "channels_last"
@@ -152,6 +160,13 @@ class GsvaImageProcessor(PilBackend):
         if len(array) == 1:
             return np.repeat(array, 3, axis=0)
         return array if do_convert_rgb is False else array[:3]
+
+    def preprocess(self, images, *args, **kwargs):
+        do_rescale = kwargs.get("do_rescale")
+        if (self.do_rescale if do_rescale is None else do_rescale) is False and _are_fractions(images):
+            # By do_rescale=False callers say that pixels are between 0 and 1. They become bytes here, so rescale these.
+            kwargs["do_rescale"] = True
+        return super().preprocess(images, *args, **kwargs)
 
     def _raise_shape(self, image):
         raise ValueError(
@@ -185,6 +200,100 @@ class GsvaImageProcessor(PilBackend):
         if (size.height, size.width) == (height, width):
             return image
         return self.resize(image, size=size, resample=PILImageResampling.BILINEAR)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """
+    Return a PIL image as it is shown: upright by its EXIF orientation, as RGB with 8 bits per channel. Alpha is dropped, and 16-bit grey is scaled by its range, which
+    Pillow itself would clip. `data_scripts.images.upright_rgb` has the same rules; this file is copied without it.
+
+    Raises:
+        ValueError: the range of its pixels cannot be told (32 bits, floating point), or Pillow cannot convert its colours.
+    """
+    is_ppm = image.format == "PPM"  # whose "I" Pillow has scaled to 16 bits
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and is_ppm):
+        return Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8)).convert("RGB")  # 65535 = 255 x 257
+    if image.mode in ("I", "F"):
+        low, high = np.asarray(image).min(), np.asarray(image).max()
+        if image.mode == "F" or not 0 <= low <= high <= 255:
+            raise ValueError(
+                f"its pixels are {'floating point' if image.mode == 'F' else '32-bit'} numbers from {low} to {high}, whose "
+                f"range is not known; save it with 8 bits per channel"
+            )
+        return Image.fromarray(np.asarray(image).astype(np.uint8)).convert("RGB")
+    if image.mode in ("La", "RGBa"):  # colours multiplied by alpha
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    try:
+        return image.convert("RGB")
+    except ValueError:
+        raise ValueError(f"its pixels are {image.mode}, which Pillow does not convert; save it as RGB") from None
+
+
+def to_bytes(image) -> np.ndarray:
+    """
+    Return an array or tensor of pixels as uint8 of 0 to 255: booleans as black and white, uint16 scaled by its range,
+    floats of 0 to 1 scaled by 255, other numbers of 0 to 255 as they are.
+
+    Raises:
+        ValueError: values below 0 or above 255, or NaN.
+    """
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = image.float() if image.dtype == torch.bfloat16 else image
+    array = np.asarray(image)
+    if array.dtype == np.uint8 or not array.size:
+        return array
+    if array.dtype == bool:
+        return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype == np.uint16:
+        return (array / 257 + 0.5).astype(np.uint8)
+    low, high = array.min(), array.max()
+    if not 0 <= low <= high <= 255:  # true for NaN as well
+        raise ValueError(
+            f"The pixels of an image are {array.dtype} from {low} to {high}: give bytes of 0 to 255, floats of 0 to 1, or "
+            f"uint16, before they are normalized."
+        )
+    scale = 255 if array.dtype.kind == "f" and high <= 1 else 1
+    return (array.astype(np.float64) * scale + 0.5).astype(np.uint8)
+
+
+def _are_fractions(images) -> bool:
+    """Return whether images are floats of 0 to 1."""
+    if isinstance(images, (list, tuple)):
+        return any(map(_are_fractions, images))
+    if isinstance(images, torch.Tensor):
+        return images.is_floating_point() and images.numel() > 0 and bool(images.max() <= 1)
+    return isinstance(images, np.ndarray) and images.dtype.kind == "f" and images.size > 0 and bool(images.max() <= 1)
+
+
+def _open_image(source) -> Image.Image:
+    """Open an image file without decoding its pixels. Raises ValueError for HEIC, which Pillow alone cannot open."""
+    try:
+        return Image.open(source)
+    except Image.UnidentifiedImageError:
+        if isinstance(source, io.IOBase):
+            source.seek(0)
+            header = source.read(12)
+        else:
+            with open(source, "rb") as file:
+                header = file.read(12)
+        # brands of HEIC in the header of its container (ISO/IEC 23008-12)
+        if header[4:8] == b"ftyp" and header[8:12] in (
+            b"heic",
+            b"heix",
+            b"hevc",
+            b"hevx",
+            b"heim",
+            b"heis",
+            b"mif1",
+            b"msf1",
+        ):
+            raise ValueError(
+                "it is HEIC, which Pillow alone does not open: convert it to JPEG or PNG, or install pillow-heif and call "
+                "pillow_heif.register_heif_opener() first"
+            ) from None
+        raise
 
 
 def upscale_mask_logits(

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
 
 from evaluation.config import IGNORE_REGIONS, PROTOCOLS, TASKS, check_choice
-from metrics.gres import CONVENTIONS
+from metrics.gres import CONVENTIONS, METRIC_KEYS
 
+from .inherited_arguments import refuse_unsupported
 from .threads import usable_cores
 
 TRAIN_LANGUAGE_MODEL = ("lora", "full", "frozen")
@@ -199,6 +200,9 @@ class GsvaTrainingArguments(TrainingArguments):
         default_factory=lambda: ["none"],
         metadata={"help": "tensorboard, wandb and other reporters of transformers, or none."},
     )
+    do_eval: bool | None = field(  # None: as eval_strategy says
+        default=None, metadata={"help": "Evaluate before and after training; false also turns eval_strategy off."}
+    )
     threads: int | None = field(
         default=None,
         metadata={
@@ -248,8 +252,13 @@ class GsvaTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        refuse_unsupported(vars(self))
         if self.consolidated:
             self.do_train = False
+        if self.do_eval is False:
+            self.eval_strategy = "no"  # transformers would set do_eval instead
+        self.do_eval = bool(self.do_eval)
+        check_best_metric(self)
         if self.plan:
             self.use_cpu = True  # so that no card is needed, whatever the precision
         check_choice("feature_cache_dtype", self.feature_cache_dtype, ("float16", "bfloat16", "float32"))
@@ -260,6 +269,30 @@ class GsvaTrainingArguments(TrainingArguments):
                 f"{usable_cores()}, or leave it out."
             )
         super().__post_init__()
+
+
+def check_best_metric(args: GsvaTrainingArguments) -> None:
+    """
+    Refuse a metric for the best model that evaluation does not give. Set its default, and whether greater is better.
+
+    Raises:
+        ValueError: There is no such metric, or no evaluation during training.
+    """
+    if args.metric_for_best_model is None:
+        if not args.load_best_model_at_end and args.save_strategy != "best":
+            return
+        args.metric_for_best_model = "gIoU"
+    name = args.metric_for_best_model.removeprefix("eval_")
+    if name not in METRIC_KEYS:
+        raise ValueError(
+            f"metric_for_best_model={args.metric_for_best_model!r} is not known; choose one of {', '.join(METRIC_KEYS)}."
+        )
+    if args.load_best_model_at_end and IntervalStrategy(args.eval_strategy) == IntervalStrategy.NO:
+        raise ValueError(
+            "load_best_model_at_end needs evaluations during training: give --eval_strategy steps or epoch."
+        )
+    if args.greater_is_better is None:
+        args.greater_is_better = name != "malformed"
 
 
 def _as_words(values: dict) -> list[str]:

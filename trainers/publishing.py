@@ -10,12 +10,12 @@ from data_scripts.files import adding_files, replacing_folder
 from evaluation.records import RESULTS
 
 from .arguments import GsvaTrainingArguments
-from .output_folder import ADAPTER, CARD, CURVES, TRAINING
+from .output_folder import ADAPTER, CARD, CURVES, RUN, TRAINING
 
 # Files that a run publishes. Nothing in them names folders of this machine, and files that others put beside them stay.
 PUBLISHED = ("*.safetensors", "*.json", "*.jinja", "*.py", CARD, CURVES, "pictures_*")
 # Not published although PUBLISHED matches them. "*/*": all subfolders, such as checkpoints.
-UNPUBLISHED = ("*/*", ".*", "rows_*", "predictions*", RESULTS, TRAINING)
+UNPUBLISHED = ("*/*", ".*", "rows_*", "predictions*", RESULTS, TRAINING, RUN)
 
 
 def save(processor, model, output_dir: Path) -> None:

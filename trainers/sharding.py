@@ -7,6 +7,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import IntervalStrategy
 
 from modeling_gsva import GsvaProcessor
 
@@ -17,11 +18,18 @@ from .publishing import save, save_adapter
 from .trainer import GsvaTrainer
 
 
-def shares_weights(args: GsvaTrainingArguments) -> bool:
+def shards_weights(args: GsvaTrainingArguments) -> bool:
     """Return whether each process holds only a shard of the weights in training: FSDP, or DeepSpeed's ZeRO-3."""
     if args.deepspeed_plugin is not None:
         return args.deepspeed_plugin.zero_stage == 3
     return args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def strategy_of(args: GsvaTrainingArguments) -> str:
+    """Return how training divides the memory among processes. Checkpoints of one strategy do not fit another one."""
+    if args.deepspeed_plugin is not None:
+        return f"DeepSpeed ZeRO-{args.deepspeed_plugin.zero_stage}"
+    return "FSDP" if shards_weights(args) else "data parallel"
 
 
 def refuse_what_shards_cannot(model_args: ModelArguments, args: GsvaTrainingArguments) -> None:
@@ -31,9 +39,9 @@ def refuse_what_shards_cannot(model_args: ModelArguments, args: GsvaTrainingArgu
     Raises:
         ValueError: Such an option is given.
     """
-    if not (args.do_train and shares_weights(args)):
+    if not (args.do_train and shards_weights(args)):
         return
-    eval_strategy = args.eval_strategy.value if args.eval_strategy != "no" else None
+    eval_strategy = IntervalStrategy(args.eval_strategy).value if args.eval_strategy != "no" else None
     for name, value, instead in (
         ("feature_cache", args.feature_cache, "train without it"),
         ("quantization", model_args.quantization, "train without it, or data parallel (configs/accelerate/ddp.yaml)"),

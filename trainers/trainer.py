@@ -56,18 +56,24 @@ class EpochSampler(Sampler[int]):
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """Return the newest `checkpoint-N` with a complete state file, or None. A folder that was copied in part has none."""
+    return next(reversed(complete_checkpoints(output_dir)), None)
+
+
+def complete_checkpoints(output_dir: str | Path) -> list[str]:
+    """Return the folders `checkpoint-N` with a complete state file, oldest first."""
     folders = sorted(
         (int(folder.name.rpartition("-")[2]), folder)
         for folder in Path(output_dir).glob("checkpoint-*")
         if folder.name.rpartition("-")[2].isdigit()
     )
-    for step, folder in reversed(folders):
+    complete = []
+    for step, folder in folders:
         try:
             if json.loads((folder / "trainer_state.json").read_text())["global_step"] == step:
-                return str(folder)
-        except (OSError, ValueError, KeyError):
+                complete.append(str(folder))
+        except (OSError, ValueError, KeyError, TypeError):
             continue
-    return None
+    return complete
 
 
 def peak_memory(device: torch.device) -> int:
@@ -81,7 +87,7 @@ def peak_memory(device: torch.device) -> int:
 class GsvaTrainer(Trainer):
     """
     Args:
-        evaluation ([`EvaluationConfig`]): Configuration of `evaluate()`, whose metrics are logged as `eval_gIoU` and so on.
+        evaluation ([`EvaluationConfig`]): Settings of `evaluate()`, whose metrics are logged as `eval_gIoU` and so on.
         run_record: Facts about the run that are saved in each checkpoint as `run.json`.
 
     The cross-entropy of a micro-batch is divided by the number of supervised tokens of the whole optimizer step, its mask
