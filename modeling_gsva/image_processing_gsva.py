@@ -48,7 +48,7 @@ class GsvaImageProcessor(PilBackend):
     EXIF orientation is applied, as cv2.imread does in the original. Images may be PIL images, arrays or tensors (height,
     width, 3) or (3, height, width), paths, URLs, or the bytes of an image file. All are read as what they show, with 8 bits
     per channel: 16-bit values are scaled by their range, floats of 0 to 1 (as torchvision's ToTensor gives) by 255,
-    and booleans are black and white. Values whose range cannot be told are refused.
+    and booleans are black and white. Values of unknown range are refused.
 
     Raises:
         ValueError: not an image, or one that cannot be decoded, has a side of zero pixels or more than `max_image_pixels`.
@@ -208,7 +208,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     Pillow itself would clip. `data_scripts.images.upright_rgb` has the same rules; this file is copied without it.
 
     Raises:
-        ValueError: the range of its pixels cannot be told (32 bits, floating point), or Pillow cannot convert its colours.
+        ValueError: the range of its pixels is not known (32 bits, floating point), or Pillow cannot convert its colours.
     """
     is_ppm = image.format == "PPM"  # whose "I" Pillow has scaled to 16 bits
     image = ImageOps.exif_transpose(image)

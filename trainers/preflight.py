@@ -1,4 +1,4 @@
-"""Checks that are made before anything takes long."""
+"""Check the needs of a run before its long work begins."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WRITTEN = (
 
 def check_before_run(args: GsvaTrainingArguments) -> None:
     """
-    Check on the main process what a run needs at its end. Every process must call this.
+    Check on the main process that the run can save and report its results. Every process must call this.
 
     Raises:
         ValueError: A reporter is not installed, or the Hub cannot be reached or written.
@@ -94,7 +94,7 @@ def check_hub(args: GsvaTrainingArguments) -> None:
 
 
 def set_earlier_run_aside(output_dir: Path) -> None:
-    """Move what an earlier run has left into a subfolder, so that a new run can begin. Nothing is deleted."""
+    """Move the files of an earlier run to a subfolder, so that a new run can begin. Nothing is deleted."""
     if not (output_dir / RUN).exists() and not any(output_dir.glob("checkpoint-*")):
         return
     number = 1 + sum(1 for _ in output_dir.glob(f"{EARLIER}-*"))
