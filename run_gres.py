@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(model_args: ModelArguments, data_args: DataArguments, training_args: GsvaTrainingArguments) -> None:
-    """Do what the arguments ask for, in the order of a run: evaluate, train, evaluate again, describe, predict, push."""
+    """Run the stages that the arguments select, in this order: evaluate, train, evaluate again, describe, predict, push."""
     if training_args.plan:
         from trainers.memory_plan import plan
 
@@ -137,7 +137,7 @@ def predict(processor, model, data_args: DataArguments, training_args: GsvaTrain
 
 
 def print_summary(output_dir: Path) -> None:
-    """Print the results of the run, and where its pictures are."""
+    """Print the results of the run, and the paths of its pictures."""
     if records := read_results(output_dir):
         print(f"\n{results_table(records)}")
     pictures = sorted([*output_dir.glob("*.html"), *output_dir.glob("*.png"), *output_dir.glob(VALIDATION)])

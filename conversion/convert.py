@@ -56,7 +56,7 @@ _HUB_ERRORS = (OSError, ValueError, httpx.HTTPError)
 
 @dataclass
 class Sources:
-    """Where the tensors come from: the checkpoint first, then the bases, each of which yields to those before it."""
+    """The sources of tensors: the checkpoint first, then the bases. The first source that has a tensor supplies it."""
 
     checkpoint: CheckpointSource
     bases: list[CheckpointSource]
@@ -65,7 +65,7 @@ class Sources:
 
     @property
     def is_start(self) -> bool:
-        """Return True without a checkpoint: the model is the one that training starts from."""
+        """Return True if there is no checkpoint, so that the result is the model that training starts from."""
         return self.checkpoint.path is None
 
     def all(self) -> list[CheckpointSource]:
@@ -322,7 +322,7 @@ def summarize(
     dtype: torch.dtype,
     written: int,
 ) -> dict:
-    """Return the facts of a conversion that are printed and stand in the card.
+    """Return the facts of a conversion, for the console and the card.
 
     Args:
         origins: The option that each tensor comes from.

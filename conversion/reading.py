@@ -1,4 +1,4 @@
-"""Read checkpoints tensor by tensor, whatever files they lie in."""
+"""Read checkpoints tensor by tensor, from any of their file formats."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from safetensors import safe_open
 from .keys import full_name, lora_part, reason_to_drop, to_ours
 from .kinds import refuse_other_kinds
 
-# A safetensors file is closed and opened again after this many bytes, which gives its mapped pages back to the system.
+# After this many bytes, a safetensors file is closed and opened again to return its mapped pages to the system.
 REOPEN_BYTES = 256 * 2**20
-READ_AHEAD = 256 * 2**20  # bytes of other files: the next tensor mostly lies behind the last
+READ_AHEAD = 256 * 2**20  # bytes of other files; the next tensor mostly follows the last
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -33,7 +33,7 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Beginnings of files that are no checkpoints of torch.
+# First bytes of files that are not checkpoints of torch, and the problem to report.
 MAGIC = {
     b"version https://git-lfs": "is a Git LFS pointer, which stands for the weights: fetch them with `git lfs pull`, or "
     "download the file again with `hf download`",
@@ -48,7 +48,7 @@ MAGIC = {
 }
 # Names of shards that are counted, such as model-00001-of-00004.safetensors.
 SHARD = re.compile(r"(?P<before>.*?)(?P<number>\d{1,9})-of-(?P<total>\d{1,9})(?P<after>\D*)")
-# Files with these names lie beside a Trainer's weights and hold none.
+# Files with these names are beside a Trainer's weights and hold none.
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
 
@@ -86,7 +86,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def advise(file: BinaryIO, advice: str, begin: int = 0, size: int = 0) -> None:
-    """Tell the system which bytes of a file are needed next or no longer: keeping all pages would cost more than reading."""
+    """Advise the system which bytes of a file are needed next or no longer. Keeping all pages costs more than reading."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), begin, size, getattr(os, advice))
 
@@ -233,7 +233,7 @@ class WeightFile:
         return self._read_piece(tensor) if tensor.is_meta else tensor
 
     def _is_safetensors(self) -> bool:
-        """Return True by the content, whatever the name; by the name if the content tells nothing."""
+        """Return True if the content is safetensors, whatever the name. Go by the name if the content does not decide."""
         try:
             with self.path.open("rb") as file:
                 head = file.read(9)
@@ -268,7 +268,7 @@ class WeightFile:
         self._pickled = content if isinstance(content, dict) else {f"<{type(content).__name__}>": content}
 
     def _read_piece(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Read a tensor's bytes from the file. They are not mapped: faults of mapped pages cost more than the copy."""
+        """Read a tensor's bytes from the file. They are not mapped, because page faults cost more than the copy."""
         extent = (
             1 + sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
         )

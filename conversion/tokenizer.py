@@ -30,7 +30,7 @@ _PROBES = (
 
 
 def base_added_tokens(directory: Path) -> dict[str, int]:
-    """Return the tokens that a base directory has beside the sentencepiece vocabulary, `{text: id}`.
+    """Return the tokens that a base directory adds to the sentencepiece vocabulary, `{text: id}`.
 
     Raises:
         ValueError: A file of the directory does not map tokens to ids.

@@ -32,8 +32,8 @@ def read_mask(source: str | os.PathLike | bytes) -> tuple[np.ndarray, bool]:
 
     Raises:
         FileNotFoundError: The file is missing.
-        ValueError: The file is not an image, its format is lossy, it has several frames, or what is the target cannot be
-            told: no black pixel among several colours, or colours that disagree with transparency.
+        ValueError: The file is not an image, its format is lossy, it has several frames, or the target is
+            ambiguous: no black pixel among several colours, or colours that disagree with transparency.
     """
     with _open_lossless(source) as file:
         try:

@@ -1,4 +1,4 @@
-"""What an evaluation asks, by which protocol, and what counts."""
+"""The settings of an evaluation: its data, its protocol, and the pixels that count."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from metrics.gres import CONVENTIONS
 
-# The protocols, with the note that stands beside every number they give.
+# The protocols, with the note that accompanies all their numbers.
 PROTOCOL_NOTES = {
     "teacher_forced": "gold answers were in the model's input (the original's published protocol)",
     "slots": "the answer's wording was given, every slot was the model's own choice",
@@ -37,7 +37,7 @@ class EvaluationConfig:
         dataset, split: Their names, for the record.
         protocol: "teacher_forced", "slots" or "generate".
         batch_size: Images per batch.
-        one_prompt_per_expression: Ask for each expression in a prompt of its own. By default, one prompt holds all
+        one_prompt_per_expression: Ask for each expression in a separate prompt. By default, one prompt holds all
             expressions of an image.
         threshold: Reject a slot whose log-odds are below this (`slots`).
         conventions: Conventions of the metrics, see `conventions_for`. Training logs the first.

@@ -108,7 +108,7 @@ def _write(
     num_pictures: int,
     dtype: str,
 ) -> None:
-    """Write everything that is made from the rows."""
+    """Write all files that are made from the rows."""
     records = [
         make_record(result, config, convention, stage, model_name, rows=path.name, dtype=dtype)
         for convention in config.conventions

@@ -95,7 +95,7 @@ class GsvaConfig(PreTrainedConfig):
 
     @property
     def image_seq_length(self) -> int:
-        """Number of placeholder positions of one image in the text (256 for ViT-L/14 at 224 px)."""
+        """Return the number of placeholder positions of one image in the text (256 for ViT-L/14 at 224 px)."""
         patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
         return patches + (self.vision_feature_select_strategy == "full")
 

@@ -87,7 +87,7 @@ class GsvaOutput(ModelOutput):
 
 
 def _note_dtype(config, dtype: torch.dtype):
-    """Set it in every part's config, as loading does, so that a model saves the same config before and after loading."""
+    """Set the dtype in every part's config, as loading does, so that saving gives the same config before and after loading."""
     for name in config.sub_configs:
         part = getattr(config, name)
         part.dtype = dtype
@@ -112,7 +112,7 @@ class GsvaPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """The device for inputs; under a `device_map` the one on which accelerate runs the model, offloaded or not."""
+        """Return the device for inputs; under a `device_map` the one on which accelerate runs the model, offloaded or not."""
         place = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
         return super().device if place is None else torch.device(place)
 
@@ -533,7 +533,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         return masks, iou
 
     def _ce_loss(self, hidden, targets, num_items=None):
-        """Return the cross-entropy over the tokens of `targets` but -100; only their logits are computed."""
+        """Return the cross-entropy over the tokens of `targets` except -100; only their logits are computed."""
         supervised = targets != -100
         logits = self.lm_head(hidden[supervised]).float()
         total = F.cross_entropy(logits, targets[supervised].to(logits.device), reduction="sum")

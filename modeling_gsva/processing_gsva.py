@@ -70,7 +70,7 @@ class GsvaProcessor(ProcessorMixin):
 
     @property
     def image_seq_length(self) -> int:
-        """Number of placeholders one image takes."""
+        """Return the number of placeholders of one image."""
         crop = self.image_processor.crop_size
         return (crop["height"] // self.patch_size) * (crop["width"] // self.patch_size)
 
@@ -85,7 +85,7 @@ class GsvaProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Like the parent, but without attributes set on loading (source path, dtype, auto_map)."""
+        """Save like the parent, but without attributes set on loading (source path, dtype, auto_map)."""
         for set_on_loading in ("is_local", "local_files_only", "dtype"):  # dtype: by pipelines
             self.tokenizer.init_kwargs.pop(set_on_loading, None)
         saved = super().save_pretrained(save_directory, **kwargs)
@@ -210,7 +210,7 @@ class GsvaProcessor(ProcessorMixin):
         **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         r"""
-        Three ways to call it:
+        Make model inputs. There are three ways to call it:
 
         - `processor(images=[a, b], expressions=[["man in red", "the unicorn"], ["both dogs"]])`, to segment: `input_ids`
           (conversations, length) are the prompts padded on the left, `answer_ids` the wording of the answers padded on

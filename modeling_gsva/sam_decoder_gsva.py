@@ -33,7 +33,7 @@ def _attend(attention: SamAttention, query: torch.Tensor, key: torch.Tensor, val
 def _project(
     layer: SamTwoWayAttentionBlock, pixels: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a layer's projections of the image: key and value for the tokens' attention, and the query for its own."""
+    """Return a layer's projections of the image: key and value for the tokens' attention, query for the image's attention."""
     placed = pixels + positions
     attention = layer.cross_attn_token_to_image
     return attention.k_proj(placed), attention.v_proj(pixels), layer.cross_attn_image_to_token.q_proj(placed)

@@ -181,7 +181,7 @@ class DataArguments:
 
     @property
     def evaluated(self) -> str:
-        """Name of the data set to evaluate on."""
+        """Return the name of the data set to evaluate on."""
         if (name := self.eval_dataset or self.dataset) == "mixture":
             raise ValueError("A mixture can only be trained on; name an eval_dataset to evaluate on, say grefcoco.")
         return name
@@ -216,7 +216,7 @@ class GsvaTrainingArguments(TrainingArguments):
             "help": "Instead of training: save the consolidated weights of a sharded checkpoint as training does."
         },
     )
-    resume: bool = field(default=True, metadata={"help": "Go on from the last complete checkpoint in output_dir."})
+    resume: bool = field(default=True, metadata={"help": "Continue at the last complete checkpoint in output_dir."})
     divergence: str = field(
         default="stop",
         metadata={

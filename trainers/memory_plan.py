@@ -54,7 +54,7 @@ PLANNED = ("one_gpu", "ddp", "zero2", "zero3", "fsdp2")
 
 def architecture(name: str) -> GsvaConfig:
     """
-    Return the configuration of the paper's model in size "7b" or "13b", from `configs/architectures`.
+    Return the paper's model in size "7b" or "13b": LLaMA with 32,004 rows, CLIP ViT-L/14 at 224 px, SAM ViT-H at 1024 px.
 
     >>> architecture("7b").image_seq_length
     256
@@ -106,7 +106,7 @@ class Strategy:
         Return the strategy of an accelerate config, with `processes` instead of its number of processes.
 
         Raises:
-            ValueError: There is no such file, or it is no accelerate config.
+            ValueError: There is no such file, or it is not an accelerate config.
         """
         path = Path(path)
         content = yaml.safe_load(path.read_text()) if path.is_file() else None
@@ -142,7 +142,7 @@ class Sizes:
 
     @property
     def weights(self) -> int:
-        """Bytes of all weights."""
+        """Return the bytes of all weights."""
         return self.frozen_bytes + self.trained_bytes
 
 
@@ -158,7 +158,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Bytes of everything."""
+        """Return the bytes of all parts together."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
 
 

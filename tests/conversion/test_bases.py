@@ -1,4 +1,4 @@
-"""Bases: deltas, the start of training, and what they fill in."""
+"""Bases: deltas, the start of training, and the parts that a base supplies."""
 
 import json
 import re

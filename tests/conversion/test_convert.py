@@ -1,4 +1,4 @@
-"""Whole conversions through the real command line: what is refused, what loads, what is uploaded."""
+"""Whole conversions through the real command line: refused input, loading of results, uploads."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""There and back: the original's file again."""
+"""--reverse gives the original's file again."""
 
 import json
 

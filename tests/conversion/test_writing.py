@@ -1,4 +1,4 @@
-"""Types, shards, merged and kept LoRA of what is written."""
+"""Written models: types, shards, and LoRA merged or kept."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The pipeline gives what processor and model give by hand, for every kind of input; and the stock pipeline for chat."""
+"""The pipeline gives the results of processor and model, for every kind of input; and the stock pipeline for chat."""
 
 import threading
 from functools import partial
