@@ -39,6 +39,8 @@ from trainers.training import begin_run, train
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit status. An expected failure is one line, any other one a traceback."""
     output_dir = None
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files may have characters that a terminal has not
     try:
         arguments = parse_arguments(argv)
         output_dir = Path(arguments[-1].output_dir)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,9 +201,6 @@ class GsvaTrainingArguments(TrainingArguments):
         default_factory=lambda: ["none"],
         metadata={"help": "tensorboard, wandb and other reporters of transformers, or none."},
     )
-    do_eval: bool | None = field(  # None: as eval_strategy says
-        default=None, metadata={"help": "Evaluate before and after training; false also turns eval_strategy off."}
-    )
     threads: int | None = field(
         default=None,
         metadata={
@@ -255,9 +253,6 @@ class GsvaTrainingArguments(TrainingArguments):
         refuse_unsupported(vars(self))
         if self.consolidated:
             self.do_train = False
-        if self.do_eval is False:
-            self.eval_strategy = "no"  # transformers would set do_eval instead
-        self.do_eval = bool(self.do_eval)
         check_best_metric(self)
         if self.plan:
             self.use_cpu = True  # so that no card is needed, whatever the precision
@@ -308,6 +303,15 @@ def _as_words(values: dict) -> list[str]:
     return words
 
 
+def _ends_evaluation(words: list[str]) -> bool:
+    """Return whether the last word on `--do_eval` is a no."""
+    values = ["true"]
+    for word, following in zip(words, [*words[1:], ""]):
+        if re.fullmatch(r"--do[-_]eval(=.*)?", word):
+            values.append(word.partition("=")[2] or following)
+    return values[-1].lower() in ("false", "no", "f", "n", "0")
+
+
 def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, GsvaTrainingArguments]:
     """
     Return the arguments of `[preset.yaml] [--name value ...]`. The command line overrides the preset.
@@ -328,8 +332,11 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
         if not isinstance(preset, dict):
             raise ValueError(f"The preset {path} holds {type(preset).__name__}; write a mapping of name: value.")
         words = _as_words(preset)
+    words += argv
+    if _ends_evaluation(words):
+        words += ["--eval_strategy", "no"]  # transformers would set do_eval again because of eval_strategy
     parser = HfArgumentParser((ModelArguments, DataArguments, GsvaTrainingArguments), allow_abbrev=False)
-    model, data, training, unknown = parser.parse_args_into_dataclasses(words + argv, return_remaining_strings=True)
+    model, data, training, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:
         raise ValueError(f"{unknown} is not understood; `python run_gres.py --help` lists every name.")
     return model, data, training
