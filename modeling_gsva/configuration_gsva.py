@@ -40,6 +40,11 @@ class GsvaConfig(PreTrainedConfig):
     """
 
     model_type = "gsva"
+    # Outputs that a plain Trainer cannot join over batches (another number of slots in each), when it gathers predictions.
+    keys_to_ignore_at_inference = [
+        *("ce_loss", "mask_bce_loss", "mask_dice_loss", "mask_logits", "iou_scores", "mask_ious", "slot_logits"),
+        *("slot_positions", "past_key_values", "hidden_states", "attentions", "image_hidden_states"),
+    ]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
         # LLaMA's vocabulary and the tokens GSVA adds, <image> excepted.

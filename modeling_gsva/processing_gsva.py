@@ -230,7 +230,8 @@ class GsvaProcessor(ProcessorMixin):
                 image share one.
             conversations: messages of user and assistant.
             image_index: the image of each conversation (-1 for none), by default one each, in order.
-            masks: per conversation its true masks, arrays of (slots, height, width) at the image's own size.
+            masks: per conversation its true masks, arrays of (slots, height, width) at the image's own size; by default
+                none, where no conversation has a slot.
             return_tensors, max_length and other options of tokenizer and image processor. `max_length` cuts conversations
                 to that many tokens, placeholders of the image included.
 
@@ -254,6 +255,8 @@ class GsvaProcessor(ProcessorMixin):
                 raise ValueError(
                     f"{len(images)} entries of images hold {len(data['original_sizes'])} images; give one image each."
                 )
+        if masks is None and expressions is None and not self._has_slots(data["input_ids"]):
+            masks = [[]] * len(data["image_index"])  # transformers' Trainer evaluates only batches that hold all labels
         if masks is not None:
             data["mask_labels"] = self._check_masks(masks, data["image_index"], data.get("original_sizes", []))
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["expressions", "mask_labels"])
@@ -354,6 +357,9 @@ class GsvaProcessor(ProcessorMixin):
             "labels": pad_sequence(labels, batch_first=True, padding_value=-100).numpy(),
             "image_index": image_index,
         }
+
+    def _has_slots(self, input_ids) -> bool:
+        return bool(np.isin(input_ids, [self.seg_token_id, self.rej_token_id]).any())
 
     def _pad(self, rows: list[list[int]], side: str) -> dict[str, np.ndarray]:
         """Return `input_ids` and `attention_mask`, (rows, length)."""
