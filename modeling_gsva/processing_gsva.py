@@ -256,7 +256,9 @@ class GsvaProcessor(ProcessorMixin):
                     f"{len(images)} entries of images hold {len(data['original_sizes'])} images; give one image each."
                 )
         if masks is None and expressions is None and not self._has_slots(data["input_ids"]):
-            masks = [[]] * len(data["image_index"])  # transformers' Trainer evaluates only batches that hold all labels
+            masks = [[]] * len(
+                data["image_index"]
+            )  # transformers' Trainer evaluates only batches that hold all labels
         if masks is not None:
             data["mask_labels"] = self._check_masks(masks, data["image_index"], data.get("original_sizes", []))
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["expressions", "mask_labels"])
