@@ -90,7 +90,7 @@ def evaluate(
     output_dir = Path(training_args.output_dir)
     is_resumed = training_args.resume and last_complete_checkpoint(output_dir)
     for protocol in data_args.protocols:
-        config = evaluation_config(data_args, training_args, protocol)
+        config = evaluation_config(data_args, training_args, protocol).for_model(model)
         if stage == "before" and is_resumed and recorded(output_dir, config, stage):
             continue
         run_evaluation(
