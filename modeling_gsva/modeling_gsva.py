@@ -86,7 +86,7 @@ class GsvaOutput(ModelOutput):
     image_hidden_states: list[torch.Tensor] | None = None
 
 
-class GsvaKwargs(TransformersKwargs, total=False):
+class GsvaKwargs(TransformersKwargs, total=False):  # type: ignore[call-arg]  # mypy does not follow transformers
     """
     Arguments of [`GsvaForConditionalGeneration.forward`] that its signature must not name: transformers' `Trainer` takes
     every parameter whose name holds "label" for one that each batch has, and returns no evaluation loss without it.
@@ -449,8 +449,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
             labels: (conversations, length) token ids, -100 where nothing is learned. Gives the loss.
             pixel_values: (images, 3, h, w) for the vision tower; or `vision_features` kept from it.
             sam_pixel_values: (images, 3, H, W) for SAM; or `sam_embeddings` kept from it. Gives the masks.
-            image_index: (conversations,) which image each conversation is about, -1 for none; by default one each, in
-                order.
+            image_index: (conversations,) the image of each conversation, -1 for none; by default one each, in order.
             original_sizes, reshaped_input_sizes: (images, 2) as (height, width), needed for the mask losses.
             mask_labels: per conversation the true masks (slots, height, width) at the image's own size, an empty
                 one for a no-target expression. A slot that truncation cut off (the processor's `max_length` shortens the
@@ -459,8 +458,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
                 step. Given them, micro-batches add up to exactly the loss of one big batch; without them each batch is
                 averaged by itself, as the original does. Given only the number of tokens (by a plain `Trainer`), the mean
                 over a batch's masks counts by its part of these tokens.
-            shift_labels: (conversations, length), `labels` already aligned with the positions that predict them, where
-                a sequence is trained in shards.
+            shift_labels: (conversations, length), `labels` aligned with the positions that predict them (sharded sequences).
         """
         shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
@@ -485,7 +483,6 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
             if shift_labels is None:
                 shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
             result.loss = result.ce_loss = self._ce_loss(hidden, shift_labels, num_items_in_batch)
-
         decoded = None
         if sam_pixel_values is not None or sam_embeddings is not None:
             ids = self._slot_ids(inputs_embeds) if input_ids is None else input_ids
@@ -496,9 +493,8 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
             decoded = self._add_masks(result, hidden, ids, sam_embeddings, image_index)
             if labels is not None and mask_labels is not None:
                 sizes = original_sizes, reshaped_input_sizes
-                part = 1.0
-                if num_masks_in_batch is None and num_items_in_batch is not None:
-                    part = (shift_labels != -100).sum() / num_items_in_batch
+                only_tokens = num_masks_in_batch is None and num_items_in_batch is not None
+                part = (shift_labels != -100).sum() / num_items_in_batch if only_tokens else 1.0
                 self._add_mask_losses(result, mask_labels, image_index, *sizes, num_masks_in_batch, part)
         if self.training and labels is not None:
             # A batch may hold no mask, and the IoU estimates never count in the loss; see GsvaModel.forward.

@@ -497,10 +497,11 @@ class GsvaProcessor(ProcessorMixin):
                 them: the original's metric scores a rejected target by its mask).
 
         Returns:
-            Per image, per expression `{"text", "mask", "is_rejected", "score", "is_malformed"}`: the expression (in free
-            chat the phrase before the slot), a (height, width) boolean array (all False where rejected), the log-odds of
-            `[SEG]` against `[REJ]` (NaN where the answer has no slot for the expression, which counts as rejected), and
-            whether the answer's slots were not the ones asked for.
+            Per image, per expression `{"text", "mask", "is_rejected", "score", "probability", "is_malformed"}`: the
+            expression (in free chat the phrase before the slot), a (height, width) boolean array (all False where
+            rejected), the log-odds of `[SEG]` against `[REJ]` and the probability that the expression is there (both NaN
+            where the answer has no slot for the expression, which counts as rejected), and whether the answer's slots
+            were not the ones asked for.
         """
         num_images = len(inputs.get("original_sizes", ()))
         input_size = self.image_processor.sam_size["longest_edge"]
@@ -534,6 +535,8 @@ class GsvaProcessor(ProcessorMixin):
                 upscaled.update(zip(kept, (logits >= 0).cpu().numpy()))
             for text, n in zip(asked, matched):
                 score = float("nan") if n is None else float(scores[n])
+                is_scored = n is not None and outputs.probabilities is not None
+                probability = float(outputs.probabilities[row][n]) if is_scored else float("nan")
                 is_rejected = n is None or bool(rejected[n] if threshold is None else score < threshold)
                 # A slot that `segment` rejected has constant zero logits, which are not a mask.
                 has_mask = n in upscaled and (not bool(rejected[n]) or outputs.method == "teacher_forced")
@@ -545,6 +548,7 @@ class GsvaProcessor(ProcessorMixin):
                         "mask": mask,
                         "is_rejected": is_rejected,
                         "score": score,
+                        "probability": probability,
                         "is_malformed": malformed,
                     }
                 )

@@ -117,8 +117,11 @@ class DataArguments:
     conventions: list[str] = field(
         default_factory=lambda: ["rela"], metadata={"help": f"Metric conventions: {', '.join(CONVENTIONS)}."}
     )
-    threshold: float = field(
-        default=0.0, metadata={"help": "Reject an expression whose log-odds of [SEG] are lower (slots)."}
+    threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Reject an expression whose log-odds of [SEG] are lower (slots). Default: the calibrated threshold of the model, or 0."
+        },
     )
     one_prompt_per_expression: bool = field(
         default=False, metadata={"help": "Ask for each expression in a prompt by itself."}
@@ -160,7 +163,7 @@ class DataArguments:
         if self.eval_task is not None:
             check_choice("eval_task", self.eval_task, TASKS)
         check_choice("wording", self.wording, ("gsva", "processor"))
-        if not math.isfinite(self.threshold):
+        if self.threshold is not None and not math.isfinite(self.threshold):
             raise ValueError(
                 f"threshold={self.threshold} is not a finite number, so no score can be compared with it; give say 0 or -1.5."
             )
