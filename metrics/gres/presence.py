@@ -160,7 +160,7 @@ def presence_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         rows: As in `gres_metrics`.
     """
     present = [not row["is_no_target"] for row in rows]
-    scores = [row.get("score") for row in rows]
+    scores: list[Any] = [row.get("score") for row in rows]
     has_scores = all(score is not None for score in scores)
     return {
         "AUROC": presence_auroc(scores, present) if has_scores else math.nan,
