@@ -25,7 +25,7 @@ from evaluation.run import recorded
 from trainers.arguments import DataArguments, GsvaTrainingArguments, ModelArguments, parse_arguments
 from trainers.card import write_card
 from trainers.data import evaluation_config
-from trainers.failures import CANNOT_GO_ON, explain
+from trainers.failures import CANNOT_GO_ON, allow_any_file_name_in_output, explain
 from trainers.loading import load_model
 from trainers.lock import run_lock
 from trainers.output_folder import VALIDATION
@@ -39,6 +39,7 @@ from trainers.training import begin_run, train
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit status. An expected failure is one line, any other one a traceback."""
     output_dir = None
+    allow_any_file_name_in_output()
     try:
         arguments = parse_arguments(argv)
         output_dir = Path(arguments[-1].output_dir)
@@ -107,7 +108,7 @@ def evaluate(
     output_dir = Path(training_args.output_dir)
     is_resumed = training_args.resume and last_complete_checkpoint(output_dir)
     for protocol in data_args.protocols:
-        config = evaluation_config(data_args, training_args, protocol)
+        config = evaluation_config(data_args, training_args, protocol).for_model(model)
         if stage == "before" and is_resumed and recorded(output_dir, config, stage):
             continue
         run_evaluation(

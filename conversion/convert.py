@@ -135,8 +135,8 @@ def gather_sources(args: argparse.Namespace) -> Sources:
         ValueError: Options that do not go together, or files that do not hold a checkpoint.
         FileNotFoundError: A path does not exist, or LLaVA's directory is not given.
     """
-    llava_dir, clip_dir = local_path(args.llava), local_path(args.clip)
-    llama_dir, delta_dir = local_path(args.llama), local_path(args.llava_delta)
+    llava_dir, clip_dir = local_directory(args.llava, "--llava"), local_directory(args.clip, "--clip")
+    llama_dir, delta_dir = local_directory(args.llama, "--llama"), local_directory(args.llava_delta, "--llava_delta")
     if (llama_dir is None) != (delta_dir is None) or (llava_dir and delta_dir):
         raise ValueError("Pass either --llava, or --llama together with --llava_delta.")
 
@@ -164,14 +164,19 @@ def gather_sources(args: argparse.Namespace) -> Sources:
     return Sources(checkpoint, bases, language_dir, clip_dir)
 
 
-def local_path(path: str | None) -> Path | None:
-    """Return a local path as it is, and the local folder of a Hub repository, downloaded if need be.
+def local_directory(path: str | None, option: str) -> Path | None:
+    """Return the directory of a base: a local one as it is, that of a Hub repository after downloading it.
 
     Raises:
         FileNotFoundError: `path` neither exists nor is the name of a repository.
+        NotADirectoryError: It is a file.
     """
-    if path is None or Path(path).exists():
-        return Path(path) if path else None
+    if path is None:
+        return None
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).exists():
+        raise NotADirectoryError(f"{option} {path} is a file: pass the directory with its config.json.")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).parent.exists():
         from huggingface_hub import snapshot_download
 
@@ -179,10 +184,10 @@ def local_path(path: str | None) -> Path | None:
             return Path(snapshot_download(path, allow_patterns=_HUB_FILES))
         except _HUB_ERRORS as error:
             raise FileNotFoundError(
-                f"{path} is no local path, and cannot be downloaded from the Hub ({error}). Check the name, log in with "
+                f"{option} {path} is no local path, and cannot be downloaded from the Hub ({error}). Check the name, log in with "
                 "`hf auth login` if it is not public, or download it and pass its directory."
             ) from error
-    raise FileNotFoundError(f"{path} does not exist.")
+    raise FileNotFoundError(f"{option} {path} does not exist.")
 
 
 def describe_model(

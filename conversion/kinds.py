@@ -92,6 +92,12 @@ KINDS = (
         ("--sam",),
         "Pass it with --sam.",
     ),
+    Kind(
+        "LLaMA in Meta's format",
+        r"(tok_embeddings|layers\.\d+\.(attention\.w[qkvo]|feed_forward\.w\d))\.",
+        (),
+        "Pass LLaMA in the format of transformers (its convert_llama_weights_to_hf.py makes it).",
+    ),
     Kind("SigLIP", r"vision_model\.(head\.|embeddings\.patch_embedding\.bias)", (), _CLIP_ADVICE),
     Kind("CLIP in the format of OpenAI or open_clip", r"(visual|transformer\.resblocks)\.", (), _CLIP_ADVICE),
     Kind("CLIP", r"(vision_model|text_model)\.", ("--clip",), "Pass it with --clip."),

@@ -148,7 +148,8 @@ def image_size(image: dict, stated: tuple[int, int] | None = None) -> tuple[int,
     try:
         with _open_field(image) as opened:
             orientation = _orientation_of(opened)
-            size = (opened.width, opened.height) if orientation >= 5 else (opened.height, opened.width)
+            swaps = orientation >= 5 and opened.format != "TIFF"  # Pillow states the upright size of TIFF
+            size = (opened.width, opened.height) if swaps else (opened.height, opened.width)
     except FileNotFoundError:
         raise PictureError(missing_file(f"The image {name}", name)) from None
     except DAMAGE as error:

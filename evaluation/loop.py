@@ -109,6 +109,7 @@ def evaluate_rows(
     """
     begun, state, keep_masks = time.perf_counter(), PartialState(), keep_masks or progress is not None
     check_evaluation(model, processor, config)
+    config = config.for_model(model)
     if progress is not None and progress.is_complete:
         rows_by_image = _by_image(progress.read(), config)
         return EvaluationResult(rows_by_image, time.perf_counter() - begun, len(config.rows), was_complete=True)
@@ -190,7 +191,7 @@ def segment_images(
     """
     options: dict[str, Any] = {}
     if config.protocol == "slots":
-        options["threshold"] = config.threshold
+        options["threshold"] = config.threshold  # None: the model's own
     elif config.protocol == "generate":
         options["max_new_tokens"] = config.max_new_tokens
         options["do_sample"] = False

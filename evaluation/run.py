@@ -75,7 +75,7 @@ def run_evaluation(
             of another evaluation.
     """
     output_dir, state = Path(output_dir), PartialState()
-    config = replace(config, labels={**config.labels, "stage": stage, "model": model_name})
+    config = replace(config, labels={**config.labels, "stage": stage, "model": model_name}).for_model(model)
     check_evaluation(model, processor, config)
     path = output_dir / rows_name(config, stage)
     identity = evaluation_identity(model, processor, config) if state.is_main_process else None

@@ -21,6 +21,8 @@ class GsvaSegmentationOutput(ModelOutput):
         answer_starts: (conversations,) position at which each answer begins in `sequences`.
         mask_logits: per conversation (slots, height, width) low-resolution logits; constant zero where rejected.
         scores: per conversation (slots,) log-odds of `[SEG]` against `[REJ]`.
+        probabilities: per conversation (slots,) probability that the expression is there, by the calibration in the
+            configuration (`rejection`); the sigmoid of the score without one.
         is_rejected: per conversation (slots,) booleans.
         iou_scores: per conversation (slots,), the mask decoder's own estimate of its mask's IoU.
         image_index: (conversations,) which image each conversation is about, -1 for none.
@@ -31,6 +33,7 @@ class GsvaSegmentationOutput(ModelOutput):
     answer_starts: torch.LongTensor | None = None
     mask_logits: tuple[torch.Tensor, ...] | None = None
     scores: tuple[torch.Tensor, ...] | None = None
+    probabilities: tuple[torch.Tensor, ...] | None = None
     is_rejected: tuple[torch.Tensor, ...] | None = None
     iou_scores: tuple[torch.Tensor, ...] | None = None
     image_index: torch.LongTensor | None = None
@@ -223,7 +226,7 @@ class SegmentationMixin(_Base):
         vision_features: torch.Tensor | None = None,
         sam_embeddings: torch.Tensor | None = None,
         method: str = "slots",
-        threshold: float = 0.0,
+        threshold: float | None = None,
         original_sizes=None,
         reshaped_input_sizes=None,
         expressions=None,
@@ -241,8 +244,9 @@ class SegmentationMixin(_Base):
                 choice. "generate": the answer is generated from the question alone, `generate_kwargs` go to `generate`.
                 "teacher_forced", the original's published protocol: the slots of `answer_ids` (the gold ones) are in the
                 input when later ones are decided, and masks come from a second pass in which every slot is `[SEG]`.
-            threshold: a slot is rejected when its log-odds of `[SEG]` against `[REJ]` are below it ("slots"). Later slots
-                see the likelier token of earlier ones whatever the threshold, so that no score depends on it.
+            threshold: a slot is rejected when its log-odds of `[SEG]` against `[REJ]` are below it ("slots"); by default
+                the calibrated threshold in the configuration (`rejection`), or 0. Later slots see the likelier token of
+                earlier ones whatever the threshold, so that no score depends on it.
             original_sizes, reshaped_input_sizes, expressions: ignored; `post_process_segmentation` uses them.
 
         Raises:
@@ -278,7 +282,9 @@ class SegmentationMixin(_Base):
             sam_embeddings,
         )
         if method == "slots":
-            return self._segment_slots(batch, threshold)
+            return self._segment_slots(
+                batch, self.config.rejection_values["threshold"] if threshold is None else threshold
+            )
         return self._segment_teacher_forced(batch)
 
     @torch.no_grad()
@@ -396,11 +402,14 @@ class SegmentationMixin(_Base):
     def _output(self, method: str, batch: AnsweredBatch, slots: SlotAnswers) -> GsvaSegmentationOutput:
         sequences = batch.sequences
         counts = torch.bincount(slots.places[:, 0], minlength=len(sequences)).tolist()
+        rejection = self.config.rejection_values
+        probabilities = torch.sigmoid(slots.scores.float() / rejection["temperature"] + rejection["offset"])
         result = GsvaSegmentationOutput(
             method=method,
             sequences=sequences,
             answer_starts=torch.full((len(sequences),), batch.start, device=sequences.device),
             scores=slots.scores.split(counts),
+            probabilities=probabilities.split(counts),
             is_rejected=slots.rejected.split(counts),
             image_index=batch.image_index,
         )

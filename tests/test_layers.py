@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "data_scripts": (),
     "metrics": (),
     "evaluation": ("modeling_gsva", "data_scripts", "metrics"),
-    "trainers": ("evaluation", "modeling_gsva", "data_scripts", "metrics"),
+    "trainers": ("evaluation", "conversion", "modeling_gsva", "data_scripts", "metrics"),
     "run_gres": ("trainers", "evaluation", "modeling_gsva", "data_scripts", "metrics"),
     "conversion": ("modeling_gsva",),
     "convert_checkpoint": ("conversion",),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,8 +117,11 @@ class DataArguments:
     conventions: list[str] = field(
         default_factory=lambda: ["rela"], metadata={"help": f"Metric conventions: {', '.join(CONVENTIONS)}."}
     )
-    threshold: float = field(
-        default=0.0, metadata={"help": "Reject an expression whose log-odds of [SEG] are lower (slots)."}
+    threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Reject an expression whose log-odds of [SEG] are lower (slots). Default: the calibrated threshold of the model, or 0."
+        },
     )
     one_prompt_per_expression: bool = field(
         default=False, metadata={"help": "Ask for each expression in a prompt by itself."}
@@ -159,7 +163,7 @@ class DataArguments:
         if self.eval_task is not None:
             check_choice("eval_task", self.eval_task, TASKS)
         check_choice("wording", self.wording, ("gsva", "processor"))
-        if not math.isfinite(self.threshold):
+        if self.threshold is not None and not math.isfinite(self.threshold):
             raise ValueError(
                 f"threshold={self.threshold} is not a finite number, so no score can be compared with it; give say 0 or -1.5."
             )
@@ -199,9 +203,6 @@ class GsvaTrainingArguments(TrainingArguments):
     report_to: list[str] = field(  # with transformers' type the command line can name only one
         default_factory=lambda: ["none"],
         metadata={"help": "tensorboard, wandb and other reporters of transformers, or none."},
-    )
-    do_eval: bool | None = field(  # None: as eval_strategy says
-        default=None, metadata={"help": "Evaluate before and after training; false also turns eval_strategy off."}
     )
     threads: int | None = field(
         default=None,
@@ -255,9 +256,6 @@ class GsvaTrainingArguments(TrainingArguments):
         refuse_unsupported(vars(self))
         if self.consolidated:
             self.do_train = False
-        if self.do_eval is False:
-            self.eval_strategy = "no"  # transformers would set do_eval instead
-        self.do_eval = bool(self.do_eval)
         check_best_metric(self)
         if self.plan:
             self.use_cpu = True  # so that no card is needed, whatever the precision
@@ -308,6 +306,15 @@ def _as_words(values: dict) -> list[str]:
     return words
 
 
+def _ends_evaluation(words: list[str]) -> bool:
+    """Return whether the last word on `--do_eval` is a no."""
+    values = ["true"]
+    for word, following in zip(words, [*words[1:], ""]):
+        if re.fullmatch(r"--do[-_]eval(=.*)?", word):
+            values.append(word.partition("=")[2] or following)
+    return values[-1].lower() in ("false", "no", "f", "n", "0")
+
+
 def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, GsvaTrainingArguments]:
     """
     Return the arguments of `[preset.yaml] [--name value ...]`. The command line overrides the preset.
@@ -328,8 +335,11 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
         if not isinstance(preset, dict):
             raise ValueError(f"The preset {path} holds {type(preset).__name__}; write a mapping of name: value.")
         words = _as_words(preset)
+    words += argv
+    if _ends_evaluation(words):
+        words += ["--eval_strategy", "no"]  # transformers would set do_eval again because of eval_strategy
     parser = HfArgumentParser((ModelArguments, DataArguments, GsvaTrainingArguments), allow_abbrev=False)
-    model, data, training, unknown = parser.parse_args_into_dataclasses(words + argv, return_remaining_strings=True)
+    model, data, training, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:
         raise ValueError(f"{unknown} is not understood; `python run_gres.py --help` lists every name.")
     return model, data, training

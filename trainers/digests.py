@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +48,11 @@ def as_json(value: Any) -> bytes:
 
 
 def model_digest(model: nn.Module, processor: Any = None) -> str:
-    """Return a digest of a model's weights and settings, and of the processor's wording and vocabulary.
-
-    With DeepSpeed ZeRO-3 every process must call this, because each holds a shard of the weights.
-    """
+    """Return a digest of a model's weights and settings, and of the processor's wording and vocabulary."""
     digest = hashlib.sha256(as_json(neutral(model.config.to_dict())))
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if hasattr(tensor, "ds_id"):
-            import deepspeed
-
-            whole: Any = deepspeed.zero.GatheredParameters([tensor])
-        else:
-            whole = nullcontext()
-        with whole:
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor_bytes(tensor))
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor_bytes(tensor))
     if processor is not None:
         digest.update(as_json([processor.chat_template, processor.prompts, processor.image_processor.to_dict()]))
         digest.update(as_json(processor.tokenizer.get_vocab()))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import io
+import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +22,13 @@ CANNOT_GO_ON = (
     torch.OutOfMemoryError,
     ImportError,
 )
+
+
+def allow_any_file_name_in_output() -> None:
+    """Escape characters that the terminal cannot show, so that no file name ends the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def explain(error: BaseException, output_dir: Path | None) -> str:

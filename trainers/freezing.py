@@ -55,6 +55,11 @@ def merge_lora(model: nn.Module) -> nn.Module:
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
+def plain_model(model: nn.Module) -> nn.Module:
+    """Return the model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def _part_of(name: str) -> str:
     name = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
     for part in ("lora_", *FULLY_TRAINED, "model.language_model", "model.vision_tower", "model.multi_modal_projector"):

@@ -16,7 +16,7 @@ from .digests import data_digest, model_digest
 from .inherited_arguments import KEPT, REPORTED, plain
 from .output_folder import RUN
 from .processes import on_main_process
-from .sharding import shards_weights, strategy_of
+from .sharding import strategy_of
 from .trainer import complete_checkpoints, last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -43,11 +43,7 @@ def make_record(
     """
     dataset = load_training_data(processor, data_args, training_args)
 
-    def digests() -> list[str]:
-        return [model_digest(model, processor), data_digest(dataset)]
-
-    # With sharded weights each process must take part.
-    base, data = digests() if shards_weights(training_args) else on_main_process(digests)
+    base, data = on_main_process(lambda: (model_digest(model, processor), data_digest(dataset)))
     model_values, data_values = asdict(model_args), asdict(data_args)
     kept: dict[str, Any] = {"base model": base, "training data": data, "strategy": strategy_of(training_args)}
     kept |= {name: model_values[name] for name in KEPT_OF_MODEL}

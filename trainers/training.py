@@ -22,12 +22,21 @@ from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
 from .curves import training_curves
 from .data import GsvaCollator, ProcessorWording, evaluation_config, num_images, training_data
-from .freezing import cast_trained, merge_lora, moved_table, parts_table, prepare_for_training, snapshot, unmoved
+from .freezing import (
+    cast_trained,
+    merge_lora,
+    moved_table,
+    parts_table,
+    plain_model,
+    prepare_for_training,
+    snapshot,
+    unmoved,
+)
 from .loading import load_model, merge
 from .output_folder import ADAPTER, CURVES, LOG_HISTORY, RUN, TRAINING
 from .publishing import save, save_adapter
 from .run_record import check_resumed, describe_changes, make_record, refuse_fewer_steps, resume_point
-from .sharding import gather_trained_model, shards_weights
+from .sharding import gather_trained_model, prepare_for_deepspeed, shards_weights
 from .threads import training_threads
 from .trainer import GsvaTrainer
 
@@ -66,6 +75,7 @@ def train(
     if state.is_main_process:
         print(parts_table(model), flush=True)
         check_disk(model, training_args)
+    prepare_for_deepspeed(model, training_args)
     before = snapshot(model)
     trainer = make_trainer(processor, model, dataset, data_args, training_args, record)
     with cpu_threads(threads or 1):
@@ -75,6 +85,7 @@ def train(
     if trainer.state.global_step and state.is_main_process:
         report_moved(model, before)
     if model is not None:
+        plain_model(model).tie_weights()
         model = save_trained(processor, model, model_args, Path(training_args.output_dir), loaded_dtype)
     if state.is_main_process:
         write_json(Path(training_args.output_dir) / RUN, record)

@@ -96,3 +96,13 @@ def test_a_push_that_fails_says_how_to_go_on(original, tmp_path, monkeypatch):
         run(original, original / "full.pt", tmp_path / "out", "--push_to_hub", "someone/gsva")
     assert str(tmp_path / "out") in str(error.value)
     load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "option, file", [("--llava", "llava/pytorch_model.bin"), ("--clip", "clip/pytorch_model.bin")]
+)
+def test_bases_are_directories(option, file, original, tmp_path):
+    with pytest.raises(SystemExit, match=rf"{option} .*pytorch_model.bin is a file: pass the directory"):
+        run(original, original / "full.pt", tmp_path / "out", option, str(original / file))
+    with pytest.raises(SystemExit, match=rf"{option} .*nowhere does not exist"):
+        run(original, original / "full.pt", tmp_path / "out", option, str(tmp_path / "nowhere"))

@@ -44,6 +44,7 @@ OTHERS = {
     "LLaVA 1.5's projector alone": ("--llava", ["model.mm_projector.0.weight"], "LLaVA-1.5's projector"),
     "LLaVA of transformers": ("--llava", ["language_model.model.layers.0.x", "multi_modal_projector.linear_1.weight"],
                               "LLaVA in the format of transformers"),
+    "Meta's LLaMA": ("--llama", ["tok_embeddings.weight", "layers.0.attention.wq.weight"], "LLaMA in Meta's format"),
     "GPTQ": ("--checkpoint", [*LLAVA, "model.layers.0.self_attn.q_proj.qweight"], "quantized by GPTQ"),
     "bitsandbytes": ("--checkpoint", [*LLAVA, "model.layers.0.self_attn.q_proj.weight.absmax"], "quantized by bitsandbytes"),
     "converted": ("--checkpoint", ["mask_projector.0.weight", "model.language_model.norm.weight"], "it is a converted model"),
