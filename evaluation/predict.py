@@ -1,4 +1,4 @@
-"""Predictions: on image files, and on the images of a data set."""
+"""Predict on image files, and on the images of a data set."""
 
 from __future__ import annotations
 
