@@ -44,7 +44,7 @@ def read_mask(source: str | os.PathLike | bytes) -> tuple[np.ndarray, bool]:
             level, top = _visible_level(image), 255.0
         else:
             level, top = _level(image)
-        if level.min() > 0 and (level.min() < level.max() or len(image.convert("RGB").getcolors(level.size)) > 1):
+        if level.min() > 0 and (level.min() < level.max() or len(image.convert("RGB").getcolors(level.size) or ()) > 1):
             raise ValueError(f"it has several colours and none of them is black, the background; {_ADVICE}")
     if _is_antialiased(level, top):
         return level >= top / 2, True
