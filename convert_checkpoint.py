@@ -36,21 +36,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", required=True, help="directory to write; with --reverse a .bin file")
     add("--llava", help="LLaVA: config.json, tokenizer.model, and the weights that the checkpoint lacks")
     add("--llama", help="LLaMA, if LLaVA is given as a delta")
-    add("--llava_delta", help="LLaVA as a delta, which is added to --llama while reading")
+    add("--llava_delta", help="LLaVA's delta, which is added to --llama")
     add("--clip", help="CLIP, a directory or Hub name: config.json and the weights that the checkpoint lacks")
     add("--sam", help="SAM's .pth file (ViT-H, L or B, recognised by its tensors)")
     add("--tokenizer", help="tokenizer.model, if the LLaVA directory has none")
     add("--conv_type", default="llava_v1", choices=["llava_v1", "llava_llama_2"],
         help="conversation template that the checkpoint was trained with")  # fmt: skip
     add("--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"],
-        help="type of the written weights; auto: that of the checkpoint")  # fmt: skip
+        help="type of the written weights; auto keeps the checkpoint's")  # fmt: skip
     add("--seed", type=int, default=0, help="without --checkpoint: seed of the weights that GSVA adds to the bases")
-    add("--lora_alpha", type=float, default=16.0, help="the original's --lora_alpha, which is not in the checkpoint")
+    add("--lora_alpha", type=float, default=16.0, help="--lora_alpha of the training; checkpoints do not store it")
     add("--keep_lora", action="store_true", help="write LoRA to adapter/ for PEFT instead of merging it")
-    add("--max_shard_size", default="5GB", help="largest size of a file of weights")
+    add("--max_shard_size", default="5GB", help="largest size of one weights file (default: 5GB)")
     add("--push_to_hub", metavar="REPO", help="upload the result to this repository")
-    add("--reverse", action="store_true", help="turn a directory of ours into a .bin in the original's layout")
-    add("--peft_names", action="store_true", help="with --reverse: names with PEFT's prefix, for training with LoRA")
+    add("--reverse", action="store_true", help="convert our directory to a .bin in the original's layout")
+    add("--peft_names", action="store_true", help="with --reverse: names with PEFT's prefix, to train with LoRA")
     args = parser.parse_args(argv)
     if args.reverse and args.checkpoint is None:
         parser.error("--reverse needs --checkpoint, a directory that this program wrote")
@@ -61,7 +61,7 @@ def keep_freed_memory() -> None:
     """Keep freed memory in the process: returning it to the system and faulting it in again is as slow as the copy."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:  # glibc; the numbers are those of its malloc.h
-        mallopt(-4, 0)  # M_MMAP_MAX: large tensors get no mapping of their own
+        mallopt(-4, 0)  # M_MMAP_MAX: large tensors are not mapped separately
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: up to 1 GB of freed memory stays
 
 

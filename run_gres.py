@@ -25,27 +25,35 @@ from evaluation.run import recorded
 from trainers.arguments import DataArguments, GsvaTrainingArguments, ModelArguments, parse_arguments
 from trainers.card import write_card
 from trainers.data import evaluation_config
+from trainers.failures import CANNOT_GO_ON, allow_any_file_name_in_output, explain
 from trainers.loading import load_model
+from trainers.lock import run_lock
+from trainers.output_folder import VALIDATION
+from trainers.preflight import check_before_run
 from trainers.publishing import push
 from trainers.sharding import consolidate, refuse_what_shards_cannot
 from trainers.trainer import last_complete_checkpoint
-from trainers.training import train
+from trainers.training import begin_run, train
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return its exit status."""
+    """Run the command line; return its exit status. An expected failure is one line, any other one a traceback."""
+    output_dir = None
+    allow_any_file_name_in_output()
     try:
-        run(*parse_arguments(argv))
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        arguments = parse_arguments(argv)
+        output_dir = Path(arguments[-1].output_dir)
+        run(*arguments)
+    except CANNOT_GO_ON as error:
         if "debug" in (sys.argv if argv is None else argv):  # --log_level debug
             raise
-        print(f"run_gres.py: {error}", file=sys.stderr)
+        print(f"run_gres.py: {explain(error, output_dir)}", file=sys.stderr)
         return 1
     return 0
 
 
 def run(model_args: ModelArguments, data_args: DataArguments, training_args: GsvaTrainingArguments) -> None:
-    """Do what the arguments ask for, in the order of a run: evaluate, train, evaluate again, describe, predict, push."""
+    """Run the stages that the arguments select, in this order: evaluate, train, evaluate again, describe, predict, push."""
     if training_args.plan:
         from trainers.memory_plan import plan
 
@@ -53,15 +61,25 @@ def run(model_args: ModelArguments, data_args: DataArguments, training_args: Gsv
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict or training_args.consolidated):
         raise ValueError("There is nothing to do; give --do_train, --do_eval or --do_predict.")
     refuse_what_shards_cannot(model_args, training_args)
+    with run_lock(training_args.output_dir):
+        stages(model_args, data_args, training_args)
+
+
+def stages(model_args: ModelArguments, data_args: DataArguments, training_args: GsvaTrainingArguments) -> None:
+    """Run the stages of a run, while no other run writes to the output folder."""
+    check_before_run(training_args)
     transformers.set_seed(training_args.seed)
+    record = None
     if training_args.consolidated:
         processor, model = consolidate(Path(training_args.consolidated), model_args, Path(training_args.output_dir))
     else:
         processor, model = load_model(model_args)
+    if training_args.do_train:
+        record = begin_run(processor, model, model_args, data_args, training_args)
     if training_args.do_eval and training_args.do_train and data_args.eval_before_training:
         evaluate(processor, model, model_args, data_args, training_args, stage="before")
     if training_args.do_train:
-        model = train(processor, model, model_args, data_args, training_args)
+        model = train(processor, model, model_args, data_args, training_args, record)
     if training_args.do_eval:
         stage = "after" if training_args.do_train else "as loaded"
         evaluate(processor, model, model_args, data_args, training_args, stage)
@@ -90,7 +108,7 @@ def evaluate(
     output_dir = Path(training_args.output_dir)
     is_resumed = training_args.resume and last_complete_checkpoint(output_dir)
     for protocol in data_args.protocols:
-        config = evaluation_config(data_args, training_args, protocol)
+        config = evaluation_config(data_args, training_args, protocol).for_model(model)
         if stage == "before" and is_resumed and recorded(output_dir, config, stage):
             continue
         run_evaluation(
@@ -120,10 +138,10 @@ def predict(processor, model, data_args: DataArguments, training_args: GsvaTrain
 
 
 def print_summary(output_dir: Path) -> None:
-    """Print the results of the run, and where its pictures are."""
+    """Print the results of the run, and the paths of its pictures."""
     if records := read_results(output_dir):
         print(f"\n{results_table(records)}")
-    pictures = sorted([*output_dir.glob("*.html"), *output_dir.glob("*.png"), *output_dir.glob("validation")])
+    pictures = sorted([*output_dir.glob("*.html"), *output_dir.glob("*.png"), *output_dir.glob(VALIDATION)])
     if pictures:
         print("\npictures:\n" + "\n".join(f"  {path}" for path in pictures))
 

@@ -1,4 +1,4 @@
-"""Fill a checkpoint up from its bases: LLaMA plus delta, fresh weights, and the check that every parameter has a tensor."""
+"""Complete a checkpoint from its bases: LLaMA plus delta, new weights, and the check that every parameter has a tensor."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def sam_config(shapes: Shapes) -> SamConfig:
     """Return SAM's configuration with sizes read from its tensors: ViT-H, L, B or another encoder of segment-anything.
 
     Raises:
-        ValueError: A tensor that tells a size is missing, or has another number of dimensions.
+        ValueError: A tensor that determines a size is missing, or has another number of dimensions.
     """
     from transformers import SamConfig
 
@@ -249,7 +249,7 @@ def image_processor(clip: Path | None, image_size: int, sam_size: int) -> GsvaIm
         sam_size: Side of SAM's input in pixels.
 
     Raises:
-        ValueError: preprocessor_config.json has a value that is no mean, standard deviation or resampling filter.
+        ValueError: preprocessor_config.json has a value that is not a mean, standard deviation or resampling filter.
     """
     from modeling_gsva import GsvaImageProcessor
 

@@ -56,7 +56,7 @@ _HUB_ERRORS = (OSError, ValueError, httpx.HTTPError)
 
 @dataclass
 class Sources:
-    """Where the tensors come from: the checkpoint first, then the bases, each of which yields to those before it."""
+    """The sources of tensors: the checkpoint first, then the bases. The first source that has a tensor supplies it."""
 
     checkpoint: CheckpointSource
     bases: list[CheckpointSource]
@@ -65,7 +65,7 @@ class Sources:
 
     @property
     def is_start(self) -> bool:
-        """Return True without a checkpoint: the model is the one that training starts from."""
+        """Return True if there is no checkpoint, so that the result is the model that training starts from."""
         return self.checkpoint.path is None
 
     def all(self) -> list[CheckpointSource]:
@@ -135,8 +135,8 @@ def gather_sources(args: argparse.Namespace) -> Sources:
         ValueError: Options that do not go together, or files that do not hold a checkpoint.
         FileNotFoundError: A path does not exist, or LLaVA's directory is not given.
     """
-    llava_dir, clip_dir = local_path(args.llava), local_path(args.clip)
-    llama_dir, delta_dir = local_path(args.llama), local_path(args.llava_delta)
+    llava_dir, clip_dir = local_directory(args.llava, "--llava"), local_directory(args.clip, "--clip")
+    llama_dir, delta_dir = local_directory(args.llama, "--llama"), local_directory(args.llava_delta, "--llava_delta")
     if (llama_dir is None) != (delta_dir is None) or (llava_dir and delta_dir):
         raise ValueError("Pass either --llava, or --llama together with --llava_delta.")
 
@@ -164,14 +164,19 @@ def gather_sources(args: argparse.Namespace) -> Sources:
     return Sources(checkpoint, bases, language_dir, clip_dir)
 
 
-def local_path(path: str | None) -> Path | None:
-    """Return a local path as it is, and the local folder of a Hub repository, downloaded if need be.
+def local_directory(path: str | None, option: str) -> Path | None:
+    """Return the directory of a base: a local one as it is, that of a Hub repository after downloading it.
 
     Raises:
         FileNotFoundError: `path` neither exists nor is the name of a repository.
+        NotADirectoryError: It is a file.
     """
-    if path is None or Path(path).exists():
-        return Path(path) if path else None
+    if path is None:
+        return None
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).exists():
+        raise NotADirectoryError(f"{option} {path} is a file: pass the directory with its config.json.")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).parent.exists():
         from huggingface_hub import snapshot_download
 
@@ -179,10 +184,10 @@ def local_path(path: str | None) -> Path | None:
             return Path(snapshot_download(path, allow_patterns=_HUB_FILES))
         except _HUB_ERRORS as error:
             raise FileNotFoundError(
-                f"{path} is no local path, and cannot be downloaded from the Hub ({error}). Check the name, log in with "
+                f"{option} {path} is no local path, and cannot be downloaded from the Hub ({error}). Check the name, log in with "
                 "`hf auth login` if it is not public, or download it and pass its directory."
             ) from error
-    raise FileNotFoundError(f"{path} does not exist.")
+    raise FileNotFoundError(f"{option} {path} does not exist.")
 
 
 def describe_model(
@@ -292,8 +297,16 @@ def write_model(
     args: argparse.Namespace,
 ) -> int:
     """Write configuration, code, processor, weights and, with `--keep_lora`, the adapter. Return the bytes of the weights."""
+    from transformers.utils import logging
+
     dtype = model.config.dtype
-    model.to(dtype).save_pretrained(folder, state_dict={})  # everything but the weights
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it would count the files of weights, and there are none
+    try:
+        model.to(dtype).save_pretrained(folder, state_dict={})  # everything but the weights
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
     processor.save_pretrained(folder)
     written = write_shards(folder, tensors, dtype, args.max_shard_size)
     if args.keep_lora and checkpoint.lora:
@@ -309,7 +322,7 @@ def summarize(
     dtype: torch.dtype,
     written: int,
 ) -> dict:
-    """Return the facts of a conversion that are printed and stand in the card.
+    """Return the facts of a conversion, for the console and the card.
 
     Args:
         origins: The option that each tensor comes from.

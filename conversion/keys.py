@@ -1,4 +1,4 @@
-"""Names of tensors: the original's (LLaVA, LLaMA, CLIP, segment-anything) and those of `GsvaForConditionalGeneration`."""
+"""Map names of tensors: the original's (LLaVA, LLaMA, CLIP, segment-anything) and those of `GsvaForConditionalGeneration`."""
 
 from __future__ import annotations
 

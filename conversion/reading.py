@@ -1,4 +1,4 @@
-"""Read checkpoints tensor by tensor, whatever files they lie in."""
+"""Read checkpoints tensor by tensor, from any of their file formats."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from safetensors import safe_open
 from .keys import full_name, lora_part, reason_to_drop, to_ours
 from .kinds import refuse_other_kinds
 
-# A safetensors file is closed and opened again after this many bytes, which gives its mapped pages back to the system.
+# After this many bytes, a safetensors file is closed and opened again to return its mapped pages to the system.
 REOPEN_BYTES = 256 * 2**20
-READ_AHEAD = 256 * 2**20  # bytes of other files: the next tensor mostly lies behind the last
+READ_AHEAD = 256 * 2**20  # bytes of other files; the next tensor mostly follows the last
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -33,7 +33,7 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Beginnings of files that are no checkpoints of torch.
+# First bytes of files that are not checkpoints of torch, and the problem to report.
 MAGIC = {
     b"version https://git-lfs": "is a Git LFS pointer, which stands for the weights: fetch them with `git lfs pull`, or "
     "download the file again with `hf download`",
@@ -48,7 +48,7 @@ MAGIC = {
 }
 # Names of shards that are counted, such as model-00001-of-00004.safetensors.
 SHARD = re.compile(r"(?P<before>.*?)(?P<number>\d{1,9})-of-(?P<total>\d{1,9})(?P<after>\D*)")
-# Files with these names lie beside a Trainer's weights and hold none.
+# Files with these names are beside a Trainer's weights and hold none.
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
 
@@ -63,7 +63,8 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON in UTF-8 ({error}); download it again.") from None
+        problem = foreign_content(path) or f"is not JSON in UTF-8 ({error}); download it again"
+        raise ValueError(f"{path} {problem}.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold an object, got {short_repr(content)}; download it again.")
     return content
@@ -85,41 +86,51 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def advise(file: BinaryIO, advice: str, begin: int = 0, size: int = 0) -> None:
-    """Tell the system which bytes of a file are needed next or no longer: keeping all pages would cost more than reading."""
+    """Advise the system which bytes of a file are needed next or no longer. Keeping all pages costs more than reading."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), begin, size, getattr(os, advice))
 
 
-def problem_of(path: Path) -> str | None:
-    """Return what is wrong with a file that does not load as weights, or None if it is not known.
+def foreign_content(path: Path) -> str | None:
+    """Return what is in a file that holds neither weights nor JSON nor a tokenizer, or None if it is not recognised.
 
-    Recognised are files that are empty, cut off, compressed, Git LFS pointers, web pages and other text.
-    The text continues a sentence that begins with the file's name.
+    Recognised are files that are empty, not fully downloaded, compressed, Git LFS pointers and web pages. The text continues
+    a sentence that begins with the file's name.
     """
-    size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(4096)
-        file.seek(max(0, size - 2**16 - 22))  # a zip archive ends with its directory's end: 22 bytes and a comment
-        tail = file.read()
     if not head:
         return "is empty: copy or download it again"
     for magic, problem in MAGIC.items():
         if head.startswith(magic):
             return problem
-    text = head.lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body", b"<error")):
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body", b"<error")):
         return (
-            "is a web page, not weights (mostly an error or a login page saved under this name): download it again, and "
-            "log in first if the repository asks for it"
+            "is a web page (mostly an error or a login page that was saved under this name): download it again, and log in "
+            "first if the repository asks for it"
         )
     if not head.strip(b"\0"):
-        return "begins with zeros alone: the download was not finished, start it again"
+        return "begins with zeros alone: its download was not finished, start it again"
+    return "is a tar archive: unpack it" if head[257:262] == b"ustar" else None
+
+
+def problem_of(path: Path) -> str | None:
+    """Return what is wrong with a file that does not load as weights, or None if it is not recognised.
+
+    Beside the contents that `foreign_content` recognises, these are files that are cut off, and text. The text continues a
+    sentence that begins with the file's name.
+    """
+    if problem := foreign_content(path):
+        return problem
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(4096)
+        file.seek(max(0, size - 2**16 - 22))  # a zip archive ends with its directory's end: 22 bytes and a comment
+        tail = file.read()
     if head.startswith(b"PK\x03\x04") and b"PK\x05\x06" not in tail:
         return f"is cut off after {size:,} bytes: it is not whole. Copy or download it again"
     if (expected := _safetensors_size(head, path)) and expected > size:
         return f"is cut off: it has {size:,} of {expected:,} bytes. Copy or download it again"
-    if head[257:262] == b"ustar":
-        return "is a tar archive: unpack it"
     try:
         head[: len(head) // 4 * 4].decode("ascii")
     except UnicodeDecodeError:
@@ -222,7 +233,7 @@ class WeightFile:
         return self._read_piece(tensor) if tensor.is_meta else tensor
 
     def _is_safetensors(self) -> bool:
-        """Return True by the content, whatever the name; by the name if the content tells nothing."""
+        """Return True if the content is safetensors, whatever the name. Go by the name if the content does not decide."""
         try:
             with self.path.open("rb") as file:
                 head = file.read(9)
@@ -241,20 +252,23 @@ class WeightFile:
 
     def _load(self, device: str) -> None:
         try:
-            content = torch.load(self.path, map_location=device, weights_only=True)
+            with self.path.open(
+                "rb"
+            ) as file:  # by a name that ends with .safetensors, torch would choose another format
+                content = torch.load(file, map_location=device, weights_only=True)
         except Exception as error:
             problem = problem_of(self.path) or (
                 "cannot be read as tensors alone (weights_only=True). A pickle that runs code is never opened; write the "
-                f"state dict again with torch.save. ({_first_line(error)})"
+                f"state dict again with torch.save ({_first_line(error)})"
             )
-            raise ValueError(f"{self.path} {problem}") from error
+            raise ValueError(f"{self.path} {problem}.") from error
         for wrapper in ("state_dict", "module", "model"):
             if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
                 content = content[wrapper]
         self._pickled = content if isinstance(content, dict) else {f"<{type(content).__name__}>": content}
 
     def _read_piece(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Read a tensor's bytes from the file. They are not mapped: faults of mapped pages cost more than the copy."""
+        """Read a tensor's bytes from the file. They are not mapped, because page faults cost more than the copy."""
         extent = (
             1 + sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
         )
@@ -287,7 +301,7 @@ def weight_files(path: Path, required: bool = True) -> list[Path]:
         ValueError: An index that does not name files beside it, several indices in a directory, one shard of several.
     """
     if index := find_index(path):
-        return require_all_shards(_files_of_index(index))
+        return require_all_shards(_files_of_index(index, required))
     if path.is_file():
         if (match := SHARD.fullmatch(path.name)) and int(match["total"]) > 1:
             raise ValueError(
@@ -361,7 +375,7 @@ def require_all_shards(files: list[Path]) -> list[Path]:
     return files
 
 
-def _files_of_index(path: Path) -> list[Path]:
+def _files_of_index(path: Path, required: bool) -> list[Path]:
     weight_map = read_json(path).get("weight_map")
     names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
     # A bare name: a path that leads elsewhere is not a file of this checkpoint.
@@ -374,7 +388,10 @@ def _files_of_index(path: Path) -> list[Path]:
             f"{path}: weight_map must name files beside it, got {short_repr(wrong[0])}; download it again."
         )
     names = sorted(set(names))
-    if missing := [name for name in names if not (path.parent / name).is_file()]:
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing == names and not required:
+        return []  # a base downloaded without its weights
+    if missing:
         raise FileNotFoundError(
             f"{path} lists {listed(missing)}, which {'are' if missing[1:] else 'is'} not beside it."
         )

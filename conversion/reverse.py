@@ -12,7 +12,7 @@ from data_scripts.files import replacing
 
 from .bases import COPY_AGAIN, check_lora
 from .configs import empty_model
-from .keys import to_original
+from .keys import full_name, to_original
 from .kinds import kind_of
 from .reading import WeightFile, listed, read_json, weight_files
 from .writing import ADAPTER, check_output, check_room, in_dtype, naming_output
@@ -58,11 +58,11 @@ def _read_model(directory: Path, dtype: torch.dtype | None) -> dict[str, torch.T
     keys = {key: weights for weights in files.values() for key in weights.tensors()}
     names = {key: to_original(key) for key in keys}
     if unknown := [key for key, name in names.items() if name is None]:
-        kind = kind_of(unknown)
+        kind = kind_of([full_name(key) for key in unknown])
         raise ValueError(
-            f"{directory} holds tensors the original has no place for: {listed(unknown)}. "
-            + (f"It is {kind[0].name}. " if kind else "")
-            + "--reverse takes a directory that this program or training wrote."
+            (f"{directory} is {kind[0].name}: it" if kind else str(directory))
+            + f" holds tensors the original has no place for: {listed(unknown, 4)}. --reverse takes a directory that this "
+            "program or training wrote."
         )
     expected = {to_original(name) for name in _parameters(directory)}
     if missing := sorted(str(name) for name in expected - set(names.values())):

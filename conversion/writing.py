@@ -30,7 +30,9 @@ def check_output(output: Path) -> None:
     try:
         os.lstat(output)
     except FileNotFoundError:
-        pass  # as it should be; a name that is too long raises another error
+        pass  # as it should be
+    except OSError as error:  # the name is too long, or a folder in it is a file
+        raise OSError(f"{output} cannot be written ({error.strerror}): choose another --output.") from error
     folder = next(parent for parent in output.absolute().parents if os.path.lexists(parent))
     if not folder.is_dir():
         raise NotADirectoryError(

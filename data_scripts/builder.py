@@ -103,9 +103,9 @@ class RowBuilder(datasets.GeneratorBasedBuilder):
                 yield place, entry
 
     def by_id(self, named: Iterable[tuple[str, dict[str, Any]]], compare: str) -> dict[Any, dict[str, Any]]:
-        """Return {id: record}. Raises ValueError if two different records have one id; `compare` is shown of both.
+        """Return {id: record}. Raises ValueError if two different records have one id.
 
-        A record that stands twice, word for word, counts once.
+        The message shows the field `compare` of both. A record that occurs twice, word for word, counts once.
         """
         by_id: dict[Any, dict[str, Any]] = {}
         by_text: dict[str, dict[str, Any]] = {}  # 1 and "1" name the same thing

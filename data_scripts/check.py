@@ -152,8 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; `argv` defaults to `sys.argv[1:]`. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m data_scripts.check", description=__doc__.split("\n")[0])
     parser.add_argument("data_dir", help="the folder that holds the data sets' files")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BUILDERS)}")
-    parser.add_argument("--open", action="store_true", help="decode every image")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"by default those found; of {', '.join(BUILDERS)}")
+    parser.add_argument("--open", action="store_true", help="also decode every image")
     parser.add_argument(
         "--max_errors", type=int, default=MAX_ERRORS, help="problems to name per data set (default: %(default)s)"
     )

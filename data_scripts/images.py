@@ -76,8 +76,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     `modeling_gsva.image_processing_gsva.upright_rgb` has the same rules; model code is copied without this package.
 
     Raises:
-        ValueError: The pixels have another range, which cannot be told from the file (32 bits, floating point), or colours
-            that Pillow does not convert (LAB).
+        ValueError: The range of the pixels is not known (32 bits, floating point), or Pillow does not convert their colours
+            (LAB).
     """
     is_ppm = image.format == "PPM"  # whose "I" Pillow has scaled to 16 bits
     image = ImageOps.exif_transpose(image)

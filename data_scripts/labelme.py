@@ -23,7 +23,7 @@ def fill_like_opencv(points: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def fill_like_coco(points: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Fill a polygon as pycocotools does, like the polygons of other own data."""
+    """Fill a polygon as pycocotools does, like the polygons in other formats of own data."""
     from .masks import decode_mask
 
     return decode_mask(segmentation_to_rle([points.ravel().tolist()], height, width)) > 0

@@ -32,8 +32,8 @@ def read_mask(source: str | os.PathLike | bytes) -> tuple[np.ndarray, bool]:
 
     Raises:
         FileNotFoundError: The file is missing.
-        ValueError: The file is not an image, its format is lossy, it has several frames, or what is the target cannot be
-            told: no black pixel among several colours, or colours that disagree with transparency.
+        ValueError: The file is not an image, its format is lossy, it has several frames, or the target is
+            ambiguous: no black pixel among several colours, or colours that disagree with transparency.
     """
     with _open_lossless(source) as file:
         try:
@@ -44,7 +44,9 @@ def read_mask(source: str | os.PathLike | bytes) -> tuple[np.ndarray, bool]:
             level, top = _visible_level(image), 255.0
         else:
             level, top = _level(image)
-        if level.min() > 0 and (level.min() < level.max() or len(image.convert("RGB").getcolors(level.size) or ()) > 1):
+        if level.min() > 0 and (
+            level.min() < level.max() or len(image.convert("RGB").getcolors(level.size) or ()) > 1
+        ):
             raise ValueError(f"it has several colours and none of them is black, the background; {_ADVICE}")
     if _is_antialiased(level, top):
         return level >= top / 2, True

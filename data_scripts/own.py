@@ -55,7 +55,7 @@ class OwnBuilder(RowBuilder):
 
     @cached_property
     def sources(self) -> dict[str, Source]:
-        """{split: its annotations}."""
+        """Return {split: its annotations}."""
         sources: dict[str, Source] = {}
         for source in find_sources(self.root):
             if (other := sources.setdefault(source.split, source)) is not source:

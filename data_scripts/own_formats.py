@@ -172,7 +172,7 @@ def _read_coco(path: Path, builder: OwnBuilder) -> Iterator[Record]:
 
 
 def _once(annotations: list[dict], distinct: dict[Any, dict]) -> tuple[dict, ...]:
-    """Return annotations without those that stand twice in the file, word for word; a tuple, which no file holds."""
+    """Return annotations without those that occur twice in the file, word for word. The result is a tuple, which no file holds."""
     return tuple(
         {id(distinct.get(one.get("id"), one) if _is_id(one.get("id")) else one): one for one in annotations}.values()
     )
@@ -227,7 +227,7 @@ def _named_files(root: Path, path: Path, split: str) -> list[Path]:
     """Return an annotation file and the images and masks that it names.
 
     Names are found by their suffix, without parsing: this runs at every start. A parquet file is not searched; all
-    images in the folder count as its own.
+    images in the folder count as named by it.
     """
     if path.suffix.lower() == ".parquet":
         return [path, *images_below(root)]

@@ -38,8 +38,8 @@ from .schema import expression
 logger = logging.getLogger(__name__)
 TARGET, IGNORE = 1, 255
 SPLITS = ("train", "val", "test")
-# What else than ASCII an English text in cp1252 holds: quotes, dashes, other signs, and single letters of loanwords. Text in
-# another encoding (GBK, Shift JIS, cp1251, ...) read as cp1252 has other signs, or several such letters in a row.
+# Text that is ASCII except for the characters of English text in cp1252: quotes, dashes, other signs, single letters of
+# loanwords. Text in another encoding (GBK, Shift JIS, cp1251, ...) has other signs, or several such letters in a row.
 _CP1252 = re.compile(r"(?:[\x00-\x7f\u2018\u2019\u201c\u201d\u2013\u2014\u2026\u2022\u20ac\u2122\xa0\xa9\xae\xb0\xbd]"
                      r"|[\xc0\xc1\xc2\xc4\xc7-\xcf\xd1\xd3\xd4\xd6\xda-\xdc\xdf-\xe2\xe4\xe7-\xef\xf1\xf3\xf4\xf6\xf8-\xfc]"
                      r"(?![\xa1-\xff]))*")  # fmt: skip
@@ -96,14 +96,14 @@ class ReasonSegBuilder(RowBuilder):
 
     @cached_property
     def images(self) -> dict[str, dict[str, Path]]:
-        """{split: {stem: path of an image}}, without empty splits."""
+        """Return {split: {stem: path of an image}}, without empty splits."""
         require(self.folder, "ReasonSeg's folder with train, val and test")
         images = {split: listing(self.folder / split, IMAGE_SUFFIXES) for split in SPLITS}
         return {split: paths for split, paths in images.items() if paths}
 
     @cached_property
     def annotations(self) -> dict[str, dict[str, Path]]:
-        """{split: {stem: path of a .json}}."""
+        """Return {split: {stem: path of a .json}}."""
         return {split: listing(self.folder / split, (".json",)) for split in SPLITS}
 
     def annotation_of(self, split: str, image: Path) -> Path:
@@ -136,7 +136,7 @@ class ReasonSegBuilder(RowBuilder):
 
     @cached_property
     def explanations(self) -> dict[str, str]:
-        """{file name of an image: its explanation}."""
+        """Return {file name of an image: its explanation}."""
         if not self.explanations_path.exists():
             logger.warning("%s is missing: no image has an explanation.", self.explanations_path)
             return {}

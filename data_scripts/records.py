@@ -1,4 +1,4 @@
-"""Read records of strangers' files: JSON, plain pickles, fields of the right kind, file names that stay in their folder."""
+"""Read records of untrusted files: JSON, plain pickles, fields of the right kind, file names that stay in their folder."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ class ReferringBuilder(RowBuilder):
 
     @cached_property
     def refs(self) -> dict[str, dict[Any, list[dict]]]:
-        """{split: {image id: refs in the order of the file}}."""
+        """Return {split: {image id: refs in the order of the file}}."""
         path = self.refs_path
         records = read_json(path) if path.suffix == ".json" else read_plain_pickle(path)
         if not isinstance(records, list):
@@ -132,7 +132,7 @@ class ReferringBuilder(RowBuilder):
 
     @cached_property
     def instances(self) -> tuple[dict[Any, dict], dict[Any, dict]]:
-        """{image id: image record} and {annotation id: annotation record} of instances.json."""
+        """Return {image id: image record} and {annotation id: annotation record} of instances.json."""
         path = self.folder / "instances.json"
         content = read_json(path)
         images = self.by_id(self.entries(content, "images", str(path), **IMAGE), "file_name")
@@ -141,7 +141,7 @@ class ReferringBuilder(RowBuilder):
 
     @cached_property
     def image_folders(self) -> dict[str, Path]:
-        """{file name: folder}, for a set whose images may lie in several folders."""
+        """Return {file name: folder}, for a set whose images may be in several folders."""
         folders: dict[str, Path] = {}
         for place in self.layout.images:
             if (self.root / place).is_dir():

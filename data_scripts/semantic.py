@@ -56,7 +56,7 @@ class LabelMapBuilder(RowBuilder):
 
     @property
     def classes(self) -> dict[int, str | None]:
-        """{value in a label map: name of the class, or None for a class that is never asked for}."""
+        """Return {value in a label map: name of the class, or None for a class that is never asked for}."""
         raise NotImplementedError
 
     def files(self) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Pictures for people: masks over images, sheets of them, and what became of each expression in a word."""
+"""Draw pictures for people: masks over images, sheets of images, and the outcome of each expression."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from .questions import Question
 
-# Colours that can be told apart on photographs and by most colour-blind people (the palette of Okabe and Ito,
+# Colours that most people, also most colour-blind people, can distinguish on photographs (the palette of Okabe and Ito,
 # https://jfly.uni-koeln.de/color, without black and grey).
 PALETTE = [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)]
 PREDICTION, TRUTH = PALETTE[0], PALETTE[4]
@@ -28,7 +28,7 @@ def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
 
 
 def overlay(image: Image.Image, masks: Sequence[np.ndarray]) -> Image.Image:
-    """Return the image with each mask (height, width) tinted and outlined in its own colour."""
+    """Return the image with each mask (height, width) tinted and outlined in another colour."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32).copy()
     for number, mask in enumerate(masks):
         mask = np.asarray(mask, dtype=bool)
@@ -96,7 +96,7 @@ def contact_sheet(images: Sequence[Image.Image], columns: int = 3, width: int = 
 
 
 def verdict(question: Question, result: dict[str, Any]) -> tuple[str, bool]:
-    """Return what became of an expression in words, and whether it is right. The IoU is that of its metric row."""
+    """Return the outcome of an expression in words, and whether it is right. The IoU is that of its metric row."""
     if question.is_no_target:
         return ("rejected, rightly", True) if result["is_rejected"] else ("there is none, but it was accepted", False)
     if result["is_rejected"]:
@@ -119,7 +119,7 @@ def expression_sheet(
     title: str,
     side: int = 256,
 ) -> Image.Image:
-    """Return a sheet with a tile per expression: prediction in orange, truth in blue, and what became of it.
+    """Return a sheet with a tile per expression: prediction in orange, truth in blue, and the outcome.
 
     Args:
         image: The image that was asked about.

@@ -93,7 +93,7 @@ def _thumbnail(image: Image.Image, side: int = 190) -> str:
 
 
 def report_page(runs: Sequence[Run]) -> str:
-    """Return the page about some runs, side by side where they were evaluated on one split."""
+    """Return the page about several runs, which compares those that were evaluated on the same split."""
     splits: dict[tuple[str, str], list[tuple[str, Record]]] = {}
     for run in runs:
         for record in run.records:
@@ -166,7 +166,7 @@ def _name(run: str, record: Record) -> str:
 
 
 def _notes(pairs: list[tuple[str, Record]]) -> list[str]:
-    """Return the notes of the records as sentences. The note on the protocol stands above them already."""
+    """Return the notes of the records as sentences. The note on the protocol is above them already."""
     notes = []
     for run, record in pairs:
         for key, note in record.get("notes", {}).items():

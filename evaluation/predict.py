@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def predict_files(
 
     Raises:
         FileNotFoundError: An image file does not exist. Nothing is predicted then.
-        ValueError: There are no expressions, or the protocol needs gold answers.
+        ValueError: There are no expressions, or the protocol needs gold answers, or an image is broken. The predictions of
+            the images before it are kept.
     """
     if not expressions:
         raise ValueError("--do_predict got images but no --expressions; say what to look for.")
@@ -52,19 +54,28 @@ def predict_files(
     if not PartialState().is_main_process:
         return
     output_dir, predictions = Path(output_dir), []
-    with evaluation_mode(model), cpu_threads(config.threads):
-        for number, path in enumerate(paths):
-            image = read_image({"path": path, "bytes": None})
-            (results,) = segment_images(model, processor, [image], [list(expressions)], config)
-            overlay_file = f"{number:03d}_{Path(path).stem}.png"
-            with replacing(output_dir / overlay_file) as temporary:
-                labelled_overlay(image, results).save(temporary)
-            size = {"height": image.height, "width": image.width}
-            predictions.append({"image": path, **size, "overlay": overlay_file, **_answers(results, config)})
-            for result in results:
-                decision = "rejected" if result["is_rejected"] else f"{int(result['mask'].sum())} pixels"
-                print(f"{path}: {result['text']}: {decision} (score {result['score']:+.2f})")
-    write_json(output_dir / PREDICTIONS, predictions)
+    try:
+        with evaluation_mode(model), cpu_threads(config.threads):
+            for number, path in enumerate(paths):
+                image = read_image({"path": path, "bytes": None})
+                (results,) = segment_images(model, processor, [image], [list(expressions)], config)
+                overlay_file = f"{number:03d}_{_shortened(Path(path).stem)}.png"
+                with replacing(output_dir / overlay_file) as temporary:
+                    labelled_overlay(image, results).save(temporary)
+                size = {"height": image.height, "width": image.width}
+                predictions.append({"image": path, **size, "overlay": overlay_file, **_answers(results, config)})
+                for result in results:
+                    decision = "rejected" if result["is_rejected"] else f"{int(result['mask'].sum())} pixels"
+                    print(f"{path}: {result['text']}: {decision} (score {result['score']:+.2f})")
+    finally:
+        # Keep the predictions of the images before a broken one.
+        if predictions:
+            write_json(output_dir / PREDICTIONS, predictions)
+
+
+def _shortened(stem: str, length: int = 200) -> str:
+    """Return the name of an image so short that a file system takes it with the additions of its overlay."""
+    return os.fsencode(stem)[:length].decode(errors="ignore")
 
 
 def predict_rows(model, processor, config: EvaluationConfig, output_dir: str | Path, num_pictures: int) -> None:

@@ -183,7 +183,7 @@ def evaluation_identity(model, processor, config: EvaluationConfig) -> dict[str,
         "task": "reasoning" if config.is_reasoning else "referring",
     }
     if config.protocol == "slots":
-        options["threshold"] = config.threshold
+        options["threshold"] = config.used_threshold
     elif config.protocol == "generate":
         options["max_new_tokens"] = config.max_new_tokens
         options["generation_config"] = _digest(model.generation_config.to_json_string().encode())

@@ -38,7 +38,7 @@ class StreamedAnswer:
 
     @property
     def results(self) -> list[list[dict]]:
-        """The output of `post_process_segmentation`: per image, each `[SEG]` and `[REJ]` with the phrase before it."""
+        """Return the output of `post_process_segmentation`: per image, each `[SEG]` and `[REJ]` with the phrase before it."""
         return self._results.result()
 
 
@@ -61,8 +61,8 @@ def check_chat_files(conversation) -> None:
     Raise ValueError if a message names a file outside the trusted folders.
 
     Chats are often written by somebody else: a path in one must lead into the working directory, or into a folder that the
-    environment's `GSVA_TRUSTED_FOLDERS` lists (separated as PATH is; `/` for all). data_scripts reads the same variable by
-    code of its own, since this file is copied into saved directories.
+    environment's `GSVA_TRUSTED_FOLDERS` lists (separated as PATH is; `/` for all). data_scripts reads the same variable with
+    separate code, because this file is copied into saved directories.
     """
     messages = [conversation]
     while messages and isinstance(messages[0], (list, tuple)):

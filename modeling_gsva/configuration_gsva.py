@@ -1,5 +1,6 @@
 """GsvaConfig: the sizes, token ids and loss weights of a GSVA model."""
 
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -37,9 +38,18 @@ class GsvaConfig(PreTrainedConfig):
         rejected_slot_loss (`str`): how a slot whose true mask is empty counts in the mask losses. `"zero_logits"`, as in
             the original: as a mask of constant zero logits (a constant offset of the loss that also counts in the
             mean over masks). `"ignore"`: not at all.
+        rejection (`dict`, *optional*): the calibration of rejection that `python -m evaluation.calibrate` writes.
+            `threshold` is the log-odds of `[SEG]` below which `segment` rejects an expression; the probability that the
+            expression is there is `sigmoid(score / temperature + offset)`. Its other entries say on which data it was
+            fitted. None: threshold 0, temperature 1 and offset 0.
     """
 
     model_type = "gsva"
+    # Outputs that a plain Trainer cannot join over batches (another number of slots in each), when it gathers predictions.
+    keys_to_ignore_at_inference = [
+        *("ce_loss", "mask_bce_loss", "mask_dice_loss", "mask_logits", "iou_scores", "mask_ious", "slot_logits"),
+        *("slot_positions", "past_key_values", "hidden_states", "attentions", "image_hidden_states"),
+    ]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
         # LLaMA's vocabulary and the tokens GSVA adds, <image> excepted.
@@ -60,6 +70,7 @@ class GsvaConfig(PreTrainedConfig):
     dice_loss_weight: float = 0.5
     rejected_slot_loss: Literal["zero_logits", "ignore"] = "zero_logits"
     tie_word_embeddings: bool = False
+    rejection: dict | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -82,6 +93,24 @@ class GsvaConfig(PreTrainedConfig):
                     "Add the token to the tokenizer and resize the embedding, or correct text_config.vocab_size."
                 )
 
+        for name in ("threshold", "temperature", "offset"):
+            value = self.rejection_values[name]
+            if (
+                not isinstance(value, (int, float))
+                or not math.isfinite(value)
+                or (name == "temperature" and value <= 0)
+            ):
+                raise ValueError(
+                    f"rejection[{name!r}]={value!r} is not a finite{' positive' * (name == 'temperature')} number; calibrate "
+                    "again with `python -m evaluation.calibrate`, or set rejection to null."
+                )
+
+    @property
+    def rejection_values(self) -> dict[str, float]:
+        """Threshold, temperature and offset of rejection; 0, 1 and 0 where the model is not calibrated."""
+        values = {"threshold": 0.0, "temperature": 1.0, "offset": 0.0}
+        return {name: (self.rejection or {}).get(name, value) for name, value in values.items()}
+
     @property
     def _attn_implementation(self) -> str | None:
         return self._attn_implementation_internal
@@ -95,7 +124,7 @@ class GsvaConfig(PreTrainedConfig):
 
     @property
     def image_seq_length(self) -> int:
-        """Number of placeholder positions of one image in the text (256 for ViT-L/14 at 224 px)."""
+        """Return the number of placeholder positions of one image in the text (256 for ViT-L/14 at 224 px)."""
         patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
         return patches + (self.vision_feature_select_strategy == "full")
 

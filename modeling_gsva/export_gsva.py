@@ -1,5 +1,5 @@
 """
-The parts of a GSVA that work on images as ONNX files: `python -m modeling_gsva.export_gsva MODEL_DIR OUTPUT_DIR`.
+Export the parts of a GSVA that work on images to ONNX: `python -m modeling_gsva.export_gsva MODEL_DIR OUTPUT_DIR`.
 
 A server can then encode images and make masks without torch; the language model, between the two, gives `slot_states`.
 Needs `pip install gsva-hf[onnx]`.

@@ -22,7 +22,7 @@ from .loading_gsva import GsvaWeightsError, StrictLoadingMixin
 from .losses_gsva import batch_mask_losses, mask_losses, upscaled_mask_losses
 from .pipeline_gsva import CUSTOM_PIPELINES
 from .sam_attention_gsva import use_chunked_attention
-from .sam_decoder_gsva import share_images, used_by_weight
+from .sam_decoder_gsva import rows_of, share_images, used_by_weight
 from .segmentation_gsva import GsvaSegmentationOutput, SegmentationMixin, check_padding
 
 # Inputs that only the masks need: the language model has no use for them, so `generate` drops them.
@@ -86,8 +86,17 @@ class GsvaOutput(ModelOutput):
     image_hidden_states: list[torch.Tensor] | None = None
 
 
+class GsvaKwargs(TransformersKwargs, total=False):  # type: ignore[call-arg]  # mypy does not follow transformers
+    """
+    Arguments of [`GsvaForConditionalGeneration.forward`] that its signature must not name: transformers' `Trainer` takes
+    every parameter whose name holds "label" for one that each batch has, and returns no evaluation loss without it.
+    """
+
+    shift_labels: torch.LongTensor | None
+
+
 def _note_dtype(config, dtype: torch.dtype):
-    """Set it in every part's config, as loading does, so that a model saves the same config before and after loading."""
+    """Set the dtype in every part's config, as loading does, so that saving gives the same config before and after loading."""
     for name in config.sub_configs:
         part = getattr(config, name)
         part.dtype = dtype
@@ -112,7 +121,7 @@ class GsvaPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """The device for inputs; under a `device_map` the one on which accelerate runs the model, offloaded or not."""
+        """Return the device for inputs; under a `device_map` the one on which accelerate runs the model, offloaded or not."""
         place = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
         return super().device if place is None else torch.device(place)
 
@@ -222,7 +231,7 @@ class GsvaModel(GsvaPreTrainedModel):
 
     def _embeddable(self, token_ids):
         """Replace ids beyond the embedding: the original's `<image>` has no row there, and its row is never used."""
-        vocab_size = self.get_input_embeddings().num_embeddings
+        vocab_size = self.config.text_config.vocab_size  # peft's wrappers of the embedding do not tell their size
         if isinstance(token_ids, int):
             return token_ids if token_ids < vocab_size else 0
         return token_ids.masked_fill(token_ids >= vocab_size, 0)
@@ -359,11 +368,11 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         """
         sam, decoder_dtype = self.sam, self.sam.dtype
         prompts = self.mask_projector(slot_states).to(decoder_dtype)[:, None]  # (S, 1 token, C)
-        by_weight = (sam.prompt_encoder.no_mask_embed, sam.shared_image_embedding, *used_by_weight(sam.mask_decoder))
+        by_weight = (sam.shared_image_embedding, *used_by_weight(sam.mask_decoder))
         with ExitStack() as onloaded:
             for module in by_weight:  # accelerate loads offloaded weights of modules that are called; these are not
                 onloaded.enter_context(align_module_device(module))
-            no_mask = sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+            no_mask = rows_of(sam.prompt_encoder.no_mask_embed, 1, prompts.device).reshape(1, -1, 1, 1)
             # Positional arguments: peft's wrapper of a fully trained module needs the first one so.
             masks, iou = sam.mask_decoder(
                 sam_embeddings.to(decoder_dtype),
@@ -432,8 +441,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         num_masks_in_batch: torch.Tensor | int | None = None,
-        shift_labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[GsvaKwargs],
     ) -> GsvaOutput:
         """
         Args:
@@ -441,18 +449,18 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
             labels: (conversations, length) token ids, -100 where nothing is learned. Gives the loss.
             pixel_values: (images, 3, h, w) for the vision tower; or `vision_features` kept from it.
             sam_pixel_values: (images, 3, H, W) for SAM; or `sam_embeddings` kept from it. Gives the masks.
-            image_index: (conversations,) which image each conversation is about, -1 for none; by default one each, in
-                order.
+            image_index: (conversations,) the image of each conversation, -1 for none; by default one each, in order.
             original_sizes, reshaped_input_sizes: (images, 2) as (height, width), needed for the mask losses.
             mask_labels: per conversation the true masks (slots, height, width) at the image's own size, an empty
                 one for a no-target expression. A slot that truncation cut off (the processor's `max_length` shortens the
                 text and leaves the masks) counts as a mask of constant zero logits, as in the original.
             num_items_in_batch, num_masks_in_batch: numbers of supervised tokens and of masks of the whole optimizer
                 step. Given them, micro-batches add up to exactly the loss of one big batch; without them each batch is
-                averaged by itself, as the original does.
-            shift_labels: (conversations, length), `labels` already aligned with the positions that predict them, where
-                a sequence is trained in shards.
+                averaged by itself, as the original does. Given only the number of tokens (by a plain `Trainer`), the mean
+                over a batch's masks counts by its part of these tokens.
+            shift_labels: (conversations, length), `labels` aligned with the positions that predict them (sharded sequences).
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -475,7 +483,6 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
             if shift_labels is None:
                 shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
             result.loss = result.ce_loss = self._ce_loss(hidden, shift_labels, num_items_in_batch)
-
         decoded = None
         if sam_pixel_values is not None or sam_embeddings is not None:
             ids = self._slot_ids(inputs_embeds) if input_ids is None else input_ids
@@ -486,7 +493,9 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
             decoded = self._add_masks(result, hidden, ids, sam_embeddings, image_index)
             if labels is not None and mask_labels is not None:
                 sizes = original_sizes, reshaped_input_sizes
-                self._add_mask_losses(result, mask_labels, image_index, *sizes, num_masks_in_batch)
+                only_tokens = num_masks_in_batch is None and num_items_in_batch is not None
+                part = (shift_labels != -100).sum() / num_items_in_batch if only_tokens else 1.0
+                self._add_mask_losses(result, mask_labels, image_index, *sizes, num_masks_in_batch, part)
         if self.training and labels is not None:
             # A batch may hold no mask, and the IoU estimates never count in the loss; see GsvaModel.forward.
             masks, iou = decoded or self._decode_nothing(hidden[:1, 0])
@@ -506,12 +515,13 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         return (masks, iou) if is_seg.any() else None
 
     def _add_mask_losses(
-        self, result: GsvaOutput, mask_labels, image_index, original_sizes, reshaped_sizes, num_masks
+        self, result: GsvaOutput, mask_labels, image_index, original_sizes, reshaped_sizes, num_masks, part=1.0
     ):
         assert result.mask_logits is not None  # of _add_masks
-        result.mask_bce_loss, result.mask_dice_loss, result.mask_ious = batch_mask_losses(
+        bce, dice, result.mask_ious = batch_mask_losses(
             self.config, result.mask_logits, mask_labels, image_index, original_sizes, reshaped_sizes, num_masks
         )
+        result.mask_bce_loss, result.mask_dice_loss = part * bce, part * dice
         result.loss = result.loss + result.mask_bce_loss + result.mask_dice_loss
 
     def _slot_logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -533,7 +543,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         return masks, iou
 
     def _ce_loss(self, hidden, targets, num_items=None):
-        """Return the cross-entropy over the tokens of `targets` but -100; only their logits are computed."""
+        """Return the cross-entropy over the tokens of `targets` except -100; only their logits are computed."""
         supervised = targets != -100
         logits = self.lm_head(hidden[supervised]).float()
         total = F.cross_entropy(logits, targets[supervised].to(logits.device), reduction="sum")

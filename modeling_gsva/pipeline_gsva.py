@@ -83,9 +83,8 @@ class GsvaPipeline(Pipeline):
                 The expressions of a row are strings, or mappings with a "text" as in this project's data sets.
             expressions: the expressions to look for: strings, for every image; or, with a list of images, one list of
                 strings for each. They replace the expressions of rows.
-            threshold (`float`): reject where the log-odds of `[SEG]` against `[REJ]` (`score`) are below it. 0.0, the
-                default, is the model's own choice; `log(p / (1 - p))` asks for a probability of p. With
-                method="generate" the answer is already written: a higher one rejects more, a lower one changes nothing.
+            threshold (`float`): reject where the log-odds of `[SEG]` against `[REJ]` (`score`) are below it. The default
+                is the calibrated threshold of the model, or 0.0, its own choice. With method="generate" the answer is already written: a higher one rejects more, a lower one changes nothing.
             method (`str`): "slots" (default) or "generate", see [`GsvaForConditionalGeneration.segment`].
             prompt (`str`): the name of the wording, see [`GsvaProcessor`].
             one_prompt_per_expression (`bool`): ask for each expression in a separate prompt.
@@ -188,7 +187,7 @@ class GsvaPipeline(Pipeline):
         inputs = self._join(examples if isinstance(examples, list) else [examples])
         options, decided = {}, threshold
         if method == "slots":
-            options, decided = {"threshold": 0.0 if threshold is None else threshold}, None
+            options, decided = {"threshold": threshold}, None
         elif method == "generate":
             length = self.model.generation_config.max_new_tokens or MAX_NEW_TOKENS
             options = {"max_new_tokens": length, **(generate_kwargs or {})}

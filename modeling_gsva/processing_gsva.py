@@ -70,7 +70,7 @@ class GsvaProcessor(ProcessorMixin):
 
     @property
     def image_seq_length(self) -> int:
-        """Number of placeholders one image takes."""
+        """Return the number of placeholders of one image."""
         crop = self.image_processor.crop_size
         return (crop["height"] // self.patch_size) * (crop["width"] // self.patch_size)
 
@@ -85,7 +85,7 @@ class GsvaProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Like the parent, but without attributes set on loading (source path, dtype, auto_map)."""
+        """Save like the parent, but without attributes set on loading (source path, dtype, auto_map)."""
         for set_on_loading in ("is_local", "local_files_only", "dtype"):  # dtype: by pipelines
             self.tokenizer.init_kwargs.pop(set_on_loading, None)
         saved = super().save_pretrained(save_directory, **kwargs)
@@ -210,7 +210,7 @@ class GsvaProcessor(ProcessorMixin):
         **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         r"""
-        Three ways to call it:
+        Make model inputs. There are three ways to call it:
 
         - `processor(images=[a, b], expressions=[["man in red", "the unicorn"], ["both dogs"]])`, to segment: `input_ids`
           (conversations, length) are the prompts padded on the left, `answer_ids` the wording of the answers padded on
@@ -230,7 +230,8 @@ class GsvaProcessor(ProcessorMixin):
                 image share one.
             conversations: messages of user and assistant.
             image_index: the image of each conversation (-1 for none), by default one each, in order.
-            masks: per conversation its true masks, arrays of (slots, height, width) at the image's own size.
+            masks: per conversation its true masks, arrays of (slots, height, width) at the image's own size; by default
+                none, where no conversation has a slot.
             return_tensors, max_length and other options of tokenizer and image processor. `max_length` cuts conversations
                 to that many tokens, placeholders of the image included.
 
@@ -254,6 +255,10 @@ class GsvaProcessor(ProcessorMixin):
                 raise ValueError(
                     f"{len(images)} entries of images hold {len(data['original_sizes'])} images; give one image each."
                 )
+        if masks is None and expressions is None and not self._has_slots(data["input_ids"]):
+            masks = [[]] * len(
+                data["image_index"]
+            )  # transformers' Trainer evaluates only batches that hold all labels
         if masks is not None:
             data["mask_labels"] = self._check_masks(masks, data["image_index"], data.get("original_sizes", []))
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["expressions", "mask_labels"])
@@ -354,6 +359,9 @@ class GsvaProcessor(ProcessorMixin):
             "labels": pad_sequence(labels, batch_first=True, padding_value=-100).numpy(),
             "image_index": image_index,
         }
+
+    def _has_slots(self, input_ids) -> bool:
+        return bool(np.isin(input_ids, [self.seg_token_id, self.rej_token_id]).any())
 
     def _pad(self, rows: list[list[int]], side: str) -> dict[str, np.ndarray]:
         """Return `input_ids` and `attention_mask`, (rows, length)."""
@@ -489,10 +497,11 @@ class GsvaProcessor(ProcessorMixin):
                 them: the original's metric scores a rejected target by its mask).
 
         Returns:
-            Per image, per expression `{"text", "mask", "is_rejected", "score", "is_malformed"}`: the expression (in free
-            chat the phrase before the slot), a (height, width) boolean array (all False where rejected), the log-odds of
-            `[SEG]` against `[REJ]` (NaN where the answer has no slot for the expression, which counts as rejected), and
-            whether the answer's slots were not the ones asked for.
+            Per image, per expression `{"text", "mask", "is_rejected", "score", "probability", "is_malformed"}`: the
+            expression (in free chat the phrase before the slot), a (height, width) boolean array (all False where
+            rejected), the log-odds of `[SEG]` against `[REJ]` and the probability that the expression is there (both NaN
+            where the answer has no slot for the expression, which counts as rejected), and whether the answer's slots
+            were not the ones asked for.
         """
         num_images = len(inputs.get("original_sizes", ()))
         input_size = self.image_processor.sam_size["longest_edge"]
@@ -526,6 +535,8 @@ class GsvaProcessor(ProcessorMixin):
                 upscaled.update(zip(kept, (logits >= 0).cpu().numpy()))
             for text, n in zip(asked, matched):
                 score = float("nan") if n is None else float(scores[n])
+                is_scored = n is not None and outputs.probabilities is not None
+                probability = float(outputs.probabilities[row][n]) if is_scored else float("nan")
                 is_rejected = n is None or bool(rejected[n] if threshold is None else score < threshold)
                 # A slot that `segment` rejected has constant zero logits, which are not a mask.
                 has_mask = n in upscaled and (not bool(rejected[n]) or outputs.method == "teacher_forced")
@@ -537,6 +548,7 @@ class GsvaProcessor(ProcessorMixin):
                         "mask": mask,
                         "is_rejected": is_rejected,
                         "score": score,
+                        "probability": probability,
                         "is_malformed": malformed,
                     }
                 )

@@ -33,14 +33,30 @@ def _attend(attention: SamAttention, query: torch.Tensor, key: torch.Tensor, val
 def _project(
     layer: SamTwoWayAttentionBlock, pixels: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a layer's projections of the image: key and value for the tokens' attention, and the query for its own."""
+    """Return a layer's projections of the image: key and value for the tokens' attention, query for the image's attention."""
     placed = pixels + positions
     attention = layer.cross_attn_token_to_image
     return attention.k_proj(placed), attention.v_proj(pixels), layer.cross_attn_image_to_token.q_proj(placed)
 
 
+def rows_of(embedding: nn.Module, count: int, device: torch.device) -> torch.Tensor:
+    """Return the first `count` rows of an embedding, by a call: adapters on it (LoRA, trained tokens) act on calls only."""
+    return embedding(torch.arange(count, device=device))
+
+
 def _spread(convolution: nn.ConvTranspose2d, pixels: torch.Tensor) -> torch.Tensor:
-    """Apply a transposed convolution of kernel and stride 2 to a list of pixels: (..., C) → (..., 4, channels), by rows."""
+    """
+    Apply a transposed convolution of kernel and stride 2 to a list of pixels: (..., C) → (..., 4, channels), by rows.
+
+    Raises:
+        ValueError: an adapter on the convolution. Its weights are read without a call, so the adapter would do nothing.
+    """
+    if hasattr(convolution, "base_layer"):
+        raise ValueError(
+            "An adapter wraps a transposed convolution of SAM's mask decoder (upscale_conv1 or upscale_conv2), which the "
+            "model does not call, so that the adapter would have no effect. Leave the layer out of target_modules, or "
+            "train it in full with modules_to_save."
+        )
     spread = torch.einsum("...i,iohw->...hwo", pixels, convolution.weight)
     return spread.flatten(-3, -2) + convolution.bias
 
@@ -84,7 +100,8 @@ class SharedImageMaskDecoder(SamMaskDecoder):
         pixels = (image_embeddings + dense_prompt_embeddings).flatten(2).transpose(1, 2).contiguous()  # (I, P, C)
         positions = image_positional_embeddings.flatten(2).transpose(1, 2).contiguous()  # (1, P, C)
         of_image = (pixels, *_project(self.transformer.layers[0], pixels, positions))
-        own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        device = sparse_prompt_embeddings.device
+        own = torch.cat([rows_of(self.iou_token, 1, device), rows_of(self.mask_tokens, self.num_mask_tokens, device)])
         tokens = torch.cat([own.expand(slot_images.shape[0], -1, -1), sparse_prompt_embeddings], 1).to(own.dtype)
         if torch.compiler.is_compiling():  # a graph is for any number of slots and cannot read their images' numbers
             pieces = [self._decode(tokens, [values[slot_images] for values in of_image], positions, size)]
@@ -124,8 +141,8 @@ class SharedImageMaskDecoder(SamMaskDecoder):
         # Both transposed convolutions (kernel and stride 2) and everything between them treat each pixel separately: the
         # pixels stay a list, and only the finished masks are laid out.
         upscaled = _spread(self.upscale_conv1, pixels)  # (N, P, 4, C / 4)
-        norm = self.upscale_layer_norm
-        upscaled = self.activation(F.layer_norm(upscaled, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
+        # SAM's norm takes the channels second, and moves them last itself.
+        upscaled = self.activation(self.upscale_layer_norm(upscaled.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         upscaled = self.activation(_spread(self.upscale_conv2, upscaled))  # (N, P, 4, 4, C / 8)
         # Multiply all mask tokens although one is used: a one-row matmul rounds differently depending on memory alignment.
         weights = torch.stack([mlp(states)[:, 1 + n] for n, mlp in enumerate(self.output_hypernetworks_mlps)], 1)
@@ -141,9 +158,7 @@ class SharedImageMaskDecoder(SamMaskDecoder):
 
 def used_by_weight(decoder: SamMaskDecoder) -> list[nn.Module]:
     """Return the submodules whose weights are read without calling them, so that hooks on their calls do not run."""
-    return [
-        decoder.iou_token, decoder.mask_tokens, decoder.upscale_conv1, decoder.upscale_layer_norm, decoder.upscale_conv2,
-    ]  # fmt: skip
+    return [decoder.upscale_conv1, decoder.upscale_conv2]
 
 
 def share_images(sam: nn.Module) -> None:

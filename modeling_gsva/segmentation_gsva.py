@@ -21,6 +21,8 @@ class GsvaSegmentationOutput(ModelOutput):
         answer_starts: (conversations,) position at which each answer begins in `sequences`.
         mask_logits: per conversation (slots, height, width) low-resolution logits; constant zero where rejected.
         scores: per conversation (slots,) log-odds of `[SEG]` against `[REJ]`.
+        probabilities: per conversation (slots,) probability that the expression is there, by the calibration in the
+            configuration (`rejection`); the sigmoid of the score without one.
         is_rejected: per conversation (slots,) booleans.
         iou_scores: per conversation (slots,), the mask decoder's own estimate of its mask's IoU.
         image_index: (conversations,) which image each conversation is about, -1 for none.
@@ -31,6 +33,7 @@ class GsvaSegmentationOutput(ModelOutput):
     answer_starts: torch.LongTensor | None = None
     mask_logits: tuple[torch.Tensor, ...] | None = None
     scores: tuple[torch.Tensor, ...] | None = None
+    probabilities: tuple[torch.Tensor, ...] | None = None
     is_rejected: tuple[torch.Tensor, ...] | None = None
     iou_scores: tuple[torch.Tensor, ...] | None = None
     image_index: torch.LongTensor | None = None
@@ -164,7 +167,7 @@ class PrefixCache:
         return self
 
     def _continue(self, other: "PrefixCache", rows: list[int]) -> None:
-        """Continue from what `other` has run: our n-th row follows its row `rows[n]`."""
+        """Continue after `other`: row n of this object follows row `rows[n]` of `other`."""
         self.cache, self.cached, self.images = other.cache, other.cached[rows], {}
         self.cache.batch_select_indices(torch.tensor(rows, device=self.cached.device))
 
@@ -173,7 +176,7 @@ class PrefixCache:
         Run each row from where it stopped up to its column of `ends`, by default to its end.
 
         Returns:
-            (conversations, width, hidden) states; column p of row r of the sequences is at p - ends[r].
+            (conversations, width, hidden) states; column p of row r of the sequences is at index p - ends[r].
         """
         ends = [self.sequences.shape[1]] * len(self.begins) if ends is None else ends
         width = max(end - begin for begin, end in zip(self.begins, ends))
@@ -191,7 +194,7 @@ class PrefixCache:
         return outputs.last_hidden_state
 
     def go_back(self, rows: list[int], column: int, sequences: torch.LongTensor) -> None:
-        """After reading to the end: keep only these rows, and run them from `column` on with their other `sequences`."""
+        """Keep only these rows after all were read, and run them again from `column` on with other `sequences`."""
         forgotten = self.sequences.shape[1] - column
         self.cache.crop(-forgotten)
         self.cached = self.cached[:, :-forgotten]
@@ -223,7 +226,7 @@ class SegmentationMixin(_Base):
         vision_features: torch.Tensor | None = None,
         sam_embeddings: torch.Tensor | None = None,
         method: str = "slots",
-        threshold: float = 0.0,
+        threshold: float | None = None,
         original_sizes=None,
         reshaped_input_sizes=None,
         expressions=None,
@@ -235,15 +238,16 @@ class SegmentationMixin(_Base):
         Args:
             input_ids, attention_mask: (conversations, length) prompts, padded on the left.
             answer_ids, answer_attention_mask: (conversations, length) the answers' wording, padded on the right, with
-                `[SEG]` or `[REJ]` at each slot. `slots` only reads where the slots are.
+                `[SEG]` or `[REJ]` at each slot. `slots` only uses the positions of the slots.
             pixel_values, sam_pixel_values, image_index: see `forward`. Every image is encoded once.
             method: "slots": the answer's wording is given, each slot is the model's own choice and later slots see that
                 choice. "generate": the answer is generated from the question alone, `generate_kwargs` go to `generate`.
                 "teacher_forced", the original's published protocol: the slots of `answer_ids` (the gold ones) are in the
                 input when later ones are decided, and masks come from a second pass in which every slot is `[SEG]`.
-            threshold: a slot is rejected when its log-odds of `[SEG]` against `[REJ]` are below it ("slots"). Later slots
-                see the likelier token of earlier ones whatever the threshold, so that no score depends on it.
-            original_sizes, reshaped_input_sizes, expressions: not used here, for `post_process_segmentation`.
+            threshold: a slot is rejected when its log-odds of `[SEG]` against `[REJ]` are below it ("slots"); by default
+                the calibrated threshold in the configuration (`rejection`), or 0. Later slots see the likelier token of
+                earlier ones whatever the threshold, so that no score depends on it.
+            original_sizes, reshaped_input_sizes, expressions: ignored; `post_process_segmentation` uses them.
 
         Raises:
             ValueError: unknown method, answers missing where the method needs them, prompts padded on the right.
@@ -278,7 +282,9 @@ class SegmentationMixin(_Base):
             sam_embeddings,
         )
         if method == "slots":
-            return self._segment_slots(batch, threshold)
+            return self._segment_slots(
+                batch, self.config.rejection_values["threshold"] if threshold is None else threshold
+            )
         return self._segment_teacher_forced(batch)
 
     @torch.no_grad()
@@ -368,7 +374,7 @@ class SegmentationMixin(_Base):
         order = {place: n for n, place in enumerate(map(tuple, slots.tolist()))}
         reader = PrefixCache(self.model, batch).read_common()
         for step in range(max(map(len, per_row), default=0)):
-            # A conversation without a slot left runs nothing, except its prompt: the first step takes in all images.
+            # A conversation without a further slot runs nothing, except its prompt: the first step needs all images.
             ends = [
                 places[step] if step < len(places) else max(begin, batch.start)
                 for places, begin in zip(per_row, reader.begins)
@@ -396,11 +402,14 @@ class SegmentationMixin(_Base):
     def _output(self, method: str, batch: AnsweredBatch, slots: SlotAnswers) -> GsvaSegmentationOutput:
         sequences = batch.sequences
         counts = torch.bincount(slots.places[:, 0], minlength=len(sequences)).tolist()
+        rejection = self.config.rejection_values
+        probabilities = torch.sigmoid(slots.scores.float() / rejection["temperature"] + rejection["offset"])
         result = GsvaSegmentationOutput(
             method=method,
             sequences=sequences,
             answer_starts=torch.full((len(sequences),), batch.start, device=sequences.device),
             scores=slots.scores.split(counts),
+            probabilities=probabilities.split(counts),
             is_rejected=slots.rejected.split(counts),
             image_index=batch.image_index,
         )

@@ -1,5 +1,5 @@
-"""Malformed input to every reader: data sets, metric, processor, converter. Each ends in an error that names what is wrong,
-or, where the change did no harm, in a valid result; never in a bare KeyError, a crash or a hang.
+"""Malformed input to every reader: data sets, metric, processor, converter. Each ends in an error that names the fault,
+or, if the change did no harm, in a valid result; never in a bare KeyError, a crash or a hang.
 
 Examples are drawn by hypothesis from a fixed seed, so that every run sees the same ones; `EXAMPLES` are drawn per reader,
 and a change that leaves the input as it was is drawn again.

@@ -1,9 +1,9 @@
-"""Equality with the original, from a compact set of its golden numbers (tests/tools/make_parity_fixture.py makes it).
+"""Equality with the original, by a compact set of its golden numbers (tests/tools/make_parity_fixture.py makes it).
 
-Golden here: conversations, pixels, CLIP and SAM features, hidden states of both passes, slot embeddings, decisions. SAM's
-mask decoder is too large to commit, so masks, losses, gradients and optimizer steps are compared with the specification
-written out once more (plain_gsva.py), and with the golden numbers themselves where the folder is there: the slow test runs
-tests/tools/parity.py over it.
+The compact set holds conversations, pixels, CLIP and SAM features, hidden states of both passes, slot embeddings and decisions.
+SAM's mask decoder is too large to commit. Masks, losses, gradients and optimizer steps are therefore compared with a plain
+implementation of the specification (plain_gsva.py). If the folder of golden numbers is available, the slow test compares them
+with tests/tools/parity.py.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""The command line from end to end, on a tiny random model: what it writes, what it resumes, and how it refuses."""
+"""run_gres.py from end to end on a tiny random model: its files, resumed runs, refused input."""
 
 import json
 import os

@@ -2,16 +2,18 @@
 
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
 
 from evaluation.config import IGNORE_REGIONS, PROTOCOLS, TASKS, check_choice
-from metrics.gres import CONVENTIONS
+from metrics.gres import CONVENTIONS, METRIC_KEYS
 
+from .inherited_arguments import refuse_unsupported
 from .threads import usable_cores
 
 TRAIN_LANGUAGE_MODEL = ("lora", "full", "frozen")
@@ -115,8 +117,11 @@ class DataArguments:
     conventions: list[str] = field(
         default_factory=lambda: ["rela"], metadata={"help": f"Metric conventions: {', '.join(CONVENTIONS)}."}
     )
-    threshold: float = field(
-        default=0.0, metadata={"help": "Reject an expression whose log-odds of [SEG] are lower (slots)."}
+    threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Reject an expression whose log-odds of [SEG] are lower (slots). Default: the calibrated threshold of the model, or 0."
+        },
     )
     one_prompt_per_expression: bool = field(
         default=False, metadata={"help": "Ask for each expression in a prompt by itself."}
@@ -158,7 +163,7 @@ class DataArguments:
         if self.eval_task is not None:
             check_choice("eval_task", self.eval_task, TASKS)
         check_choice("wording", self.wording, ("gsva", "processor"))
-        if not math.isfinite(self.threshold):
+        if self.threshold is not None and not math.isfinite(self.threshold):
             raise ValueError(
                 f"threshold={self.threshold} is not a finite number, so no score can be compared with it; give say 0 or -1.5."
             )
@@ -180,7 +185,7 @@ class DataArguments:
 
     @property
     def evaluated(self) -> str:
-        """Name of the data set to evaluate on."""
+        """Return the name of the data set to evaluate on."""
         if (name := self.eval_dataset or self.dataset) == "mixture":
             raise ValueError("A mixture can only be trained on; name an eval_dataset to evaluate on, say grefcoco.")
         return name
@@ -212,7 +217,7 @@ class GsvaTrainingArguments(TrainingArguments):
             "help": "Instead of training: save the consolidated weights of a sharded checkpoint as training does."
         },
     )
-    resume: bool = field(default=True, metadata={"help": "Go on from the last complete checkpoint in output_dir."})
+    resume: bool = field(default=True, metadata={"help": "Continue at the last complete checkpoint in output_dir."})
     divergence: str = field(
         default="stop",
         metadata={
@@ -248,8 +253,10 @@ class GsvaTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        refuse_unsupported(vars(self))
         if self.consolidated:
             self.do_train = False
+        check_best_metric(self)
         if self.plan:
             self.use_cpu = True  # so that no card is needed, whatever the precision
         check_choice("feature_cache_dtype", self.feature_cache_dtype, ("float16", "bfloat16", "float32"))
@@ -260,6 +267,30 @@ class GsvaTrainingArguments(TrainingArguments):
                 f"{usable_cores()}, or leave it out."
             )
         super().__post_init__()
+
+
+def check_best_metric(args: GsvaTrainingArguments) -> None:
+    """
+    Refuse a metric for the best model that evaluation does not give. Set its default, and whether greater is better.
+
+    Raises:
+        ValueError: There is no such metric, or no evaluation during training.
+    """
+    if args.metric_for_best_model is None:
+        if not args.load_best_model_at_end and args.save_strategy != "best":
+            return
+        args.metric_for_best_model = "gIoU"
+    name = args.metric_for_best_model.removeprefix("eval_")
+    if name not in METRIC_KEYS:
+        raise ValueError(
+            f"metric_for_best_model={args.metric_for_best_model!r} is not known; choose one of {', '.join(METRIC_KEYS)}."
+        )
+    if args.load_best_model_at_end and IntervalStrategy(args.eval_strategy) == IntervalStrategy.NO:
+        raise ValueError(
+            "load_best_model_at_end needs evaluations during training: give --eval_strategy steps or epoch."
+        )
+    if args.greater_is_better is None:
+        args.greater_is_better = name != "malformed"
 
 
 def _as_words(values: dict) -> list[str]:
@@ -273,6 +304,15 @@ def _as_words(values: dict) -> list[str]:
         else:
             words.append(json.dumps(value) if isinstance(value, dict) else str(value))
     return words
+
+
+def _ends_evaluation(words: list[str]) -> bool:
+    """Return whether the last word on `--do_eval` is a no."""
+    values = ["true"]
+    for word, following in zip(words, [*words[1:], ""]):
+        if re.fullmatch(r"--do[-_]eval(=.*)?", word):
+            values.append(word.partition("=")[2] or following)
+    return values[-1].lower() in ("false", "no", "f", "n", "0")
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, GsvaTrainingArguments]:
@@ -295,8 +335,11 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
         if not isinstance(preset, dict):
             raise ValueError(f"The preset {path} holds {type(preset).__name__}; write a mapping of name: value.")
         words = _as_words(preset)
+    words += argv
+    if _ends_evaluation(words):
+        words += ["--eval_strategy", "no"]  # transformers would set do_eval again because of eval_strategy
     parser = HfArgumentParser((ModelArguments, DataArguments, GsvaTrainingArguments), allow_abbrev=False)
-    model, data, training, unknown = parser.parse_args_into_dataclasses(words + argv, return_remaining_strings=True)
+    model, data, training, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:
         raise ValueError(f"{unknown} is not understood; `python run_gres.py --help` lists every name.")
     return model, data, training

@@ -10,17 +10,20 @@ from markupsafe import Markup
 from transformers import __version__ as transformers_version
 
 from data_scripts.files import render, write_text
-from evaluation.records import RESULTS, metric_cells, metric_notes, protocol_notes
+from evaluation.records import Record, fact_cells, metric_cells, metric_notes, protocol_notes, read_results
 from metrics.gres import METRIC_KEYS
 
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
 from .output_folder import ADAPTER, CARD, LOG_HISTORY, TRAINING
+from .run_record import changes_table, read_record
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "model_card.md.jinja"
+# Facts and metrics in the table of results.
+FACTS = ("dataset", "split", "stage", "protocol", "convention", "samples")
 
 
 def markdown(text: Any) -> Markup:
-    """Return text that stands in a line or table cell of Markdown as it is.
+    """Return text escaped for a line or a table cell of Markdown.
 
     >>> markdown("a|b <script> it's")
     Markup("a\\\\|b &lt;script&gt; it's")
@@ -41,7 +44,7 @@ def licence_of(base: str) -> str | None:
 
 
 def public_name(base: str) -> str:
-    """Return a Hub id or a relative path as it is, and of an absolute path the last part."""
+    """Return a Hub id or a relative path unchanged, and only the last part of an absolute path."""
     return Path(base).name if Path(base).is_absolute() else base
 
 
@@ -51,6 +54,7 @@ def training_facts(
     training: GsvaTrainingArguments,
     history: list[dict],
     measured: dict[str, Any],
+    record: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the rows of the card's table on training."""
     language_model = model.train_language_model
@@ -75,6 +79,7 @@ def training_facts(
         f"{training.warmup_steps:g} warm-up steps, gradients clipped at {training.max_grad_norm:g}",
         "precision": "bfloat16" if training.bf16 else "float16" if training.fp16 else model.dtype,
         "seed": training.seed,
+        "changed on the way": "; ".join(changes_table(record)) or "nothing",
         "time": f"{measured['seconds']:.0f} s of the last start" if "seconds" in measured else "not recorded",
         "transformers": transformers_version,
     }
@@ -115,6 +120,15 @@ def evaluation_results(records: list[dict]) -> list[EvalResult]:
     ]
 
 
+def result_cells(record: Record) -> list[Markup]:
+    """Return the cells of a record in the table of results."""
+    facts = fact_cells(record)
+    return [
+        *(markdown(facts[name]) for name in FACTS),
+        *(markdown(cell.text) for cell in metric_cells(record).values()),
+    ]
+
+
 def write_card(model: ModelArguments, data: DataArguments, training: GsvaTrainingArguments) -> Path:
     """
     Write `OUTPUT_DIR/README.md`, and the adapter's card beside the adapter; return the former's path.
@@ -128,18 +142,14 @@ def write_card(model: ModelArguments, data: DataArguments, training: GsvaTrainin
         path = output_dir / name
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
-    records, licence = read(RESULTS), licence_of(model.model)
-    labels = ("dataset", "split", "stage", "protocol", "convention", "samples")
+    records, licence = read_results(output_dir), licence_of(model.model)
     notes = [*(f"{protocol}: {note}" for protocol, note in protocol_notes(records).items()), *metric_notes(records)]
-    table = training_facts(model, data, training, read(LOG_HISTORY), dict(read(TRAINING)))
+    table = training_facts(model, data, training, read(LOG_HISTORY), dict(read(TRAINING)), read_record(output_dir))
     facts = {
         "base": markdown(public_name(model.model)),
         "data": markdown(data_name(data)),
-        "columns": (*labels, *METRIC_KEYS),
-        "results": [
-            [markdown(record[name]) for name in labels] + [cell.text for cell in metric_cells(record).values()]
-            for record in records
-        ],
+        "columns": (*FACTS, *METRIC_KEYS),
+        "results": [result_cells(record) for record in records],
         "notes": [markdown(note) for note in notes],
         "training": {name: markdown(value) for name, value in table.items()},
         "licence": licence,

@@ -63,6 +63,13 @@ def training_data(args: DataArguments, training: GsvaTrainingArguments, wording:
     )
 
 
+def load_training_data(
+    processor: GsvaProcessor, args: DataArguments, training: GsvaTrainingArguments
+) -> TrainingDataset | Mixture:
+    """Return `training_data` in the wording that the arguments name."""
+    return training_data(args, training, ProcessorWording(processor) if args.wording == "processor" else Wording())
+
+
 def num_images(dataset: TrainingDataset | Mixture) -> int:
     """Return the number of rows that examples are made from."""
     parts = [part for family in dataset.sources for part in family] if isinstance(dataset, Mixture) else [dataset]

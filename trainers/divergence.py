@@ -88,8 +88,8 @@ class DivergenceWatch:
         message = f"Step {step}: {problem}. {self._save_batch(step, problem, losses, inputs)}"
         if not math.isfinite(loss) and self.mode == "stop":
             raise FloatingPointError(
-                f"{message} The weights are still those after step {step - 1}; resume from the last checkpoint with a lower "
-                "--learning_rate, or look at the batch. --divergence warn goes on regardless."
+                f"{message} The weights are still those after step {step - 1}; begin again in another "
+                "--output_dir with a lower --learning_rate, or look at the batch. --divergence warn goes on regardless."
             )
         logger.warning("%s", message)
         return problem

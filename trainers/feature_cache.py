@@ -14,6 +14,8 @@ from torch import nn
 
 from data_scripts.files import replacing
 
+from .digests import tensor_bytes
+
 logger = logging.getLogger(__name__)
 # Largest allowed difference between a stored and a fresh feature, relative to the largest value. It covers the rounding of
 # the stored type or of the towers' type, whichever is coarser, and other batch sizes.
@@ -32,16 +34,12 @@ def towers_digest(model: nn.Module) -> str:
     for tower in _towers(model):
         for name, tensor in tower.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(_bytes(tensor))
+            digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 
 def _towers(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return model.model.vision_tower, model.sam.vision_encoder
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _contiguous_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -79,7 +77,7 @@ class FeatureCache:
 
     @property
     def bytes_per_image(self) -> int:
-        """Size of one image's features in bytes."""
+        """Return the size of one image's features in bytes."""
         vision, sam = self.model.config.vision_config, self.model.config.sam_config.vision_config
         numbers = self.model.config.image_seq_length * vision.hidden_size
         numbers += sam.output_channels * (sam.image_size // sam.patch_size) ** 2
@@ -129,8 +127,8 @@ class FeatureCache:
         return inputs
 
     def _name(self, pixels: torch.Tensor, sam_pixels: torch.Tensor) -> str:
-        digest = hashlib.sha256(_bytes(pixels))
-        digest.update(_bytes(sam_pixels))
+        digest = hashlib.sha256(tensor_bytes(pixels))
+        digest.update(tensor_bytes(sam_pixels))
         return digest.hexdigest()
 
     def _encode(self, pixels: torch.Tensor, sam_pixels: torch.Tensor) -> list[dict[str, torch.Tensor]]:

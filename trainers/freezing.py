@@ -1,4 +1,4 @@
-"""Decide which parts of GSVA are trained and how: frozen, with LoRA, or in full."""
+"""Decide which parts of GSVA are trained: frozen, with LoRA, or in full."""
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -53,6 +53,11 @@ def prepare_for_training(model: nn.Module, args: ModelArguments) -> nn.Module:
 def merge_lora(model: nn.Module) -> nn.Module:
     """Return the plain model, with LoRA merged into its weights if there is any."""
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """Return the model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _part_of(name: str) -> str:

@@ -1,5 +1,7 @@
 """Load models: quantized ones, and adapters, which are merged into their base."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from accelerate import PartialState
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
@@ -44,7 +47,7 @@ def is_adapter(name: str | Path) -> bool:
 
 
 def base_of(directory: str | Path) -> str:
-    """Return the base model that an adapter names. An adapter that names none lies in the folder of its base."""
+    """Return the base model that an adapter names. An adapter without a name is in the folder of its base."""
     return PeftConfig.from_pretrained(str(directory)).base_model_name_or_path or str(Path(directory).resolve().parent)
 
 
@@ -62,6 +65,23 @@ def unmerged_adapter(directory: str | Path) -> Path | None:
 def merge(base: nn.Module, directory: str | Path) -> nn.Module:
     """Return the base with the adapter of `directory` merged into its weights."""
     return PeftModel.from_pretrained(base, str(directory)).merge_and_unload()
+
+
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """
+    Load models whole in each process, also with DeepSpeed ZeRO-3.
+
+    transformers would shard the weights while it loads them, which waits for all processes. Only the main process loads the
+    model that gathers the trained weights, and an evaluation before training needs whole weights.
+    """
+    # It has no other way to restore the configuration than this reference.
+    reference = deepspeed_integration._hf_deepspeed_config_weak_ref
+    deepspeed_integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed_integration._hf_deepspeed_config_weak_ref = reference
 
 
 def load_model(
@@ -105,12 +125,13 @@ def load_model(
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
     try:
-        if Path(args.model).is_dir():
-            processor = GsvaProcessor.from_pretrained(args.model)
-            model = GsvaForConditionalGeneration.from_pretrained(args.model, **options)
-        else:
-            processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
-            model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, **options)
+        with whole_weights():
+            if Path(args.model).is_dir():
+                processor = GsvaProcessor.from_pretrained(args.model)
+                model = GsvaForConditionalGeneration.from_pretrained(args.model, **options)
+            else:
+                processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+                model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, **options)
     except OSError as error:
         raise ValueError(
             f"model={args.model!r} cannot be loaded ({error}). Give a directory that save_pretrained or "

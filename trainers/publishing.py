@@ -10,12 +10,12 @@ from data_scripts.files import adding_files, replacing_folder
 from evaluation.records import RESULTS
 
 from .arguments import GsvaTrainingArguments
-from .output_folder import ADAPTER, CARD, CURVES, TRAINING
+from .output_folder import ADAPTER, CARD, CURVES, RUN, TRAINING
 
 # Files that a run publishes. Nothing in them names folders of this machine, and files that others put beside them stay.
 PUBLISHED = ("*.safetensors", "*.json", "*.jinja", "*.py", CARD, CURVES, "pictures_*")
 # Not published although PUBLISHED matches them. "*/*": all subfolders, such as checkpoints.
-UNPUBLISHED = ("*/*", ".*", "rows_*", "predictions*", RESULTS, TRAINING)
+UNPUBLISHED = ("*/*", ".*", "rows_*", "predictions*", RESULTS, TRAINING, RUN)
 
 
 def save(processor, model, output_dir: Path) -> None:
@@ -42,6 +42,7 @@ def push(args: GsvaTrainingArguments) -> None:
 
     Raises:
         FileNotFoundError: There is no trained model, or no adapter, in `output_dir`.
+        ValueError: An upload failed. The message says how to repeat it.
     """
     if not PartialState().is_main_process:
         return
@@ -56,6 +57,12 @@ def push(args: GsvaTrainingArguments) -> None:
                 f"There is nothing to push: {folder} has no {required}; give --do_train, and LoRA for an adapter."
             )
     for name, (folder, allowed, ignored) in uploads.items():
-        repository = hub.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
-        hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=allowed, ignore_patterns=ignored)
+        try:
+            repository = hub.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+            hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=allowed, ignore_patterns=ignored)
+        except OSError as error:  # errors of the Hub are among them
+            raise ValueError(
+                f"{folder} could not be pushed to {name} ({error}). It is complete: run the same command again, which trains "
+                f"nothing, or `hf upload {name} {folder}`."
+            ) from error
         print(f"pushed {folder} to {repository}", flush=True)

@@ -7,6 +7,8 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import IntervalStrategy
+from transformers.models.sam.modeling_sam import SamMaskDecoder
 
 from modeling_gsva import GsvaProcessor
 
@@ -17,11 +19,18 @@ from .publishing import save, save_adapter
 from .trainer import GsvaTrainer
 
 
-def shares_weights(args: GsvaTrainingArguments) -> bool:
+def shards_weights(args: GsvaTrainingArguments) -> bool:
     """Return whether each process holds only a shard of the weights in training: FSDP, or DeepSpeed's ZeRO-3."""
     if args.deepspeed_plugin is not None:
         return args.deepspeed_plugin.zero_stage == 3
     return args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def strategy_of(args: GsvaTrainingArguments) -> str:
+    """Return how training divides the memory among processes. Checkpoints of one strategy do not fit another one."""
+    if args.deepspeed_plugin is not None:
+        return f"DeepSpeed ZeRO-{args.deepspeed_plugin.zero_stage}"
+    return "FSDP" if shards_weights(args) else "data parallel"
 
 
 def refuse_what_shards_cannot(model_args: ModelArguments, args: GsvaTrainingArguments) -> None:
@@ -31,9 +40,9 @@ def refuse_what_shards_cannot(model_args: ModelArguments, args: GsvaTrainingArgu
     Raises:
         ValueError: Such an option is given.
     """
-    if not (args.do_train and shares_weights(args)):
+    if not (args.do_train and shards_weights(args)):
         return
-    eval_strategy = args.eval_strategy.value if args.eval_strategy != "no" else None
+    eval_strategy = IntervalStrategy(args.eval_strategy).value if args.eval_strategy != "no" else None
     for name, value, instead in (
         ("feature_cache", args.feature_cache, "train without it"),
         ("quantization", model_args.quantization, "train without it, or data parallel (configs/accelerate/ddp.yaml)"),
@@ -47,6 +56,36 @@ def refuse_what_shards_cannot(model_args: ModelArguments, args: GsvaTrainingArgu
             raise ValueError(
                 f"{name}={value} is not possible where weights are sharded (FSDP, DeepSpeed ZeRO-3): {instead}."
             )
+
+
+def untie_weights(model: torch.nn.Module) -> None:
+    """
+    Give each tied parameter a tensor of its own, in place. `tie_weights()` ties them again.
+
+    DeepSpeed's `zero_to_fp32.py --safe_serialization` fails for tied parameters (SAM's positional embeddings).
+    """
+    names: dict[int, str] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if names.setdefault(id(parameter), name) == name:
+            continue
+        module, _, attribute = name.rpartition(".")
+        copy = torch.nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        setattr(model.get_submodule(module), attribute, copy)
+
+
+def prepare_for_deepspeed(model: torch.nn.Module, args: GsvaTrainingArguments) -> None:
+    """Change a model in place so that DeepSpeed can train it, if DeepSpeed is used; see `untie_weights`."""
+    if args.deepspeed_plugin is None:
+        return
+    untie_weights(model)
+    if args.deepspeed_plugin.zero_stage == 3:
+        from deepspeed.utils import set_z3_leaf_module
+
+        # The mask decoder runs once for each piece of the slots, and processes have different numbers of slots. As a leaf
+        # its weights are gathered once per call, as all processes do, and not once per piece.
+        for module in model.modules():
+            if isinstance(module, SamMaskDecoder):
+                set_z3_leaf_module(module, True)
 
 
 def gather_trained_model(trainer: GsvaTrainer, args: ModelArguments) -> torch.nn.Module | None:

@@ -56,18 +56,24 @@ class EpochSampler(Sampler[int]):
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """Return the newest `checkpoint-N` with a complete state file, or None. A folder that was copied in part has none."""
+    return next(reversed(complete_checkpoints(output_dir)), None)
+
+
+def complete_checkpoints(output_dir: str | Path) -> list[str]:
+    """Return the folders `checkpoint-N` with a complete state file, oldest first."""
     folders = sorted(
         (int(folder.name.rpartition("-")[2]), folder)
         for folder in Path(output_dir).glob("checkpoint-*")
         if folder.name.rpartition("-")[2].isdigit()
     )
-    for step, folder in reversed(folders):
+    complete = []
+    for step, folder in folders:
         try:
             if json.loads((folder / "trainer_state.json").read_text())["global_step"] == step:
-                return str(folder)
-        except (OSError, ValueError, KeyError):
+                complete.append(str(folder))
+        except (OSError, ValueError, KeyError, TypeError):
             continue
-    return None
+    return complete
 
 
 def peak_memory(device: torch.device) -> int:
@@ -78,10 +84,23 @@ def peak_memory(device: torch.device) -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def gather_frozen_in_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return the frozen parameters of the parts that an adapter holds whole, gathered from all ZeRO-3 processes."""
+    import deepspeed
+
+    frozen = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if ".modules_to_save." in name and not parameter.requires_grad
+    }
+    with deepspeed.zero.GatheredParameters(list(frozen.values())):
+        return {name: parameter.detach().cpu().clone() for name, parameter in frozen.items()}
+
+
 class GsvaTrainer(Trainer):
     """
     Args:
-        evaluation ([`EvaluationConfig`]): Configuration of `evaluate()`, whose metrics are logged as `eval_gIoU` and so on.
+        evaluation ([`EvaluationConfig`]): Settings of `evaluate()`, whose metrics are logged as `eval_gIoU` and so on.
         run_record: Facts about the run that are saved in each checkpoint as `run.json`.
 
     The cross-entropy of a micro-batch is divided by the number of supervised tokens of the whole optimizer step, its mask
@@ -97,6 +116,7 @@ class GsvaTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.run_record = run_record
         self._aside: Path | None = None
+        self._frozen_in_adapter: dict[str, torch.Tensor] = {}
         self.evaluation = evaluation
         self.watch = DivergenceWatch(
             self.args.output_dir,
@@ -132,6 +152,24 @@ class GsvaTrainer(Trainer):
         # accelerate does not reach the sampler when several processes resume within an epoch.
         self._sampler.set_epoch(kwargs["epoch"])
         super()._run_epoch(**kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as Trainer does, with ZeRO-3 and LoRA also the frozen parameters of the parts trained in full.
+
+        transformers gathers trained parameters only, but peft saves whole parts and fails without the frozen ones.
+        """
+        if (
+            self.is_deepspeed_enabled
+            and self.deepspeed.zero_optimization_stage() == 3
+            and isinstance(self.model, PeftModel)
+        ):
+            self._frozen_in_adapter = gather_frozen_in_adapter(self.model)
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if state_dict and self._frozen_in_adapter:
+            state_dict = {**state_dict, **self._frozen_in_adapter}
+        super()._save(output_dir, state_dict)
 
     def _get_output_dir(self, trial=None) -> str:
         return str(self._aside or super()._get_output_dir(trial))

@@ -2,8 +2,8 @@
 
 import copy
 import gc
-import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
+from transformers import TrainerCallback
 
 from data_scripts.files import write_json
 from data_scripts.transforms import Wording
@@ -21,13 +22,23 @@ from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
 from .curves import training_curves
 from .data import GsvaCollator, ProcessorWording, evaluation_config, num_images, training_data
-from .freezing import cast_trained, merge_lora, moved_table, parts_table, prepare_for_training, snapshot, unmoved
+from .freezing import (
+    cast_trained,
+    merge_lora,
+    moved_table,
+    parts_table,
+    plain_model,
+    prepare_for_training,
+    snapshot,
+    unmoved,
+)
 from .loading import load_model, merge
 from .output_folder import ADAPTER, CURVES, LOG_HISTORY, RUN, TRAINING
 from .publishing import save, save_adapter
-from .sharding import gather_trained_model, shares_weights
+from .run_record import check_resumed, describe_changes, make_record, refuse_fewer_steps, resume_point
+from .sharding import gather_trained_model, prepare_for_deepspeed, shards_weights
 from .threads import training_threads
-from .trainer import GsvaTrainer, last_complete_checkpoint
+from .trainer import GsvaTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -38,36 +49,46 @@ def train(
     model_args: ModelArguments,
     data_args: DataArguments,
     training_args: GsvaTrainingArguments,
+    record: dict[str, Any] | None = None,
 ) -> nn.Module | None:
     """
     Fine-tune the model, beginning at the last complete checkpoint if there is one, and save the result in `output_dir`.
+
+    Args:
+        record: Result of `begin_run`, which is kept with the weights.
 
     Returns:
         The plain model with the trained weights. With sharded weights it is read back only if it is evaluated next, and
         may be None.
     """
     state, loaded_dtype = PartialState(), model.dtype
-    checkpoint = checkpoint_to_resume(training_args)
+    checkpoint = resume_point(training_args)
+    check_optimizer(checkpoint, training_args)
     wording = ProcessorWording(processor) if data_args.wording == "processor" else Wording()
     dataset = training_data(data_args, training_args, wording)
     model = prepare_for_training(model, model_args)
     if training_args.bf16 or training_args.fp16:
         # Half precision would round small steps away; autocast computes in it all the same.
         cast_trained(model, torch.float32)
-    threads = choose_threads(training_args, checkpoint)
+    record = dict(record or {})
+    threads = record["threads"] = choose_threads(training_args, record.get("threads"))
     if state.is_main_process:
         print(parts_table(model), flush=True)
+        check_disk(model, training_args)
+    prepare_for_deepspeed(model, training_args)
     before = snapshot(model)
-    trainer = make_trainer(processor, model, dataset, data_args, training_args, {"threads": threads})
+    trainer = make_trainer(processor, model, dataset, data_args, training_args, record)
     with cpu_threads(threads or 1):
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    sharded = shares_weights(training_args)
+    sharded = shards_weights(training_args)
     model = gather_trained_model(trainer, model_args) if sharded else trainer.accelerator.unwrap_model(trainer.model)
     if trainer.state.global_step and state.is_main_process:
         report_moved(model, before)
     if model is not None:
+        plain_model(model).tie_weights()
         model = save_trained(processor, model, model_args, Path(training_args.output_dir), loaded_dtype)
     if state.is_main_process:
+        write_json(Path(training_args.output_dir) / RUN, record)
         save_history(trainer, {"pictures": num_images(dataset), "seconds": result.metrics["train_runtime"]})
     state.wait_for_everyone()
     if sharded and (training_args.do_eval or training_args.do_predict):
@@ -78,28 +99,91 @@ def train(
     return model
 
 
-def checkpoint_to_resume(args: GsvaTrainingArguments) -> str | None:
-    """Return the checkpoint that training begins at, or None to begin with the model as loaded."""
-    if args.resume_from_checkpoint is None and args.resume:
-        return last_complete_checkpoint(args.output_dir)
-    return args.resume_from_checkpoint
+def begin_run(
+    processor: GsvaProcessor,
+    model: nn.Module,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: GsvaTrainingArguments,
+) -> dict[str, Any]:
+    """
+    Return the record of the run, before anything takes long. Every process must call this.
+
+    Args:
+        model: The base model as it was loaded.
+
+    Raises:
+        ValueError: The output folder holds another run, or one of more steps than are asked for.
+    """
+    checkpoint = resume_point(training_args)
+    check_optimizer(checkpoint, training_args)
+    record = make_record(processor, model, model_args, data_args, training_args)
+    record = check_resumed(record, checkpoint, training_args)
+    if PartialState().is_main_process and (sentence := describe_changes(record, checkpoint)):
+        print(sentence, flush=True)
+    return record
 
 
-def choose_threads(args: GsvaTrainingArguments, checkpoint: str | None) -> int | None:
+def check_optimizer(checkpoint: str | None, args: GsvaTrainingArguments) -> None:
+    """
+    Say that the optimizer begins anew if the checkpoint holds the model only.
+
+    Raises:
+        ValueError: It does, and `save_only_model` is not set, so that exact continuation is expected.
+    """
+    if checkpoint is None or any(
+        next(Path(checkpoint).glob(pattern), None) for pattern in ("optimizer*", "global_step*")
+    ):
+        return
+    if not args.save_only_model:
+        raise ValueError(
+            f"{checkpoint} holds the model only (it was saved with --save_only_model), so training cannot continue exactly. "
+            "With --save_only_model true it goes on with a new optimizer and learning rate schedule; or begin again in "
+            "another --output_dir."
+        )
+    if PartialState().is_main_process:
+        logger.warning(
+            "%s holds the model only: the optimizer and the learning rate schedule begin anew, so training does not continue "
+            "exactly.",
+            checkpoint,
+        )
+
+
+def check_disk(model: nn.Module, args: GsvaTrainingArguments) -> None:
+    """Raise ValueError if the free disk space is too small for the checkpoints and the model of a run."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    in_checkpoint = sum(p.numel() * p.element_size() for p in trained) if isinstance(model, PeftModel) else weights
+    optimizer = 0 if args.save_only_model else sum(8 * parameter.numel() for parameter in trained)  # AdamW, float32
+    # One checkpoint more than is kept exists for a moment. Without a limit, count two.
+    count = 0 if args.save_strategy == "no" else (args.save_total_limit or 1) + 1
+    existing = sum(1 for _ in Path(args.output_dir).glob("checkpoint-*"))
+    needed = max(count - existing, 0) * (in_checkpoint + optimizer) + weights
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(args.output_dir).free
+    if needed > free:
+        raise ValueError(
+            f"{args.output_dir}: {count} checkpoints and the model take {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are "
+            "free; make room, give an --output_dir on another disk, or a smaller --save_total_limit."
+        )
+
+
+class RefuseFewerSteps(TrainerCallback):
+    """Ends a run that is resumed for fewer steps than it has, before it is handed out as if it had so few."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        refuse_fewer_steps(state.global_step, state.max_steps, args.output_dir)
+
+
+def choose_threads(args: GsvaTrainingArguments, recorded: int | None) -> int | None:
     """Return the CPU threads of each process and print the reason, or None on an accelerator, where they do not matter."""
     state = PartialState()
     if state.device.type != "cpu":
         return None
-    threads, sentence = training_threads(args.threads, run_record(checkpoint).get("threads"))
+    threads, sentence = training_threads(args.threads, recorded)
     if state.is_main_process:
         print(sentence, flush=True)
     return threads
-
-
-def run_record(checkpoint: str | Path | None) -> dict[str, Any]:
-    """Return the facts about the run that a checkpoint holds; none if it is of an older version."""
-    path = Path(checkpoint or "") / RUN
-    return json.loads(path.read_text(encoding="utf-8")) if checkpoint and path.is_file() else {}
 
 
 def make_trainer(
@@ -120,6 +204,7 @@ def make_trainer(
         limit = data_args.max_eval_samples_in_training
         evaluation = evaluation_config(data_args, training_args, data_args.protocols[0], limit=limit)
     trainer = GsvaTrainer(
+        callbacks=[RefuseFewerSteps()],
         model=model,
         args=trainer_args,
         train_dataset=dataset,

@@ -389,7 +389,7 @@ def rejection_curve(rows: Iterable[Mapping[str, Any]], max_points: int = 201) ->
         is chance. `balance` is `{"threshold", "N_acc", "T_acc"}` at the threshold where N-acc and T-acc are closest (of
         several, where their sum is largest, then the lowest). `points` is `{"threshold", "N_acc", "T_acc"}` with lists of
         one length, in order of threshold. Without scores, no-targets or targets, area is NaN and balance None, and `note`
-        gives the reason. `note` also tells if `is_rejected` differs from `score < 0`.
+        gives the reason. `note` also says whether `is_rejected` differs from `score < 0`.
     """
     return _curve(_columns(rows), max_points)
 

@@ -1,4 +1,4 @@
-"""Files of strangers: pickles of plain data."""
+"""Untrusted files: pickles of plain data."""
 
 import os
 import pickle

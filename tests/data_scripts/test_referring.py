@@ -1,4 +1,4 @@
-"""The referring sets: splits, every form of a mask, records that are wrong, expressions as questions."""
+"""The referring sets: splits, every form of a mask, wrong records, expressions as questions."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Evaluation by every protocol: every expression exactly once, in order, and what is refused."""
+"""Evaluation by every protocol: every expression exactly once, in order; refused input."""
 
 import math
 

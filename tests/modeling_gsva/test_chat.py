@@ -1,4 +1,4 @@
-"""Chat: templates that refuse what they cannot place, batches, prefilled answers, the stock pipeline, streamed text with masks."""
+"""Chat: content that templates refuse, batches, prefilled answers, the stock pipeline, streamed text with masks."""
 
 import threading
 

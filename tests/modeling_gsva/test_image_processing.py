@@ -1,4 +1,4 @@
-"""GsvaImageProcessor against hand-computed sizes and a direct computation with Pillow and numpy; and masks back."""
+"""GsvaImageProcessor against hand-computed sizes and a direct computation with Pillow and numpy; masks at the original size."""
 
 import io
 

@@ -1,5 +1,7 @@
 """GsvaForConditionalGeneration.forward: outputs, loss parts against plain numpy, batches, gradients, bad input."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -569,3 +571,12 @@ def test_config_names_bad_token_ids(options, message):
                 **options,
             }
         )
+
+
+def test_a_rejection_that_is_no_number_is_refused(make_model):
+    config = make_model(rejection={"threshold": 1.5, "temperature": 2.0, "offset": -1.0}).config
+    assert config.rejection_values == {"threshold": 1.5, "temperature": 2.0, "offset": -1.0}
+    assert make_model().config.rejection_values == {"threshold": 0.0, "temperature": 1.0, "offset": 0.0}
+    for name, value in (("threshold", math.inf), ("temperature", 0.0), ("temperature", -1.0), ("offset", "much")):
+        with pytest.raises(ValueError, match=rf"rejection\['{name}'\]={value!r} is not a finite"):
+            make_model(rejection={name: value})

@@ -1,4 +1,4 @@
-"""GsvaProcessor: strings to the letter, tokens and labels, answers back to results, and every bad input by its message."""
+"""GsvaProcessor: exact strings, tokens and labels, results from answers, and the message for every bad input."""
 
 import math
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""segment(): the slots, generate and teacher_forced ways against plain forward passes; generate with its strategies."""
+"""segment(): the methods slots, generate and teacher_forced against plain forward passes; generate with its strategies."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What the prompts of one image share is read once, and the second pass of teacher_forced only where it matters."""
+"""The common prefix of the prompts about an image is run once, and the second pass of teacher_forced only if it matters."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
-"""GSVA's forward pass and losses once more, written out step by step from their specification.
+"""A plain second implementation of GSVA's forward pass and losses, step by step from their specification.
 
-One conversation at a time, without padding, placeholders or batching, and with every formula in the open: what the model
-in modeling_gsva does at once must give the same. Takes from that model only its weights, inside transformers' own modules.
+It takes one conversation at a time, without padding, placeholders or batches, and writes out every formula. The model in
+modeling_gsva must give the same results. Only the weights are taken from that model, inside modules of transformers.
 """
 
 import torch
