@@ -12,7 +12,9 @@ Train, evaluate and predict with GSVA.
 
 from __future__ import annotations
 
+import io
 import sys
+import traceback
 from pathlib import Path
 
 import transformers
@@ -25,7 +27,7 @@ from evaluation.run import recorded
 from trainers.arguments import DataArguments, GsvaTrainingArguments, ModelArguments, parse_arguments
 from trainers.card import write_card
 from trainers.data import evaluation_config
-from trainers.failures import CANNOT_GO_ON, explain
+from trainers.failures import CANNOT_GO_ON, REPORT, explain
 from trainers.loading import load_model
 from trainers.lock import run_lock
 from trainers.output_folder import VALIDATION
@@ -40,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit status. An expected failure is one line, any other one a traceback."""
     output_dir = None
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # names of files may have characters that a terminal has not
+        if isinstance(stream, io.TextIOWrapper):  # a file name may have characters that the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
         arguments = parse_arguments(argv)
         output_dir = Path(arguments[-1].output_dir)
@@ -49,6 +52,10 @@ def main(argv: list[str] | None = None) -> int:
         if "debug" in (sys.argv if argv is None else argv):  # --log_level debug
             raise
         print(f"run_gres.py: {explain(error, output_dir)}", file=sys.stderr)
+        return 1
+    except Exception:  # noqa: BLE001 (whatever it is, it is shown)
+        traceback.print_exc()
+        print(f"run_gres.py: {REPORT}", file=sys.stderr)
         return 1
     return 0
 

@@ -21,6 +21,11 @@ CANNOT_GO_ON = (
     ImportError,
 )
 
+REPORT = (
+    "This failure is unexpected: please report it with the lines above, the command, and the versions that "
+    "`transformers env` prints."
+)
+
 
 def explain(error: BaseException, output_dir: Path | None) -> str:
     """Return one line about a failure: its cause, what is whole in the output folder, and how to go on."""
