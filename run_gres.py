@@ -13,6 +13,7 @@ Train, evaluate and predict with GSVA.
 from __future__ import annotations
 
 import sys
+import traceback
 from pathlib import Path
 
 import transformers
@@ -25,7 +26,7 @@ from evaluation.run import recorded
 from trainers.arguments import DataArguments, GsvaTrainingArguments, ModelArguments, parse_arguments
 from trainers.card import write_card
 from trainers.data import evaluation_config
-from trainers.failures import CANNOT_GO_ON, allow_any_file_name_in_output, explain
+from trainers.failures import CANNOT_GO_ON, REPORT, allow_any_file_name_in_output, explain
 from trainers.loading import load_model
 from trainers.lock import run_lock
 from trainers.output_folder import VALIDATION
@@ -48,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
         if "debug" in (sys.argv if argv is None else argv):  # --log_level debug
             raise
         print(f"run_gres.py: {explain(error, output_dir)}", file=sys.stderr)
+        return 1
+    except Exception:  # noqa: BLE001 (whatever it is, it is shown)
+        traceback.print_exc()
+        print(f"run_gres.py: {REPORT}", file=sys.stderr)
         return 1
     return 0
 

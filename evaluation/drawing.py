@@ -98,7 +98,7 @@ def contact_sheet(images: Sequence[Image.Image], columns: int = 3, width: int = 
 def verdict(question: Question, result: dict[str, Any]) -> tuple[str, bool]:
     """Return the outcome of an expression in words, and whether it is right. The IoU is that of its metric row."""
     if question.is_no_target:
-        return ("rejected, rightly", True) if result["is_rejected"] else ("there is none, but it was accepted", False)
+        return ("rejected, rightly", True) if result["is_rejected"] else ("accepted, but it is not there", False)
     if result["is_rejected"]:
         return "rejected, but it is there", False
     intersection, union = question.overlap(np.asarray(result["mask"], dtype=bool))

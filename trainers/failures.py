@@ -23,6 +23,11 @@ CANNOT_GO_ON = (
     ImportError,
 )
 
+REPORT = (
+    "This failure is unexpected: please report it with the lines above, the command, and the versions that "
+    "`transformers env` prints."
+)
+
 
 def allow_any_file_name_in_output() -> None:
     """Escape characters that the terminal cannot show, so that no file name ends the program."""

@@ -95,15 +95,19 @@ def steps_of(checkpoint: str | Path) -> int:
     return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
 
+class FewerStepsError(ValueError):
+    """A run has more steps than are asked for."""
+
+
 def refuse_fewer_steps(trained: int, asked: int, output_dir: str | Path) -> None:
-    """Raise ValueError if a run has more steps than are asked for, naming the checkpoints that it has."""
+    """Raise FewerStepsError if a run has more steps than are asked for, naming the checkpoints that it has."""
     if trained <= asked:
         return
     usable = [folder for folder in complete_checkpoints(output_dir) if steps_of(folder) <= asked]
     way = "give another --output_dir to train fewer"
     if usable:
         way += f", or --resume_from_checkpoint {usable[-1]} to go on from there"
-    raise ValueError(f"{output_dir} holds a run of {trained} steps, and {asked} are asked for: {way}.")
+    raise FewerStepsError(f"{output_dir} holds a run of {trained} steps, and {asked} are asked for: {way}.")
 
 
 def check_resumed(record: dict[str, Any], checkpoint: str | None, args: GsvaTrainingArguments) -> dict[str, Any]:

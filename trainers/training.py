@@ -3,7 +3,9 @@
 import copy
 import gc
 import logging
+import pickle
 import shutil
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from data_scripts.files import write_json
 from data_scripts.transforms import Wording
@@ -35,10 +39,10 @@ from .freezing import (
 from .loading import load_model, merge
 from .output_folder import ADAPTER, CURVES, LOG_HISTORY, RUN, TRAINING
 from .publishing import save, save_adapter
-from .run_record import check_resumed, describe_changes, make_record, refuse_fewer_steps, resume_point
+from .run_record import FewerStepsError, check_resumed, describe_changes, make_record, refuse_fewer_steps, resume_point
 from .sharding import gather_trained_model, prepare_for_deepspeed, shards_weights
 from .threads import training_threads
-from .trainer import GsvaTrainer
+from .trainer import GsvaTrainer, complete_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +83,7 @@ def train(
     before = snapshot(model)
     trainer = make_trainer(processor, model, dataset, data_args, training_args, record)
     with cpu_threads(threads or 1):
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        result = run_trainer(trainer, checkpoint)
     sharded = shards_weights(training_args)
     model = gather_trained_model(trainer, model_args) if sharded else trainer.accelerator.unwrap_model(trainer.model)
     if trainer.state.global_step and state.is_main_process:
@@ -166,6 +170,36 @@ def check_disk(model: nn.Module, args: GsvaTrainingArguments) -> None:
             f"{args.output_dir}: {count} checkpoints and the model take {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are "
             "free; make room, give an --output_dir on another disk, or a smaller --save_total_limit."
         )
+
+
+def run_trainer(trainer: GsvaTrainer, checkpoint: str | None) -> TrainOutput:
+    """
+    Train, and return transformers' summary.
+
+    Raises:
+        ValueError: A file of the checkpoint is damaged.
+    """
+    begun: list[bool] = []
+
+    class Begun(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            begun.append(True)
+
+    trainer.add_callback(Begun())
+    try:
+        return trainer.train(resume_from_checkpoint=checkpoint)
+    except FewerStepsError:
+        raise
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        # After that, the only file still to be read is the state of the random numbers.
+        if checkpoint is None or (begun and "rng_state" not in str(traceback.extract_tb(error.__traceback__))):
+            raise
+        others = [folder for folder in complete_checkpoints(trainer.args.output_dir) if folder != checkpoint]
+        way = f"goes on from {others[-1]}" if others else "begins again"
+        raise ValueError(
+            f"{checkpoint} is damaged or does not fit ({' '.join(str(error).split())[:200]}). Delete it; the same command then "
+            f"{way}."
+        ) from error
 
 
 class RefuseFewerSteps(TrainerCallback):
