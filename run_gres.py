@@ -13,7 +13,6 @@ Train, evaluate and predict with GSVA.
 from __future__ import annotations
 
 import sys
-import traceback
 from pathlib import Path
 
 import transformers
@@ -26,7 +25,7 @@ from evaluation.run import recorded
 from trainers.arguments import DataArguments, GsvaTrainingArguments, ModelArguments, parse_arguments
 from trainers.card import write_card
 from trainers.data import evaluation_config
-from trainers.failures import CANNOT_GO_ON, REPORT, allow_any_file_name_in_output, explain
+from trainers.failures import allow_any_file_name_in_output, report_failure
 from trainers.loading import load_model
 from trainers.lock import run_lock
 from trainers.output_folder import VALIDATION
@@ -45,14 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parse_arguments(argv)
         output_dir = Path(arguments[-1].output_dir)
         run(*arguments)
-    except CANNOT_GO_ON as error:
+    except (Exception, KeyboardInterrupt) as error:
         if "debug" in (sys.argv if argv is None else argv):  # --log_level debug
             raise
-        print(f"run_gres.py: {explain(error, output_dir)}", file=sys.stderr)
-        return 1
-    except Exception:  # noqa: BLE001 (whatever it is, it is shown)
-        traceback.print_exc()
-        print(f"run_gres.py: {REPORT}", file=sys.stderr)
+        report_failure(error, output_dir)
         return 1
     return 0
 
