@@ -12,6 +12,7 @@ memory stays at a few tensors, however big the checkpoint.
 
 import argparse
 import ctypes
+import io
 import platform
 import signal
 import sys
@@ -52,6 +53,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--reverse", action="store_true", help="convert our directory to a .bin in the original's layout")
     add("--peft_names", action="store_true", help="with --reverse: names with PEFT's prefix, to train with LoRA")
     args = parser.parse_args(argv)
+    if not abs(args.lora_alpha) < 3e38:  # NaN, infinite, or beyond float32
+        parser.error(f"--lora_alpha must be a finite number, not {args.lora_alpha}")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be from 0 to {2**32 - 1}, not {args.seed}")
     if args.reverse and args.checkpoint is None:
         parser.error("--reverse needs --checkpoint, a directory that this program wrote")
     return args
@@ -68,6 +73,8 @@ def keep_freed_memory() -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may be unable to print the name of --output
     try:
         summary = reverse(args) if args.reverse else convert(args)
     except KeyboardInterrupt:

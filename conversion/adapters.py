@@ -87,7 +87,7 @@ def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 def _lazy(tensors: dict[str, torch.Tensor]) -> dict[str, LazyTensor]:
     return {
-        key: LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.detach().cpu)
+        key: LazyTensor.of(tensor)
         for key, tensor in tensors.items()
         if tensor.is_floating_point() and not tensor.is_meta
     }

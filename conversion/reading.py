@@ -406,6 +406,11 @@ class LazyTensor:
     dtype: torch.dtype | None
     read: Callable[[], torch.Tensor]
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> LazyTensor:
+        """Return a tensor that is in memory already, for functions that take unread ones."""
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.detach().cpu)
+
 
 class CheckpointSource:
     """The tensors of one command-line option, under their names in our model.

@@ -138,11 +138,19 @@ def write_shards(directory: Path, tensors: Mapping[str, LazyTensor], dtype: torc
 
 
 def merge_lora(base: LazyTensor, pair: Mapping[str, LazyTensor], alpha: float) -> LazyTensor:
-    """Return W + alpha / r · B A, computed in float32 and rounded once."""
+    """Return W + alpha / r · B A, computed in float32 and rounded once.
+
+    Reading it raises ValueError if the sum is beyond the range of float32.
+    """
 
     def read() -> torch.Tensor:
         a, b = pair["A"].read().float(), pair["B"].read().float()
-        return base.read().float().addmm(b, a, alpha=alpha / a.shape[0])
+        merged = base.read().float().addmm(b, a, alpha=alpha / a.shape[0])
+        if not is_finite(merged):
+            raise ValueError(
+                f"LoRA with --lora_alpha {alpha:g} gives weights beyond float32: give the alpha of the training."
+            )
+        return merged
 
     return LazyTensor(base.shape, base.dtype, read)
 
@@ -195,6 +203,7 @@ def write_card(directory: Path, name: str, summary: Mapping[str, Any], is_start:
         is_start: The weights are those that training starts from.
         has_adapter: LoRA is not merged into the weights but lies in adapter/.
     """
+    name = name.encode("utf-8", "replace").decode()  # a folder's name may hold bytes that are no text
     facts = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in summary.items()}
     text = render(CARD, name=name, facts=facts, is_start=is_start, has_adapter=has_adapter)
     write_text(directory / "README.md", text)

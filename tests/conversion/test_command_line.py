@@ -1,10 +1,12 @@
 """convert_checkpoint.py ends each expected failure in one line with status 1, and leaves nothing behind."""
 
+import os
 import resource
 import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,3 +94,37 @@ def test_messages_of_libraries_become_one_line(original, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as error:
         run(original, original / "full.pt", tmp_path / "out")
     assert error.value.code == "error: first second"
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--lora_alpha", "nan"], "--lora_alpha must be a finite number, not nan"),
+    (["--lora_alpha", "inf"], "--lora_alpha must be a finite number, not inf"),
+    (["--seed", "-1"], "--seed must be from 0 to 4294967295, not -1"),
+    (["--reverse"], "--reverse needs --checkpoint"),
+])  # fmt: skip
+def test_options_are_checked_first(words, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["--output", str(tmp_path / "out"), *words])
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_name_that_the_terminal_cannot_print(original, tmp_path):
+    """Neither a name beyond the terminal's characters nor bytes that are no text end a conversion."""
+    output = os.fsdecode(bytes(tmp_path) + "/gsva-\u7532-".encode() + b"\xff")
+    command = [sys.executable, str(ROOT / "convert_checkpoint.py"), "--checkpoint", str(original / "full.pt"), "--llava",
+               str(original / "llava"), "--clip", str(original / "clip"), "--output", output]  # fmt: skip
+    ended = subprocess.run(
+        command, capture_output=True, check=False, cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert b"Wrote" in ended.stdout and b"\\u7532" in ended.stdout
+    assert (Path(output) / "model.safetensors").is_file() and (Path(output) / "README.md").is_file()
+
+
+def test_lora_that_is_scaled_beyond_float32_is_refused(original, tmp_path):
+    torch.save(
+        {key: value * 1000 if "lora_" in key else value for key, value in peft_names(original).items()},
+        tmp_path / "gsva.bin",
+    )
+    with pytest.raises(SystemExit, match="--lora_alpha 1e\\+38 gives weights beyond float32"):
+        run(original, tmp_path / "gsva.bin", tmp_path / "out", "--lora_alpha", "1e38")
