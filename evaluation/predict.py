@@ -18,6 +18,7 @@ from data_scripts.transforms import PictureError, read_image
 
 from .config import PROTOCOL_NOTES, EvaluationConfig
 from .drawing import labelled_overlay
+from .fonts import font_for
 from .loop import cpu_threads, evaluate_rows, evaluation_mode, gather_from_all, segment_images
 from .pages import AnsweredImage, overlay_page, prediction_page
 
@@ -33,7 +34,7 @@ def predict_files(
     output_dir: str | Path,
     skip_list: SkipList | None = None,
 ) -> None:
-    """Segment every expression in every image file; write overlays, a page with them and `predictions.json`.
+    """Segment every expression in every image file; write overlays and `predictions.json`, and a page if a legend cannot show an expression.
 
     Args:
         paths: Image files.
@@ -73,9 +74,10 @@ def predict_files(
                 predictions.append(_predict_file(number, path, image, results, config, output_dir))
     finally:  # what is predicted is not lost with an image that cannot be read
         write_json(output_dir / PREDICTIONS, predictions)
-        note = f"{config.protocol}: {PROTOCOL_NOTES[config.protocol]}"
-        overlays = [Image.open(output_dir / one["overlay"]) for one in predictions]
-        write_text(output_dir / "predictions.html", overlay_page(note, predictions, overlays))
+        if not all(map(font_for, expressions)):  # a page shows the texts that a legend cannot
+            note = f"{config.protocol}: {PROTOCOL_NOTES[config.protocol]}"
+            overlays = [Image.open(output_dir / one["overlay"]) for one in predictions]
+            write_text(output_dir / "predictions.html", overlay_page(note, predictions, overlays))
 
 
 def _predict_file(

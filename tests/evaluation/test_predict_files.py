@@ -12,7 +12,7 @@ import torch
 
 from data_scripts.images import PictureError
 from data_scripts.skipped import SkipList
-from evaluation import predict
+from evaluation import fonts, predict
 from evaluation.config import EvaluationConfig
 
 
@@ -60,7 +60,10 @@ def test_a_file_name_that_is_not_utf8_loses_no_predictions(run, tmp_path, monkey
     monkeypatch.setattr(
         sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     )  # errors="strict", as in a shell
+    monkeypatch.setattr(fonts, "_system_fonts", list)
+    fonts.font_for.cache_clear()
     predictions = run([os.fsdecode(bad), good], ["a cat", "左边的狗"])
+    fonts.font_for.cache_clear()
     assert [one["image"].rpartition("/")[2] for one in predictions] == ["caf\\udce9.jpg", "good.jpg"]
     assert [one["expressions"][1]["text"] for one in predictions] == ["左边的狗"] * 2
     assert all((tmp_path / "out" / one["overlay"]).is_file() for one in predictions)
