@@ -24,7 +24,7 @@ from evaluation.report import write_report
 from evaluation.run import recorded
 from trainers.arguments import DataArguments, GsvaTrainingArguments, ModelArguments, parse_arguments
 from trainers.card import write_card
-from trainers.data import evaluation_config
+from trainers.data import evaluation_config, skip_list, skipped_images
 from trainers.failures import allow_any_file_name_in_output, report_failure
 from trainers.loading import load_model
 from trainers.lock import run_lock
@@ -128,19 +128,19 @@ def evaluate(
 
 def predict(processor, model, data_args: DataArguments, training_args: GsvaTrainingArguments) -> None:
     """Predict on the image files of the command line, or else on the evaluation split."""
-    protocol, output_dir = data_args.protocols[0], training_args.output_dir
+    output_dir, skipped = training_args.output_dir, skip_list(data_args, training_args)
+    rows: list | None = [] if data_args.image else None
+    config = evaluation_config(data_args, training_args, data_args.protocols[0], rows=rows)
     if data_args.image:
-        config = evaluation_config(data_args, training_args, protocol, rows=[])
-        predict_files(model, processor, data_args.image, data_args.expressions, config, output_dir)
+        predict_files(model, processor, data_args.image, data_args.expressions, config, output_dir, skipped)
     else:
-        config = evaluation_config(data_args, training_args, protocol)
         predict_rows(model, processor, config, output_dir, data_args.num_pictures)
 
 
 def print_summary(output_dir: Path) -> None:
     """Print the results of the run, and the paths of its pictures."""
-    if records := read_results(output_dir):
-        print(f"\n{results_table(records)}")
+    records = read_results(output_dir)
+    print(f"\n{results_table(records)}\n" if records else "", skipped_images(output_dir), sep="", end="")
     pictures = sorted([*output_dir.glob("*.html"), *output_dir.glob("*.png"), *output_dir.glob(VALIDATION)])
     if pictures:
         print("\npictures:\n" + "\n".join(f"  {path}" for path in pictures))

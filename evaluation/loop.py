@@ -113,7 +113,8 @@ def evaluate_rows(
     if progress is not None and progress.is_complete:
         rows_by_image = _by_image(progress.read(), config)
         return EvaluationResult(rows_by_image, time.perf_counter() - begun, len(config.rows), was_complete=True)
-    size, count = config.batch_size, len(config.rows)
+    rows = stored_images(config.rows)  # `read_image` names an image that cannot be read; `datasets` does not
+    size, count = config.batch_size, len(rows)
     batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
     finished = progress.finished if progress is not None else {}
     if progress is not None and finished and state.is_main_process:
@@ -125,7 +126,7 @@ def evaluate_rows(
         for number in tqdm(mine, title, disable=not state.is_main_process, mininterval=2):
             rows_by_image = []
             with cpu_threads(config.threads):
-                answers = _answer_batch(model, processor, [config.rows[index] for index in batches[number]], config)
+                answers = _answer_batch(model, processor, [rows[index] for index in batches[number]], config)
             for index, (row, questions, of_image) in zip(batches[number], answers, strict=True):
                 rows_by_image.append(_metric_rows(row, questions, of_image, config, keep_masks))
                 if on_prediction is not None:

@@ -88,6 +88,18 @@ def prediction_page(title: str, table: str, answered: Sequence[AnsweredImage]) -
     return render(TEMPLATES / "predictions.html.jinja", title=title, table=table, images=images)
 
 
+def overlay_page(note: str, predictions: Sequence[dict[str, Any]], overlays: Sequence[Image.Image]) -> str:
+    """Return a page with the overlays of image files and the text of each expression, whatever its alphabet.
+
+    Args:
+        note: The text above the images.
+        predictions: The entries of `predictions.json`.
+        overlays: The overlay of each.
+    """
+    pictures = [{**one, "picture": data_url(picture)} for one, picture in zip(predictions, overlays, strict=True)]
+    return render(TEMPLATES / "overlays.html.jinja", note=note, predictions=pictures)
+
+
 def _thumbnail(image: Image.Image, side: int = 190) -> str:
     return data_url(ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS), optimize=True)
 

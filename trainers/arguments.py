@@ -148,6 +148,12 @@ class DataArguments:
     eval_before_training: bool = field(
         default=True, metadata={"help": "With --do_train and --do_eval: also evaluate before training."}
     )
+    on_bad_image: str = field(
+        default="error",
+        metadata={
+            "help": "An image that cannot be read is an 'error', or is left out and listed at the end ('skip')."
+        },
+    )
     num_pictures: int = field(default=24, metadata={"help": "Images on the page of predictions."})
     image: list[str] = field(default_factory=list, metadata={"help": "--do_predict: image files."})
     expressions: list[str] = field(
@@ -162,6 +168,7 @@ class DataArguments:
         check_choice("ignore_region", self.ignore_region, IGNORE_REGIONS)
         if self.eval_task is not None:
             check_choice("eval_task", self.eval_task, TASKS)
+        check_choice("on_bad_image", self.on_bad_image, ("error", "skip"))
         check_choice("wording", self.wording, ("gsva", "processor"))
         if self.threshold is not None and not math.isfinite(self.threshold):
             raise ValueError(

@@ -22,6 +22,7 @@ from .output_folder import (
     LOCK,
     LOG_HISTORY,
     RUN,
+    SKIPPED,
     TENSORBOARD,
     TRAINING,
     VALIDATION,
@@ -53,6 +54,7 @@ def _check(args: GsvaTrainingArguments) -> None:
     with replacing(output_dir / f"{LOCK}.written") as temporary:
         temporary.write_text("")
     (output_dir / f"{LOCK}.written").unlink()
+    (output_dir / SKIPPED).unlink(missing_ok=True)  # of an earlier start
     if args.do_train and not args.resume and args.resume_from_checkpoint is None:
         set_earlier_run_aside(output_dir)
     if args.push_to_hub:
