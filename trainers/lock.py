@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .output_folder import LOCK
@@ -31,6 +31,7 @@ def run_lock(output_dir: str | Path) -> Iterator[None]:
         OSError: The folder cannot be written.
     """
     held: list[int] = []  # the main process's file descriptor
+    is_new = not Path(output_dir).exists()
     on_main_process(lambda: _acquire(Path(output_dir), held))
     try:
         yield
@@ -38,6 +39,9 @@ def run_lock(output_dir: str | Path) -> Iterator[None]:
         for descriptor in held:
             (Path(output_dir) / LOCK).unlink(missing_ok=True)
             os.close(descriptor)
+            if is_new:
+                with suppress(OSError):  # the run has written something
+                    Path(output_dir).rmdir()
 
 
 def _acquire(output_dir: Path, held: list[int]) -> None:

@@ -64,6 +64,9 @@ def test_the_lock_of_a_killed_run_is_taken_over(holder, tmp_path):
 def test_the_lock_ends_with_the_run_however_it_ends(tmp_path):
     with pytest.raises(KeyError), run_lock(tmp_path / "new"):
         raise KeyError
-    assert not list((tmp_path / "new").iterdir())
+    assert not (tmp_path / "new").exists()  # nothing was written
+    with run_lock(tmp_path / "new"):
+        (tmp_path / "new" / "result").write_text("")
     with run_lock(tmp_path / "new"):
         pass
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["result"]

@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.utils import filter_repo_objects
 from isolation import WITHOUT_PROJECT
 from safetensors import safe_open
@@ -65,9 +65,13 @@ def published(model_dir, tmp_path_factory):
             shutil.copy(Path(folder_path) / name, folder / repo_id / name)
         calls.append(("upload", repo_id))
 
+    def whoami(self):
+        return {"name": "me", "auth": {"accessToken": {"role": "write"}}}
+
     with pytest.MonkeyPatch.context() as patch:
-        for called in (create_repo, upload_folder):
+        for called in (create_repo, upload_folder, whoami):
             patch.setattr(HfApi, called.__name__, called)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
         options = json.dumps({"size": 8, "cache_dir": str(folder / "cache")})
         (folder / "run").mkdir()
         (folder / "run/mine.txt").write_text("not to be published")
