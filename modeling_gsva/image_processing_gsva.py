@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class GsvaImageProcessor(PilBackend):
     - `original_sizes` and `reshaped_input_sizes` (images, 2): (height, width) before and after the SAM resize.
 
     EXIF orientation is applied, as cv2.imread does in the original. Images may be PIL images, arrays (height, width, 3)
-    or (3, height, width), paths or URLs.
+    or (3, height, width), paths, URLs, open files or the bytes of an image's file.
 
     Raises:
         ValueError: not an image, or one that cannot be decoded, has a side of zero pixels or more than `max_image_pixels`.
@@ -89,11 +90,20 @@ class GsvaImageProcessor(PilBackend):
             return [self.fetch_images(image, timeout) for image in image_url_or_urls]
         if image_url_or_urls is None:
             raise ValueError("An image is None: give a PIL image, an array, a path or a URL.")
-        if isinstance(image_url_or_urls, (str, os.PathLike, Image.Image)):
-            name = getattr(image_url_or_urls, "filename", image_url_or_urls)
+        if isinstance(image_url_or_urls, Mapping) and image_url_or_urls.keys() <= {"bytes", "path"}:
+            # datasets' image that is not decoded: its bytes, or else the path of its file
+            return self.fetch_images(image_url_or_urls.get("bytes") or image_url_or_urls.get("path"), timeout)
+        if isinstance(image_url_or_urls, (bytes, bytearray, memoryview)):
+            image_url_or_urls = io.BytesIO(image_url_or_urls)
+        if isinstance(image_url_or_urls, (str, os.PathLike, Image.Image)) or hasattr(image_url_or_urls, "read"):
+            name = getattr(image_url_or_urls, "filename", getattr(image_url_or_urls, "name", image_url_or_urls))
+            if isinstance(name, io.BytesIO):
+                name = f"{name.getbuffer().nbytes} bytes"
             try:
                 if isinstance(image_url_or_urls, Image.Image):
                     image = image_url_or_urls
+                elif hasattr(image_url_or_urls, "read"):
+                    image = Image.open(image_url_or_urls)
                 else:
                     image = self._open(os.fspath(image_url_or_urls), timeout)
                 self._check_pixels(image)
@@ -107,7 +117,7 @@ class GsvaImageProcessor(PilBackend):
         if not isinstance(image_url_or_urls, (np.ndarray, torch.Tensor)):
             raise ValueError(
                 f"An image of type {type(image_url_or_urls).__name__} is not supported: give a PIL image, an array of "
-                "shape (height, width, 3), a path or a URL."
+                "shape (height, width, 3), the bytes of a file, a path or a URL."
             )
         if image_url_or_urls.ndim not in (2, 3, 4):  # 4: a batch
             self._raise_shape(image_url_or_urls)

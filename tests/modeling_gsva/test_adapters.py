@@ -89,9 +89,7 @@ def test_adapters_learn_count_and_come_back(make_model, processor, batch, questi
 
 def test_only_the_rows_asked_for_change(make_model, processor, batch):
     model, ids = make_model(), slot_ids(processor)
-    config = LoraConfig(
-        r=2, target_modules=ATTENTION, trainable_token_indices={"embed_tokens": ids, "lm_head": ids}
-    )
+    config = LoraConfig(r=2, target_modules=ATTENTION, trainable_token_indices={"embed_tokens": ids, "lm_head": ids})
     adapted = get_peft_model(make_model(), config)
     sizes = [value.numel() for name, value in adapted.named_parameters() if "trainable_tokens_delta" in name]
     assert sizes == [2 * model.config.text_config.hidden_size] * 2
@@ -120,7 +118,9 @@ def test_an_adapter_that_would_have_no_effect_is_refused(make_model, questions):
     model = make_model()
     decoder = model.sam.mask_decoder
 
-    class Wrapper(torch.nn.Module):  # as peft's layers are built; peft 0.21 itself refuses LoRA on transposed convolutions
+    class Wrapper(
+        torch.nn.Module
+    ):  # as peft's layers are built; peft 0.21 itself refuses LoRA on transposed convolutions
         def __init__(self, base_layer):
             super().__init__()
             self.base_layer, self.weight, self.bias = base_layer, base_layer.weight, base_layer.bias

@@ -55,7 +55,10 @@ def test_what_the_assistant_says_is_masked_as_it_is_trained(make_processor, make
         ([user("a"), user("b")], "Message 2 is by user"),
         ([user("a"), assistant("b"), {"role": "system", "content": "c"}], "Message 3 is by system"),
         ([{"role": "tool", "content": "a"}], "Message 1 is by tool"),
-        ([{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}], "part of type video"),
+        (
+            [{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}],
+            "part of type 'video'|part of type video",
+        ),
         ([{"role": "user", "content": None}], "instead of text"),
         ([{"role": "user"}], "instead of text"),
         ([{"role": "user", "content": [{"type": "text"}]}], "instead of text"),
