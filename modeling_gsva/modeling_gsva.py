@@ -571,6 +571,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         attention_mask = kwargs.get("attention_mask")
         if attention_mask is not None and attention_mask.ndim == 2:
             check_padding(attention_mask)
+            self.check_generation(attention_mask, kwargs)
         return super().generate(
             inputs, **{name: value for name, value in kwargs.items() if name not in MASK_ONLY_INPUTS}
         )

@@ -337,6 +337,8 @@ class SegmentationMixin(_Base):
             answers = torch.ones_like(answer_ids) if answer_attention_mask is None else answer_attention_mask
             for prompt, answer in zip(attention_mask.sum(1).tolist(), answers.sum(1).tolist()):
                 check_context(self.config, prompt, answer)
+        if method == "generate":
+            self.check_generation(attention_mask, generate_kwargs)
         with nullcontext() if cache is None else cache.in_use():
             if cache is not None:
                 has_image = bool((input_ids == self.config.image_token_id).any())
@@ -415,6 +417,11 @@ class SegmentationMixin(_Base):
         """Return an option of `generate`, from where it takes it."""
         config = options.get("generation_config") or self.generation_config
         return options[name] if name in options else getattr(config, name, None)
+
+    def check_generation(self, attention_mask: torch.Tensor, options: dict) -> None:
+        """Raise ValueError if prompts do not fit the context with the `max_new_tokens` asked for, before images are encoded."""
+        prompts = attention_mask.sum(1).tolist()
+        check_context(self.config, max(prompts, default=0), self._option(options, "max_new_tokens") or 1)
 
     def _takes_cache(self, options: dict) -> bool:
         """Return whether `generate` can begin behind a cache: no other was asked for, and no draft model rewinds it."""
