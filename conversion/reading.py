@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import safe_open
 
+from modeling_gsva.loading_gsva import foreign_content, problem_of, safetensors_size
+
 from .keys import full_name, lora_part, reason_to_drop, to_ours
 from .kinds import refuse_other_kinds
 
@@ -32,19 +34,6 @@ SAFETENSORS_DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
-}
-# First bytes of files that are not checkpoints of torch, and the problem to report.
-MAGIC = {
-    b"version https://git-lfs": "is a Git LFS pointer, which stands for the weights: fetch them with `git lfs pull`, or "
-    "download the file again with `hf download`",
-    b"GGUF": "is a GGUF file of llama.cpp, which cannot be converted: pass the weights it was made from",
-    b"\x89HDF": "is an HDF5 file of TensorFlow or Keras: pass the weights of PyTorch",
-    b"\x1f\x8b": "is compressed by gzip: unpack it",
-    b"BZh": "is compressed by bzip2: unpack it",
-    b"\xfd7zXZ": "is compressed by xz: unpack it",
-    b"\x28\xb5\x2f\xfd": "is compressed by zstd: unpack it",
-    b"7z\xbc\xaf": "is a 7z archive: unpack it",
-    b"Rar!": "is a RAR archive: unpack it",
 }
 # Names of shards that are counted, such as model-00001-of-00004.safetensors.
 SHARD = re.compile(r"(?P<before>.*?)(?P<number>\d{1,9})-of-(?P<total>\d{1,9})(?P<after>\D*)")
@@ -89,70 +78,6 @@ def advise(file: BinaryIO, advice: str, begin: int = 0, size: int = 0) -> None:
     """Advise the system which bytes of a file are needed next or no longer. Keeping all pages costs more than reading."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), begin, size, getattr(os, advice))
-
-
-def foreign_content(path: Path) -> str | None:
-    """Return what is in a file that holds neither weights nor JSON nor a tokenizer, or None if it is not recognised.
-
-    Recognised are files that are empty, not fully downloaded, compressed, Git LFS pointers and web pages. The text continues
-    a sentence that begins with the file's name.
-    """
-    with path.open("rb") as file:
-        head = file.read(4096)
-    if not head:
-        return "is empty: copy or download it again"
-    for magic, problem in MAGIC.items():
-        if head.startswith(magic):
-            return problem
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body", b"<error")):
-        return (
-            "is a web page (mostly an error or a login page that was saved under this name): download it again, and log in "
-            "first if the repository asks for it"
-        )
-    if not head.strip(b"\0"):
-        return "begins with zeros alone: its download was not finished, start it again"
-    return "is a tar archive: unpack it" if head[257:262] == b"ustar" else None
-
-
-def problem_of(path: Path) -> str | None:
-    """Return what is wrong with a file that does not load as weights, or None if it is not recognised.
-
-    Beside the contents that `foreign_content` recognises, these are files that are cut off, and text. The text continues a
-    sentence that begins with the file's name.
-    """
-    if problem := foreign_content(path):
-        return problem
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(4096)
-        file.seek(max(0, size - 2**16 - 22))  # a zip archive ends with its directory's end: 22 bytes and a comment
-        tail = file.read()
-    if head.startswith(b"PK\x03\x04") and b"PK\x05\x06" not in tail:
-        return f"is cut off after {size:,} bytes: it is not whole. Copy or download it again"
-    if (expected := _safetensors_size(head, path)) and expected > size:
-        return f"is cut off: it has {size:,} of {expected:,} bytes. Copy or download it again"
-    try:
-        head[: len(head) // 4 * 4].decode("ascii")
-    except UnicodeDecodeError:
-        return None
-    return f"is text, not weights (it begins with {head[:40].decode('ascii', 'replace')!r}): download it again"
-
-
-def _safetensors_size(head: bytes, path: Path) -> int | None:
-    """Return the bytes that a safetensors file must have by its header, or None for another file."""
-    length = int.from_bytes(head[:8], "little")
-    if head[8:9] != b"{" or not 0 < length <= 100_000_000:  # the format's own limit
-        return None
-    if 8 + length > path.stat().st_size:
-        return 8 + length
-    try:
-        with path.open("rb") as file:
-            file.seek(8)
-            header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        return 8 + length + max(ends, default=0)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -241,7 +166,7 @@ class WeightFile:
             raise ValueError(f"{self.path} cannot be read: {error.strerror or error}.") from error
         if head.startswith(b"PK\x03\x04"):
             return False
-        return self.path.suffix == ".safetensors" or _safetensors_size(head, self.path) is not None
+        return self.path.suffix == ".safetensors" or safetensors_size(head, self.path) is not None
 
     def _open(self) -> None:
         try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .reading import foreign_content, read_json, short_repr
+from modeling_gsva.loading_gsva import foreign_content
+
+from .reading import read_json, short_repr
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

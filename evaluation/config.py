@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from metrics.gres import CONVENTIONS
+from modeling_gsva.segmentation_gsva import check_threshold
 
 # The protocols, with the note that accompanies all their numbers.
 PROTOCOL_NOTES = {
@@ -74,6 +75,8 @@ class EvaluationConfig:
             check_choice("task", self.task, TASKS)
         for convention in self.conventions:
             check_choice("conventions", convention, CONVENTIONS)
+        if self.threshold is not None:
+            check_threshold(self.threshold)
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} evaluates nothing; give 1 or more.")
 

@@ -196,6 +196,7 @@ def segment_images(
     elif config.protocol == "generate":
         options["max_new_tokens"] = config.max_new_tokens
         options["do_sample"] = False
+        options["num_return_sequences"] = 1  # whatever the model's generation config says: a row has one answer
     inputs = processor(
         images=images,
         expressions=expressions,

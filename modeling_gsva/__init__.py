@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from .cache_gsva import ConversationCache
 from .configuration_gsva import GsvaConfig
 from .image_processing_gsva import GsvaImageProcessor
 from .modeling_gsva import GsvaForConditionalGeneration, GsvaModel, GsvaPreTrainedModel
@@ -21,6 +22,7 @@ AutoModel.register(GsvaConfig, GsvaForConditionalGeneration)
 AutoModelForImageTextToText.register(GsvaConfig, GsvaForConditionalGeneration)
 
 __all__ = [
+    "ConversationCache",
     "GsvaConfig",
     "GsvaForConditionalGeneration",
     "GsvaImageProcessor",

@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class GsvaImageProcessor(PilBackend):
     - `original_sizes` and `reshaped_input_sizes` (images, 2): (height, width) before and after the SAM resize.
 
     EXIF orientation is applied, as cv2.imread does in the original. Images may be PIL images, arrays or tensors (height,
-    width, 3) or (3, height, width), paths, URLs, or the bytes of an image file. All are read as what they show, with 8 bits
+    width, 3) or (3, height, width), paths, URLs, open files or the bytes of an image file. All are read as what they show, with 8 bits
     per channel: 16-bit values are scaled by their range, floats of 0 to 1 (as torchvision's ToTensor gives) by 255,
     and booleans are black and white. Values of unknown range are refused.
 
@@ -91,15 +92,19 @@ class GsvaImageProcessor(PilBackend):
             return [self.fetch_images(image, timeout) for image in image_url_or_urls]
         if image_url_or_urls is None:
             raise ValueError("An image is None: give a PIL image, an array, a path or a URL.")
+        if isinstance(image_url_or_urls, Mapping) and image_url_or_urls.keys() <= {"bytes", "path"}:
+            # datasets' image that is not decoded: its bytes, or else the path of its file
+            return self.fetch_images(image_url_or_urls.get("bytes") or image_url_or_urls.get("path"), timeout)
         if isinstance(image_url_or_urls, (bytes, bytearray, memoryview)):
             image_url_or_urls = io.BytesIO(image_url_or_urls)
-        if isinstance(image_url_or_urls, (str, os.PathLike, io.IOBase, Image.Image)):
+        if isinstance(image_url_or_urls, (str, os.PathLike, Image.Image)) or hasattr(image_url_or_urls, "read"):
             name = getattr(image_url_or_urls, "filename", getattr(image_url_or_urls, "name", image_url_or_urls))
-            name = "an image given as bytes" if isinstance(name, io.BytesIO) else name
+            if isinstance(name, io.BytesIO):
+                name = f"an image given as {name.getbuffer().nbytes} bytes"
             try:
                 if isinstance(image_url_or_urls, Image.Image):
                     image = image_url_or_urls
-                elif isinstance(image_url_or_urls, io.IOBase):
+                elif hasattr(image_url_or_urls, "read"):
                     image = _open_image(image_url_or_urls)
                 else:
                     image = self._open(os.fspath(image_url_or_urls), timeout)

@@ -23,7 +23,13 @@ from .losses_gsva import batch_mask_losses, mask_losses, upscaled_mask_losses
 from .pipeline_gsva import CUSTOM_PIPELINES
 from .sam_attention_gsva import use_chunked_attention
 from .sam_decoder_gsva import rows_of, share_images, used_by_weight
-from .segmentation_gsva import GsvaSegmentationOutput, SegmentationMixin, check_padding
+from .segmentation_gsva import (
+    ConversationCache,
+    GsvaSegmentationOutput,
+    SegmentationMixin,
+    check_context,
+    check_padding,
+)
 
 # Inputs that only the masks need: the language model has no use for them, so `generate` drops them.
 MASK_ONLY_INPUTS = (
@@ -561,9 +567,15 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         attention_mask = kwargs.get("attention_mask")
         if attention_mask is not None and attention_mask.ndim == 2:
             check_padding(attention_mask)
+            self.check_generation(attention_mask, kwargs)
         return super().generate(
             inputs, **{name: value for name, value in kwargs.items() if name not in MASK_ONLY_INPUTS}
         )
+
+    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
+        """Also refuse prompts that do not fit the language model's context with the longest answer asked for."""
+        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+        check_context(self.config, input_ids_length, generation_config.max_length - input_ids_length)
 
     def _get_candidate_generator(self, *args, **kwargs):
         """Keep prompt lookup from proposing `<image>`, which the prompt holds but the vocabulary may not."""
@@ -576,6 +588,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
 
 
 __all__ = [
+    "ConversationCache",
     "GsvaForConditionalGeneration",
     "GsvaModel",
     "GsvaPreTrainedModel",

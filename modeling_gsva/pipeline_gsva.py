@@ -8,11 +8,16 @@ from typing import Any
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForImageTextToText, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
-from transformers.utils.logging import tqdm
+from transformers.pipelines.base import no_collate_fn
+from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+from transformers.utils.logging import get_logger, tqdm
 
+from .segmentation_gsva import check_threshold
+
+logger = get_logger(__name__)
 TASK = "generalized-referring-segmentation"
 # The entry of config.json by which `pipeline(TASK, model=directory, trust_remote_code=True)` finds this file.
 CUSTOM_PIPELINES = {TASK: {"impl": "pipeline_gsva.GsvaPipeline", "pt": ["AutoModelForImageTextToText"]}}
@@ -30,6 +35,51 @@ class _Rows(Dataset):
 
     def __getitem__(self, index: int):
         return self.rows[index]
+
+
+class _Stream(Iterable):
+    """Rows without a length. A generator expression in its place could not be sent to a worker process."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def image_of(row):
+    """Return the image of a row, or the row itself where it is one."""
+    if not isinstance(row, Mapping):
+        return row
+    if "image" not in row:
+        raise ValueError(f"A row holds {sorted(row)} but no 'image'; rename the column that holds the images.")
+    return row["image"]
+
+
+def prepare(
+    processor, row, expressions=None, prompt="refer", one_prompt_per_expression=False, timeout=None
+) -> dict[str, Any]:
+    """Return the model's inputs for one row. It knows the processor alone, so that workers need not hold the model."""
+    if expressions is None and isinstance(row, Mapping):
+        expressions = row.get("expressions")
+    if isinstance(expressions, str):
+        expressions = [expressions]
+    if expressions is None or not len(expressions):
+        raise ValueError("No expressions were given: pass expressions=[...], or rows that hold 'expressions'.")
+    texts = [entry["text"] if isinstance(entry, Mapping) else entry for entry in expressions]
+    example = processor(
+        images=[processor.image_processor.fetch_images(image_of(row), timeout)],
+        expressions=[texts],
+        prompt=prompt,
+        one_prompt_per_expression=one_prompt_per_expression,
+        return_tensors="pt",
+    )
+    return {"example": example}
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the examples of a batch as a list, which `_forward` joins."""
+    return {"example": [item["example"] for item in items]}
 
 
 class _Results(Iterable):
@@ -78,7 +128,7 @@ class GsvaPipeline(Pipeline):
     ) -> Any:
         r"""
         Args:
-            images: a path, URL, PIL image or array; a list or a batched array of them; or rows
+            images: a path, URL, PIL image, array, or the bytes of an image's file; a list or a batched array of them; or rows
                 `{"image": ..., "expressions": [...]}`: one, a list, a `datasets.Dataset`, a streamed one, any generator.
                 The expressions of a row are strings, or mappings with a "text" as in this project's data sets.
             expressions: the expressions to look for: strings, for every image; or, with a list of images, one list of
@@ -96,7 +146,8 @@ class GsvaPipeline(Pipeline):
         Returns:
             For an image the list that [`GsvaProcessor.post_process_segmentation`] gives: per expression
             `{"text", "mask", "is_rejected", "score", "is_malformed"}`, mask a (height, width) boolean array. For a list
-            of images a list of these lists. For a data set or generator an iterable of them, computed while it is read.
+            of images a list of these lists. With `num_return_sequences` in `generate_kwargs`, each image has one such list
+            per candidate. For a data set or generator an iterable of them, computed while it is read.
 
         Raises:
             ValueError: an image that cannot be read, no expressions, another number of lists than of images.
@@ -106,7 +157,10 @@ class GsvaPipeline(Pipeline):
                 "No image was given: pass an image, a list of images, or rows of 'image' and 'expressions'."
             )
         is_array = hasattr(images, "ndim")
-        is_one = isinstance(images, (str, os.PathLike, Image.Image, Mapping)) or (is_array and images.ndim < 4)
+        is_one = isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image, Mapping)) or hasattr(
+            images, "read"
+        )
+        is_one = is_one or (is_array and images.ndim < 4)
         is_list = isinstance(images, (list, tuple)) or (is_array and not is_one)
         if not (is_one or is_list or isinstance(images, Iterable) or hasattr(images, "__getitem__")):
             raise ValueError(
@@ -130,7 +184,7 @@ class GsvaPipeline(Pipeline):
                 raise ValueError(
                     f"expressions holds lists, but also {strings[0]!r}; give a list of strings for each image."
                 )
-            listed = [{"image": self._image(image), "expressions": e} for image, e in zip(listed, expressions)]
+            listed = [{"image": image_of(image), "expressions": e} for image, e in zip(listed, expressions)]
             images, expressions = listed[0] if is_one else listed, None
         if expressions is not None:
             kwargs["expressions"] = expressions
@@ -141,7 +195,7 @@ class GsvaPipeline(Pipeline):
         call = partial(super().__call__, batch_size=batch_size, num_workers=num_workers, **kwargs)
 
         def begin():
-            return call(_Rows(images) if total is not None else (row for row in images))
+            return call(_Rows(images) if total is not None else _Stream(images))
 
         results = _Results(begin, total, progress)
         return list(results) if is_list else results
@@ -153,34 +207,39 @@ class GsvaPipeline(Pipeline):
         )
         if unknown := kwargs.keys() - {name for names in stages for name in names}:
             raise TypeError(f"{TASK} has no options {sorted(unknown)}; choose among {[n for s in stages for n in s]}.")
+        if kwargs.get("threshold") is not None:
+            check_threshold(kwargs["threshold"])
         return *({name: kwargs[name] for name in names if name in kwargs} for names in stages), {}
 
-    @staticmethod
-    def _image(row):
-        if not isinstance(row, Mapping):
-            return row
-        if "image" not in row:
-            raise ValueError(f"A row holds {sorted(row)} but no 'image'; rename the column that holds the images.")
-        return row["image"]
+    def preprocess(self, row, **options) -> dict[str, Any]:
+        return prepare(self.processor, row, **options)
 
-    def preprocess(
-        self, row, expressions=None, prompt="refer", one_prompt_per_expression=False, timeout=None
-    ) -> dict[str, Any]:
-        if expressions is None and isinstance(row, Mapping):
-            expressions = row.get("expressions")
-        if isinstance(expressions, str):
-            expressions = [expressions]
-        if expressions is None or not len(expressions):
-            raise ValueError("No expressions were given: pass expressions=[...], or rows that hold 'expressions'.")
-        texts = [entry["text"] if isinstance(entry, Mapping) else entry for entry in expressions]
-        example = self.processor(
-            images=[self.image_processor.fetch_images(self._image(row), timeout)],
-            expressions=[texts],
-            prompt=prompt,
-            one_prompt_per_expression=one_prompt_per_expression,
-            return_tensors="pt",
+    def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
+        """
+        Overrides [`Pipeline.get_iterator`], whose workers get the whole pipeline with its model: under spawn and forkserver
+        it would have to be pickled, which neither a large nor a compiled nor a used model can be.
+        """
+        process = partial(prepare, self.processor)
+        if isinstance(inputs, Sized):
+            rows: Dataset = PipelineDataset(inputs, process, preprocess_params)
+        else:
+            most = 0 if isinstance(getattr(inputs, "rows", inputs), Iterator) else 1
+            if num_workers > most:
+                logger.warning(
+                    f"num_workers={num_workers} is too many for a stream, of which each worker would read every row; "
+                    f"{most} is used. Pass a list or a data set with a length to prepare images in several processes."
+                )
+            num_workers = min(num_workers, most)
+            rows = PipelineIterator(inputs, process, preprocess_params)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's threads do not survive a fork
+        loader = DataLoader(
+            rows,
+            num_workers=num_workers,
+            batch_size=batch_size,
+            collate_fn=no_collate_fn if batch_size == 1 else collate,
         )
-        return {"example": example}
+        outputs = PipelineIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
+        return PipelineIterator(outputs, self.postprocess, postprocess_params)
 
     def _forward(self, model_inputs, method="slots", threshold=None, generate_kwargs=None) -> dict[str, Any]:
         examples = model_inputs["example"]

@@ -15,7 +15,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .chat_gsva import StreamedAnswer, check_chat_files, check_messages, is_utf8
+from .chat_gsva import StreamedAnswer, check_chat_files, check_contents, check_messages, is_utf8
 from .image_processing_gsva import upscale_mask_logits
 from .prompts_gsva import (
     ADDED_TOKENS,
@@ -26,6 +26,12 @@ from .prompts_gsva import (
     SEG_TOKEN,
     strip_wording,
 )
+from .segmentation_gsva import check_threshold
+
+
+def _check_max_length(max_length: Any) -> None:
+    if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1:
+        raise ValueError(f"max_length={max_length!r} must be a number of tokens, 1 or more.")
 
 
 class GsvaProcessor(ProcessorMixin):
@@ -68,6 +74,23 @@ class GsvaProcessor(ProcessorMixin):
             )
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATES["llava_v1"])
 
+    @classmethod
+    def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
+        """
+        Overrides [`ProcessorMixin.from_args_and_dict`], which makes the processor of a directory, to refuse one without a
+        chat template: the model would be asked in the wording of another.
+        """
+        template = kwargs.get("chat_template") or processor_dict.get("chat_template")
+        template = template or getattr(args[1] if len(args) > 1 else None, "chat_template", None)  # of the tokenizer
+        if not template:
+            raise ValueError(
+                "The directory holds no chat template (chat_template.jinja), without which the model would be asked in "
+                "another's words. Copy that file from where the model was saved, or choose a template: GsvaProcessor."
+                "from_pretrained(directory, chat_template=CHAT_TEMPLATES[name]), name one of "
+                f"{', '.join(CHAT_TEMPLATES)}."
+            )
+        return super().from_args_and_dict(args, {**processor_dict, "chat_template": template}, **kwargs)
+
     @property
     def image_seq_length(self) -> int:
         """Return the number of placeholders of one image."""
@@ -102,8 +125,7 @@ class GsvaProcessor(ProcessorMixin):
         Raises:
             ValueError: an empty conversation, or a message that names a file elsewhere.
         """
-        if not len(conversation):
-            raise ValueError("The conversation is empty; ask something.")
+        check_contents(conversation)
         check_chat_files(conversation)
         if kwargs.get("add_generation_prompt"):
             kwargs["processor_kwargs"] = {"padding_side": "left", **(kwargs.get("processor_kwargs") or {})}
@@ -232,8 +254,9 @@ class GsvaProcessor(ProcessorMixin):
             image_index: the image of each conversation (-1 for none), by default one each, in order.
             masks: per conversation its true masks, arrays of (slots, height, width) at the image's own size; by default
                 none, where no conversation has a slot.
-            return_tensors, max_length and other options of tokenizer and image processor. `max_length` cuts conversations
-                to that many tokens, placeholders of the image included.
+            return_tensors, max_length and other options of tokenizer and image processor. `max_length` counts tokens,
+                placeholders of the image included: it cuts conversations, and refuses expressions whose prompt and answer
+                together are longer, as a cut would lose some of them.
 
         Raises:
             ValueError: lists whose lengths do not fit, masks of another size than their image, expressions that are
@@ -247,6 +270,7 @@ class GsvaProcessor(ProcessorMixin):
         return_tensors, max_length = kwargs.pop("return_tensors", None), kwargs.pop("max_length", None)
         if expressions is not None:
             data = self._for_segmentation(images, expressions, no_targets, prompt, one_prompt_per_expression)
+            self._check_length(data, max_length)
         else:
             data = self._for_training(images, conversations, image_index, max_length)
         if images:
@@ -286,6 +310,20 @@ class GsvaProcessor(ProcessorMixin):
             **{f"answer_{name.removeprefix('input_')}": value for name, value in answers.items()},
             "image_index": image_index,
         }
+
+    def _check_length(self, data: dict[str, Any], max_length: int | None) -> None:
+        """Raise ValueError if a prompt with its answer has more than `max_length` tokens."""
+        if max_length is None:
+            return
+        _check_max_length(max_length)
+        lengths = data["attention_mask"].sum(1) + data["answer_attention_mask"].sum(1)
+        for texts, length, image in zip(data["expressions"], lengths.tolist(), data["image_index"]):
+            if length > max_length:
+                raise ValueError(
+                    f"The {len(texts)} expressions of image {image} make a prompt and an answer of {length} tokens "
+                    f"({self.image_seq_length} of them for the image), more than max_length={max_length}. Ask for fewer at "
+                    "once, or for each in a prompt of its own (one_prompt_per_expression=True)."
+                )
 
     def _check_expressions(self, images: list, expressions, no_targets) -> tuple[list[list[str]], list[list[bool]]]:
         """Return the expressions of each image and which of them have no target; raise ValueError where they do not fit."""
@@ -344,8 +382,7 @@ class GsvaProcessor(ProcessorMixin):
         except TemplateError as error:
             raise ValueError(f"The chat template does not take these conversations: {error}") from None
         if max_length is not None:
-            if not isinstance(max_length, int) or max_length < 1:
-                raise ValueError(f"max_length={max_length!r} must be a number of tokens, 1 or more.")
+            _check_max_length(max_length)
             for index, (ids, _) in enumerate(encoded):
                 if self.image_token_id in ids[max_length:]:
                     raise ValueError(
@@ -463,6 +500,14 @@ class GsvaProcessor(ProcessorMixin):
             matched.append(place)
         return matched, True
 
+    @staticmethod
+    def _candidate(outputs, number: int):
+        """Return the output that holds only the `number`-th answer of each prompt."""
+        rows = slice(number, None, outputs.num_candidates)
+        per_row = ("sequences", "answer_starts", "mask_logits", "scores", "is_rejected", "iou_scores", "image_index")
+        parts = {name: value[rows] for name in per_row if (value := outputs.get(name)) is not None}
+        return type(outputs)(method=outputs.method, **parts)
+
     def stream(self, model, inputs, **generate_kwargs) -> StreamedAnswer:
         """
         Let the model answer one conversation in the background, and return the answer to read while it is written.
@@ -476,8 +521,12 @@ class GsvaProcessor(ProcessorMixin):
 
         Args:
             inputs: of one conversation, from `apply_chat_template(..., tokenize=True, return_dict=True)`.
-            generate_kwargs: for `generate`.
+            generate_kwargs: for `generate`, and the `cache` of the conversation ([`ConversationCache`]).
+
+        The answer is a context manager: leaving its `with`, or `close()`, ends the writing.
         """
+        if (number := generate_kwargs.get("num_return_sequences") or 1) != 1:
+            raise ValueError(f"num_return_sequences={number} answers cannot be streamed at once; ask for one.")
         if len(inputs["input_ids"]) != 1:
             raise ValueError(f"{len(inputs['input_ids'])} conversations cannot be streamed at once; give one.")
         return StreamedAnswer(self, model, inputs, **generate_kwargs)
@@ -501,14 +550,21 @@ class GsvaProcessor(ProcessorMixin):
             expression (in free chat the phrase before the slot), a (height, width) boolean array (all False where
             rejected), the log-odds of `[SEG]` against `[REJ]` and the probability that the expression is there (both NaN
             where the answer has no slot for the expression, which counts as rejected), and whether the answer's slots
-            were not the ones asked for.
+            were not the ones asked for. With `num_return_sequences` above 1, per image one such list for
+            each candidate, the best first.
         """
+        if threshold is not None:
+            check_threshold(threshold)
+        candidates = outputs.num_candidates or 1
+        if candidates > 1:  # read the n-th answer of every prompt as if it were the only one
+            parts = (self._candidate(outputs, number) for number in range(candidates))
+            results = [self.post_process_segmentation(part, inputs, threshold, keep_rejected_masks) for part in parts]
+            return [list(of_image) for of_image in zip(*results)]
         num_images = len(inputs.get("original_sizes", ()))
         input_size = self.image_processor.sam_size["longest_edge"]
         results: list[list[dict]] = [[] for _ in range(num_images)]
         asked_per_conversation = inputs.get("expressions")
         image_index = outputs.image_index.tolist()
-        copies = len(image_index) // len(asked_per_conversation) if asked_per_conversation else 1
         for row, image in enumerate(image_index):
             if image < 0:
                 continue
@@ -519,10 +575,10 @@ class GsvaProcessor(ProcessorMixin):
             if asked_per_conversation is None:
                 asked, matched, malformed = [phrase for phrase, _ in slots], list(range(len(slots))), False
             elif outputs.method == "generate":
-                asked = asked_per_conversation[row // copies]
+                asked = asked_per_conversation[row]
                 matched, malformed = self._match_slots(asked, slots)
             else:
-                asked = asked_per_conversation[row // copies]
+                asked = asked_per_conversation[row]
                 matched, malformed = list(range(len(asked))), False
             scores, rejected = outputs.scores[row], outputs.is_rejected[row]
             kept = [n for n in matched if n is not None and outputs.mask_logits is not None]
