@@ -380,6 +380,6 @@ def push(repository: str, folder: Path) -> None:
         HfApi().upload_folder(repo_id=repository, folder_path=folder)
     except (Exception, KeyboardInterrupt) as error:
         raise ValueError(
-            f"{folder} is written and whole, but its upload to {repository} failed ({str(error) or type(error).__name__}). Repeat the upload with: "
-            f"hf upload {repository} {folder}"
+            f"{folder} is written and whole, but its upload to {repository} failed ({str(error) or type(error).__name__}). "
+            f"Repeat the upload with: hf upload {repository} {folder}"
         ) from error
