@@ -1,4 +1,4 @@
-# make demo: the whole road on one machine.   make test: the test suite.   Both create the same environment in .venv.
+# `make demo` trains and evaluates on this machine. `make test` runs the fast tests. Both create the environment in .venv.
 VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
@@ -14,25 +14,25 @@ test: $(VENV)/installed
 test-slow: $(VENV)/installed
 	$(RUN) -m pytest
 
-# Training with the real DeepSpeed on two CPU processes. It compiles an operation once, into TORCH_EXTENSIONS_DIR.
+# Train with the real DeepSpeed on two CPU processes. DeepSpeed compiles an operation once, into TORCH_EXTENSIONS_DIR.
 deepspeed: $(VENV)/installed
 	$(RUN) -m pip install --quiet --constraint configs/constraints.txt --editable '.[deepspeed]'
 	export TORCH_EXTENSIONS_DIR=$${TORCH_EXTENSIONS_DIR:-$(abspath $(VENV))/torch_extensions} PATH="$(abspath $(VENV))/bin:$$PATH"; \
 		$(RUN) -c "from deepspeed.ops.op_builder import ShareMemCommBuilder; ShareMemCommBuilder().load()" && \
 		$(RUN) -m pytest -m deepspeed tests/trainers/test_deepspeed.py
 
-# The common tests of the installed transformers, from its source distribution (tests/conformance/README.md).
+# Run the common tests of the installed transformers, from its source distribution (tests/conformance/README.md).
 conformance: $(VENV)/installed
 	tests=$$($(RUN) tests/conformance/fetch.py $(VENV)/transformers_tests) && TRANSFORMERS_TESTS=$$tests HF_HUB_OFFLINE=1 \
 		$(RUN) -m pytest tests/conformance -W ignore::pytest.PytestUnknownMarkWarning
 
-# The fast tests with the oldest and the newest libraries that setup.cfg allows; one of them: make matrix ENDS=oldest.
+# Run the fast tests with the oldest and the newest libraries that setup.cfg allows. For one of the two: make matrix ENDS=oldest.
 ENDS ?= oldest,newest
 matrix: $(VENV)/installed
 	$(RUN) -m pip install --quiet --constraint configs/constraints.txt "tox>=4.32"
 	$(RUN) -m tox run --recreate -e $(ENDS)
 
-# Makes assets/tiny_gsva anew, at most an hour on two cores; goes on where it was stopped.
+# Train assets/tiny_gsva again: at most an hour on two cores. A stopped run continues.
 base: $(VENV)/installed
 	$(RUN) assets/make_tiny_gsva.py
 
@@ -45,7 +45,7 @@ types: $(VENV)/installed
 
 $(VENV)/installed: setup.cfg pyproject.toml configs/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (transformers 5.23 \
-	asks for it), this is %s. Name another one: make PYTHON=python3.12 ..." % sys.version.split()[0])'
+	requires it), but this is %s. Name another one: make PYTHON=python3.12 ..." % sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint configs/constraints.txt torch
 	$(RUN) -m pip install --quiet --constraint configs/constraints.txt --editable '.[test]'

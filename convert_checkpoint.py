@@ -12,7 +12,17 @@ memory stays at a few tensors, however big the checkpoint.
 
 import argparse
 import ctypes
+import io
+import platform
+import signal
 import sys
+from importlib.metadata import version
+
+INTERRUPTED = (
+    "error: interrupted. Nothing of --output is left behind; run the command again to start from the beginning."
+)
+if __name__ == "__main__":  # before the imports that take seconds
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))
 
 from conversion import build_llama_tokenizer, convert, reverse, to_original, to_ours
 
@@ -27,22 +37,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", required=True, help="directory to write; with --reverse a .bin file")
     add("--llava", help="LLaVA: config.json, tokenizer.model, and the weights that the checkpoint lacks")
     add("--llama", help="LLaMA, if LLaVA is given as a delta")
-    add("--llava_delta", help="LLaVA as a delta, which is added to --llama while reading")
+    add("--llava_delta", help="LLaVA's delta, which is added to --llama")
     add("--clip", help="CLIP, a directory or Hub name: config.json and the weights that the checkpoint lacks")
     add("--sam", help="SAM's .pth file (ViT-H, L or B, recognised by its tensors)")
     add("--tokenizer", help="tokenizer.model, if the LLaVA directory has none")
     add("--conv_type", default="llava_v1", choices=["llava_v1", "llava_llama_2"],
         help="conversation template that the checkpoint was trained with")  # fmt: skip
     add("--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"],
-        help="type of the written weights; auto: that of the checkpoint")  # fmt: skip
+        help="type of the written weights; auto keeps the checkpoint's")  # fmt: skip
     add("--seed", type=int, default=0, help="without --checkpoint: seed of the weights that GSVA adds to the bases")
-    add("--lora_alpha", type=float, default=16.0, help="the original's --lora_alpha, which is not in the checkpoint")
+    add("--lora_alpha", type=float, default=16.0, help="--lora_alpha of the training; checkpoints do not store it")
     add("--keep_lora", action="store_true", help="write LoRA to adapter/ for PEFT instead of merging it")
-    add("--max_shard_size", default="5GB", help="largest size of a file of weights")
+    add("--max_shard_size", default="5GB", help="largest size of one weights file (default: 5GB)")
     add("--push_to_hub", metavar="REPO", help="upload the result to this repository")
-    add("--reverse", action="store_true", help="turn a directory of ours into a .bin in the original's layout")
-    add("--peft_names", action="store_true", help="with --reverse: names with PEFT's prefix, for training with LoRA")
+    add("--reverse", action="store_true", help="convert our directory to a .bin in the original's layout")
+    add("--peft_names", action="store_true", help="with --reverse: names with PEFT's prefix, to train with LoRA")
     args = parser.parse_args(argv)
+    if not abs(args.lora_alpha) < 3e38:  # NaN, infinite, or beyond float32
+        parser.error(f"--lora_alpha must be a finite number, not {args.lora_alpha}")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be from 0 to {2**32 - 1}, not {args.seed}")
     if args.reverse and args.checkpoint is None:
         parser.error("--reverse needs --checkpoint, a directory that this program wrote")
     return args
@@ -52,17 +66,28 @@ def keep_freed_memory() -> None:
     """Keep freed memory in the process: returning it to the system and faulting it in again is as slow as the copy."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:  # glibc; the numbers are those of its malloc.h
-        mallopt(-4, 0)  # M_MMAP_MAX: large tensors get no mapping of their own
+        mallopt(-4, 0)  # M_MMAP_MAX: large tensors are not mapped separately
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: up to 1 GB of freed memory stays
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may be unable to print the name of --output
     try:
         summary = reverse(args) if args.reverse else convert(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except (ValueError, OSError, ImportError) as error:  # each says in a sentence what is wrong and what to do
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except Exception as error:
+        libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "safetensors"))
+        error.add_note(
+            "This should not happen, and nothing of --output is left behind. Please report these lines with the command and the "
+            f"versions: Python {platform.python_version()}, {libraries}."
+        )
+        raise
     print(f"Wrote {args.output}")
     for key, value in summary.items():
         print(f"  {key}: {value}")

@@ -12,9 +12,7 @@ Train, evaluate and predict with GSVA.
 
 from __future__ import annotations
 
-import io
 import sys
-import traceback
 from pathlib import Path
 
 import transformers
@@ -26,8 +24,8 @@ from evaluation.report import write_report
 from evaluation.run import recorded
 from trainers.arguments import DataArguments, GsvaTrainingArguments, ModelArguments, parse_arguments
 from trainers.card import write_card
-from trainers.data import evaluation_config
-from trainers.failures import CANNOT_GO_ON, REPORT, explain
+from trainers.data import evaluation_config, skip_list, skipped_images
+from trainers.failures import allow_any_file_name_in_output, report_failure
 from trainers.loading import load_model
 from trainers.lock import run_lock
 from trainers.output_folder import VALIDATION
@@ -41,27 +39,21 @@ from trainers.training import begin_run, train
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit status. An expected failure is one line, any other one a traceback."""
     output_dir = None
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a file name may have characters that the terminal cannot show
-            stream.reconfigure(errors="backslashreplace")
+    allow_any_file_name_in_output()
     try:
         arguments = parse_arguments(argv)
         output_dir = Path(arguments[-1].output_dir)
         run(*arguments)
-    except CANNOT_GO_ON as error:
+    except (Exception, KeyboardInterrupt) as error:
         if "debug" in (sys.argv if argv is None else argv):  # --log_level debug
             raise
-        print(f"run_gres.py: {explain(error, output_dir)}", file=sys.stderr)
-        return 1
-    except Exception:  # noqa: BLE001 (whatever it is, it is shown)
-        traceback.print_exc()
-        print(f"run_gres.py: {REPORT}", file=sys.stderr)
+        report_failure(error, output_dir)
         return 1
     return 0
 
 
 def run(model_args: ModelArguments, data_args: DataArguments, training_args: GsvaTrainingArguments) -> None:
-    """Do what the arguments ask for, in the order of a run: evaluate, train, evaluate again, describe, predict, push."""
+    """Run the stages that the arguments select, in this order: evaluate, train, evaluate again, describe, predict, push."""
     if training_args.plan:
         from trainers.memory_plan import plan
 
@@ -116,7 +108,7 @@ def evaluate(
     output_dir = Path(training_args.output_dir)
     is_resumed = training_args.resume and last_complete_checkpoint(output_dir)
     for protocol in data_args.protocols:
-        config = evaluation_config(data_args, training_args, protocol)
+        config = evaluation_config(data_args, training_args, protocol).for_model(model)
         if stage == "before" and is_resumed and recorded(output_dir, config, stage):
             continue
         run_evaluation(
@@ -136,19 +128,19 @@ def evaluate(
 
 def predict(processor, model, data_args: DataArguments, training_args: GsvaTrainingArguments) -> None:
     """Predict on the image files of the command line, or else on the evaluation split."""
-    protocol, output_dir = data_args.protocols[0], training_args.output_dir
+    output_dir, skipped = training_args.output_dir, skip_list(data_args, training_args)
+    rows: list | None = [] if data_args.image else None
+    config = evaluation_config(data_args, training_args, data_args.protocols[0], rows=rows)
     if data_args.image:
-        config = evaluation_config(data_args, training_args, protocol, rows=[])
-        predict_files(model, processor, data_args.image, data_args.expressions, config, output_dir)
+        predict_files(model, processor, data_args.image, data_args.expressions, config, output_dir, skipped)
     else:
-        config = evaluation_config(data_args, training_args, protocol)
         predict_rows(model, processor, config, output_dir, data_args.num_pictures)
 
 
 def print_summary(output_dir: Path) -> None:
-    """Print the results of the run, and where its pictures are."""
-    if records := read_results(output_dir):
-        print(f"\n{results_table(records)}")
+    """Print the results of the run, and the paths of its pictures."""
+    records = read_results(output_dir)
+    print(f"\n{results_table(records)}\n" if records else "", skipped_images(output_dir), sep="", end="")
     pictures = sorted([*output_dir.glob("*.html"), *output_dir.glob("*.png"), *output_dir.glob(VALIDATION)])
     if pictures:
         print("\npictures:\n" + "\n".join(f"  {path}" for path in pictures))

@@ -1,1 +1,1 @@
-"""Measurements of speed and memory: `python -m benchmarks NAME [options]` runs `benchmarks/NAME.py`."""
+"""Benchmarks of speed and memory. `python -m benchmarks NAME [options]` runs `benchmarks/NAME.py`."""

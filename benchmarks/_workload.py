@@ -1,4 +1,4 @@
-"""Workload M, which `benchmarks/eval.py` and `benchmarks/train.py` share: models, rows, stages, and the machine's state."""
+"""The workload M of `benchmarks/eval.py` and `benchmarks/train.py`: models, rows, times of stages, and the machine's load."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, SamConfig
 from transformers.models.sam.modeling_sam import SamMaskDecoder
 
+from data_scripts.files import write_text
 from data_scripts.schema import encode_mask
 from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration, GsvaImageProcessor, GsvaProcessor
 from modeling_gsva.processing_gsva import ADDED_TOKENS, CHAT_TEMPLATES, PROMPTS
@@ -30,7 +31,7 @@ TARGETS = [1, 2, 0, 1]  # of the four expressions: single, double, no-target, si
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte pairs of the prompts' own wording, so that prompts are about as long as LLaMA's tokenizer makes them."""
+    """Return a byte-level BPE tokenizer trained on the prompts, so that they are about as long as with LLaMA's tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -52,7 +53,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class PlainMaskDecoder(SamMaskDecoder):
-    """Transformers' mask decoder, to which the image is repeated for every slot."""
+    """transformers' mask decoder, which gets a copy of the image embedding for every slot."""
 
     def forward(self, embeddings, positions, prompts, no_mask, multimask_output, slot_images=None):
         if slot_images is None:
@@ -68,7 +69,10 @@ class PlainMaskDecoder(SamMaskDecoder):
 
 
 def make_models() -> tuple[GsvaForConditionalGeneration, GsvaForConditionalGeneration, GsvaProcessor]:
-    """The model of workload M as it is, the same weights with transformers' eager SAM attention and mask decoder, and the processor."""
+    """Return two models with the same weights, and the processor.
+
+    The first is this project's model. The second has transformers' eager attention in SAM and transformers' mask decoder.
+    """
     processor = GsvaProcessor(GsvaImageProcessor(), make_tokenizer(), patch_size=14)
     config = GsvaConfig(
         vision_config=CLIPVisionConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
@@ -86,12 +90,14 @@ def make_models() -> tuple[GsvaForConditionalGeneration, GsvaForConditionalGener
     ours = GsvaForConditionalGeneration(config).eval()
     with torch.no_grad():
         for name, parameter in ours.sam.vision_encoder.named_parameters():
-            if "rel_pos" in name or "pos_embed" in name:  # zero from the start: no bias, nothing to compare
+            if (
+                "rel_pos" in name or "pos_embed" in name
+            ):  # initialized with zeros, which would hide an error in the bias
                 parameter.normal_(std=0.2)
         weights = ours.lm_head.weight[[processor.seg_token_id, processor.rej_token_id]]
         mean = slot_states(ours, processor, make_rows(4)).mean(0)
-        # Both tokens are likely before every slot, and which of them is a matter of how its state differs from the mean:
-        # otherwise a random model says neither, or always the same, and there is no decision to compare.
+        # A random model would predict neither token, or always the same one, and there would be no decisions to compare.
+        # These weights make both tokens likely at every slot; the state's difference from the mean decides between them.
         weights -= torch.outer(weights @ mean, mean) / mean.square().sum()
         ours.lm_head.weight[[processor.seg_token_id, processor.rej_token_id]] = 20 * (weights + mean / mean.norm())
     plain = GsvaForConditionalGeneration._from_config(config, attn_implementation={"sam_config": "eager"}).eval()
@@ -100,10 +106,10 @@ def make_models() -> tuple[GsvaForConditionalGeneration, GsvaForConditionalGener
     return ours, plain, processor
 
 
-def make_rows(pictures: int) -> list[dict]:
-    """Rows of the data schema: smooth noise, and boxes as targets."""
+def make_rows(count: int) -> list[dict]:
+    """Return `count` rows of the data schema: images of smooth noise, with boxes as targets."""
     rows, draw = [], np.random.default_rng(SEED)
-    for number in range(pictures):
+    for number in range(count):
         width, height = SIZES[number % len(SIZES)]
         small = draw.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
         entries = []
@@ -119,7 +125,7 @@ def make_rows(pictures: int) -> list[dict]:
 
 
 def slot_states(model, processor, rows) -> torch.Tensor:
-    """(slots, hidden): the states that predict each slot of the rows' answers."""
+    """Return the states (slots, hidden) that predict the slots of the rows' answers."""
     inputs = processor(images=[row["image"] for row in rows], return_tensors="pt",
                        expressions=[[entry["text"] for entry in row["expressions"]] for row in rows])  # fmt: skip
     ids = torch.cat([inputs["input_ids"], inputs["answer_ids"]], 1)
@@ -130,14 +136,14 @@ def slot_states(model, processor, rows) -> torch.Tensor:
 
 
 def parts_of(model: GsvaForConditionalGeneration) -> dict[str, list[nn.Module]]:
-    """The parts of a model whose time is taken."""
+    """Return the modules of each part whose time is measured."""
     return {"SAM encoder": [model.sam.vision_encoder], "CLIP": [model.model.vision_tower],
             "language model": [model.model.language_model, model.lm_head], "mask decoder": [model.sam.mask_decoder]}  # fmt: skip
 
 
 @contextmanager
 def stages(parts: dict[str, list[nn.Module]]):
-    """Seconds spent inside the forward pass of each part, by name; "all" is everything between entering and leaving."""
+    """Measure the seconds in the forward pass of each part, by name. "all" is the time of the whole `with` block."""
     seconds, begun, hooks = defaultdict(float), {}, []
     for name, modules in parts.items():
         for module in modules:
@@ -157,7 +163,7 @@ def stages(parts: dict[str, list[nn.Module]]):
 
 
 class Elsewhere:
-    """The share of the machine's cores that other processes kept busy since this was made."""
+    """Measures the share of the machine's cores that other processes use, from the creation of this object on."""
 
     def __init__(self):
         self.begun, self.before = time.perf_counter(), self._busy()
@@ -172,20 +178,16 @@ class Elsewhere:
 
 
 def machine(elsewhere: Elsewhere) -> dict:
-    """What was measured on, and what else went on there meanwhile."""
+    """Return the facts of the machine, and the load that other processes put on it during the measurement."""
     return {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__,
             "busy_elsewhere": round(elsewhere.share(), 3)}  # fmt: skip
 
 
 def busy_line(result: dict) -> str:
     busy = result["machine"]["busy_elsewhere"]
-    return f"other processes took {100 * busy:.0f} % of the machine meanwhile" + (
-        ": measure again" if busy > 0.1 else ""
-    )
+    return f"other processes used {100 * busy:.0f} % of the machine" + (": measure again" if busy > 0.1 else "")
 
 
 def write_result(name: str, result: dict) -> None:
-    """`benchmarks/results/NAME.json`, written aside and moved."""
-    unfinished = RESULTS / f"{name}.tmp"
-    unfinished.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(unfinished, RESULTS / f"{name}.json")
+    """Write `benchmarks/results/NAME.json`."""
+    write_text(RESULTS / f"{name}.json", json.dumps(result, indent=1) + "\n")

@@ -1,11 +1,11 @@
-"""How long convert_checkpoint.py takes and how much memory it holds, against copying the same bytes.
+"""Measure the time and memory of convert_checkpoint.py, compared with copying the same bytes.
 
     python -m benchmarks convert --size 7b --work DIR      # needs three times the checkpoint on disk (about 45 GB)
 
-Writes a synthetic checkpoint of the size's shape (PEFT names, LoRA beside the base weights), converts it in a process of
-its own and copies its files, each from a cold cache and until the bytes are on disk, in turns: a disk is not as fast at all
-times, and memory that is used for the first time is slower. The peak is the process's resident set, mapped pages of files
-included.
+The benchmark writes a synthetic checkpoint with the shapes of the size (PEFT names, LoRA beside the base weights). It then
+converts the checkpoint in a separate process and copies its files, in turns, because a disk is not equally fast at all times.
+Each time starts with a cold page cache and ends when all bytes are on disk. The peak is the largest resident set of the
+process, mapped pages of files included.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from conversion.configs import ARCHITECTURES, clip_large
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ("7b", "13b")
-# Smaller ones. LLaMA: hidden, intermediate, layers, heads; SAM (ViT-H and ViT-B): width, depth, heads, global layers.
+# Smaller sizes. LLaMA: hidden, intermediate, layers, heads. SAM (ViT-H and ViT-B): width, depth, heads, global layers.
 SMALLER = {
     "1b": ((2048, 5504, 12, 16), (1280, 32, 16, [7, 15, 23, 31])),
     "small": ((1024, 2752, 4, 8), (768, 12, 12, [2, 5, 8, 11])),
@@ -52,7 +52,7 @@ def model_config(size: str):
 
 
 def checkpoint_shapes(size: str) -> tuple[dict[str, tuple[int, ...]], dict]:
-    """Names and shapes of a full state dict of the original, and LLaVA's config.json."""
+    """Return the names and shapes of a full state dict of the original, and LLaVA's config.json."""
     from transformers.initialization import no_init_weights
 
     from modeling_gsva import GsvaForConditionalGeneration
@@ -77,7 +77,7 @@ def checkpoint_shapes(size: str) -> tuple[dict[str, tuple[int, ...]], dict]:
 
 
 def write_checkpoint(directory: Path, size: str, dtype: torch.dtype, tokenizer: Path | None) -> int:
-    """Shards with an index, as zero_to_fp32.py writes them, and a LLaVA directory. Returns the bytes of the tensors."""
+    """Write shards with an index, as zero_to_fp32.py does, and a LLaVA directory. Return the bytes of the tensors."""
     shapes, config = checkpoint_shapes(size)
     noise = torch.randn(2**24).mul_(0.02).to(dtype)
     (directory / "checkpoint").mkdir(parents=True)
@@ -104,7 +104,7 @@ def write_checkpoint(directory: Path, size: str, dtype: torch.dtype, tokenizer: 
     if tokenizer is not None:
         shutil.copyfile(tokenizer, directory / "llava/tokenizer.model")
         return total
-    # LLaMA's sentencepiece model is not ours to ship: a small one, filled up with added tokens to the same number of rows.
+    # LLaMA's sentencepiece model may not be shipped. A small one gets added tokens up to the same number of rows.
     from sentencepiece import SentencePieceTrainer
 
     SentencePieceTrainer.train(
@@ -117,7 +117,7 @@ def write_checkpoint(directory: Path, size: str, dtype: torch.dtype, tokenizer: 
 
 
 def forget(directory: Path) -> None:
-    """Writes back what is dirty and drops the files from the page cache."""
+    """Write dirty pages to disk and drop the files from the page cache."""
     os.sync()
     for path in directory.rglob("*"):
         if path.is_file():
@@ -127,7 +127,10 @@ def forget(directory: Path) -> None:
 
 
 def timed(directory: Path, work: Callable) -> tuple[float, float]:
-    """Seconds by the clock and of the processor, children's included, from a cold cache until all is on disk."""
+    """Return the wall-clock and CPU seconds of `work`, from a cold page cache until all bytes are on disk.
+
+    CPU seconds include child processes.
+    """
     forget(directory)
     start, before = time.perf_counter(), os.times()
     work()
@@ -137,9 +140,9 @@ def timed(directory: Path, work: Callable) -> tuple[float, float]:
 
 
 def run_and_watch(command: list[str]) -> int:
-    """Runs a command and returns the largest resident set of its process in bytes.
+    """Run a command and return the largest resident set of its process in bytes.
 
-    Read from /proc: getrusage's ru_maxrss starts at what the parent held when it forked.
+    It is read from /proc, because getrusage's ru_maxrss begins with the memory that the parent had when it forked.
     """
     peak, process = 0, subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
@@ -152,11 +155,11 @@ def run_and_watch(command: list[str]) -> int:
 
 
 def measure(work: Path, size: str, dtype: str, tokenizer: Path | None = None) -> dict:
-    """Seconds and peak memory of one size.
+    """Measure seconds and peak memory of one size.
 
     Returns:
         `{size, dtype, gigabytes, copy_seconds, convert_seconds, ratio, peak_rss_gigabytes, ...}` (gigabytes of 10^9).
-        On a busy machine the processor's seconds say more than the clock's.
+        On a busy machine the CPU seconds are more reliable than those of the clock.
     """
     total = write_checkpoint(work, size, getattr(torch, dtype), tokenizer)
     source = work / "checkpoint"
@@ -192,11 +195,17 @@ def measure(work: Path, size: str, dtype: str, tokenizer: Path | None = None) ->
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks convert", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--size", choices=[*PUBLISHED, *SMALLER], default="7b")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
-    parser.add_argument("--tokenizer", type=Path, help="LLaMA's tokenizer.model; a small one is trained without it")
-    parser.add_argument("--work", type=Path, help="where there is room; by default the system's temporary directory")
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument(
+        "--size", choices=[*PUBLISHED, *SMALLER], default="7b", help="size of the checkpoint (default: 7b)"
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16", help="type of its weights"
+    )
+    parser.add_argument("--tokenizer", type=Path, help="LLaMA's tokenizer.model; by default a small one is trained")
+    parser.add_argument(
+        "--work", type=Path, help="folder for the checkpoints; by default the system's temporary directory"
+    )
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         load = os.getloadavg()[0]

@@ -1,14 +1,14 @@
-"""Start-up, memory and mask decoding on a tree of gRefCOCO's size, against pycocotools and the original's figures.
+"""Measure start-up, memory and mask decoding with a tree of gRefCOCO's size, compared with pycocotools and the original.
 
-    python benchmarks/data_scale.py WORK_DIR [--variant A|B] [--json FILE]
+    python -m benchmarks data_scale WORK_DIR [--variant A|B] [--json FILE]
 
-Writes a synthetic tree into WORK_DIR (20k pictures, which are links to one JPEG, 146k annotations of about 60 points,
-1.2 % of them crowds; A: 60,287 refs with 278,232 sentences, B: 259,859 refs of one sentence), then measures in fresh
-processes: the first start, which builds; a second start, to the first training example; the private memory of that
-process beyond its imports; and masks decoded per second on one core.
+The benchmark writes a synthetic tree to WORK_DIR: 20k images, which are links to one JPEG, and 146k annotations of about 60
+points, 1.2 % of them crowds. Variant A has 60,287 refs with 278,232 sentences, variant B 259,859 refs of one sentence each. It
+then measures in fresh processes: the first start, which builds the rows; a second start, up to the first training example; the
+private memory of that process beyond its imports; and the masks decoded per second on one core.
 
-The original on such a tree (DATA_SPEC section 12, two cores shared with other work): A 24-27 s and B 258-275 s of every
-start, 1.2-1.4 GB per process, 300-500 masks per second.
+The original with such a tree (DATA_SPEC section 12, two cores shared with other work) takes 24-27 s (A) and 258-275 s (B) at
+every start and 1.2-1.4 GB per process, and decodes 300-500 masks per second.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ WORDS = [
 
 
 def _polygon(draw: random.Random) -> list[float]:
-    """An outline of about 60 points around a random centre."""
+    """Return an outline of about 60 points around a random centre."""
     cx, cy, size = draw.uniform(80, 560), draw.uniform(60, 420), draw.uniform(15, 110)
     points, radius = [], size
     count = draw.randint(40, 80)
@@ -75,14 +75,14 @@ def _crowd(draw: random.Random) -> dict:
 
 
 def write_tree(folder: Path, variant: str, seed: int = 0) -> None:
-    """The tree below `folder`, in gRefCOCO's published layout."""
+    """Write the tree to `folder`, in gRefCOCO's published layout."""
     from PIL import Image
 
     draw = random.Random(seed)
-    refs_wanted, sentences_wanted = VARIANTS[variant]
-    pictures = folder / "refer_seg/images/mscoco/images/train2014"
+    num_refs, num_sentences = VARIANTS[variant]
+    image_folder = folder / "refer_seg/images/mscoco/images/train2014"
     target = folder / "refer_seg/grefcoco"
-    pictures.mkdir(parents=True)
+    image_folder.mkdir(parents=True)
     target.mkdir(parents=True)
     noise = Image.effect_noise((WIDTH // 8, HEIGHT // 8), 90).resize((WIDTH, HEIGHT))
     noise.convert("RGB").save(folder / "picture.jpg", quality=90)
@@ -90,7 +90,7 @@ def write_tree(folder: Path, variant: str, seed: int = 0) -> None:
     images, annotations, of_image = [], [], {}
     for number in range(len(splits)):
         name = f"COCO_train2014_{number:012d}.jpg"
-        os.link(folder / "picture.jpg", pictures / name)
+        os.link(folder / "picture.jpg", image_folder / name)
         images.append({"id": number, "file_name": name, "height": HEIGHT, "width": WIDTH})
         of_image[number] = []
     for number in range(ANNOTATIONS):
@@ -102,12 +102,12 @@ def write_tree(folder: Path, variant: str, seed: int = 0) -> None:
                             "segmentation": segmentation, "bbox": [0, 0, 1, 1], "area": 1.0})  # fmt: skip
         of_image[image].append(number + 1)
     refs, sentence_id = [], 0
-    for number in range(refs_wanted):
+    for number in range(num_refs):
         image = number % len(images)
         kind = draw.random()
         count = 0 if kind < NO_TARGET else draw.randint(2, 4) if kind < NO_TARGET + MULTI_TARGET else 1
         chosen = draw.sample(of_image[image], min(count, len(of_image[image]))) or [-1]
-        share = (sentences_wanted * (number + 1)) // refs_wanted - (sentences_wanted * number) // refs_wanted
+        share = (num_sentences * (number + 1)) // num_refs - (num_sentences * number) // num_refs
         sentences = []
         for _ in range(share):
             text = " ".join(draw.choices(WORDS, k=draw.randint(2, 7)))
@@ -123,14 +123,14 @@ def write_tree(folder: Path, variant: str, seed: int = 0) -> None:
 
 
 def _private_megabytes() -> float:
-    """Memory of this process that it shares with no other, in MB."""
+    """Return the private memory of this process in MB."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
 
 def start(folder: Path, cache_dir: Path) -> dict[str, float]:
-    """From a process with its imports done to the first training example."""
-    import data_scripts.referring  # counts among the imports
+    """Measure the start of a process after its imports, up to the first training example."""
+    import data_scripts.referring  # so that it is imported before the measurement begins
     from data_scripts.mixture import TrainingDataset
     from data_scripts.transforms import ReferringTransform
 
@@ -138,21 +138,21 @@ def start(folder: Path, cache_dir: Path) -> dict[str, float]:
     rows = data_scripts.load("grefcoco", folder, "train", str(cache_dir))
     dataset = TrainingDataset(rows, ReferringTransform(), seed=0)
     dataset[0]
-    found = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-    found["private_mb_beyond_imports"] = _private_megabytes() - before
+    figures = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    figures["private_mb_beyond_imports"] = _private_megabytes() - before
     order = random.Random(0).sample(range(len(dataset)), 300)
     wall = time.perf_counter()
     for i in order:
         dataset[i]
-    found["examples_per_second"] = len(order) / (time.perf_counter() - wall)
-    found["private_mb_after_300_examples"] = _private_megabytes() - before
+    figures["examples_per_second"] = len(order) / (time.perf_counter() - wall)
+    figures["private_mb_after_300_examples"] = _private_megabytes() - before
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    found["peak_rss_mb"] = int(status["VmHWM"].split()[0]) / 1024
-    return found
+    figures["peak_rss_mb"] = int(status["VmHWM"].split()[0]) / 1024
+    return figures
 
 
-def decode(folder: Path, cache_dir: Path, pictures: int = 150) -> dict[str, float]:
-    """Masks of 150 pictures: from our rows, from pycocotools given the encodings, and as the original makes them."""
+def decode(folder: Path, cache_dir: Path, num_images: int = 150) -> dict[str, float]:
+    """Measure how fast the masks of 150 images are decoded: from rows, by pycocotools alone, and in the original's way."""
     import numpy as np
     from pycocotools import mask as coco_mask
 
@@ -168,24 +168,24 @@ def decode(folder: Path, cache_dir: Path, pictures: int = 150) -> dict[str, floa
             by_image.setdefault(ref["image_id"], []).extend([ref["ann_id"]] * len(ref["sentences"]))
 
     def ours() -> int:
-        return sum(len([decode_mask(entry["mask"]) for entry in rows[i]["expressions"]]) for i in range(pictures))
+        return sum(len([decode_mask(entry["mask"]) for entry in rows[i]["expressions"]]) for i in range(num_images))
 
-    encodings = [entry["mask"] for i in range(pictures) for entry in rows[i]["expressions"]]
+    encodings = [entry["mask"] for i in range(num_images) for entry in rows[i]["expressions"]]
 
     def theirs() -> int:
         return sum(coco_mask.decode(encoding).ndim > 0 for encoding in encodings)
 
-    wanted = [ids for image in sorted(by_image)[:pictures] for ids in by_image[image]]
+    ids_of_sentences = [ids for image in sorted(by_image)[:num_images] for ids in by_image[image]]
 
     def original() -> int:
-        for ids in wanted:
+        for ids in ids_of_sentences:
             mask = np.zeros((HEIGHT, WIDTH), np.uint8)
             for number in ids:
                 if number != -1:
                     encoded = coco_mask.frPyObjects(segmentations[number], HEIGHT, WIDTH)
                     decoded = coco_mask.decode(encoded)
                     mask |= (decoded.sum(axis=2) if decoded.ndim == 3 else decoded).astype(np.uint8) > 0
-        return len(wanted)
+        return len(ids_of_sentences)
 
     rates = {}
     for name, action in (("ours", ours), ("pycocotools_decode", theirs), ("as_the_original", original)):
@@ -199,10 +199,11 @@ def decode(folder: Path, cache_dir: Path, pictures: int = 150) -> dict[str, floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("work_dir", type=Path)
-    parser.add_argument("--variant", choices=VARIANTS, default="A")
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks data_scale", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("work_dir", metavar="WORK_DIR", type=Path, help="folder for the tree and its cache")
+    parser.add_argument("--variant", choices=VARIANTS, default="A", help="size of the tree (default: A)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--step", choices=["start", "decode"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder, cache_dir = arguments.work_dir / arguments.variant, arguments.work_dir / f"cache_{arguments.variant}"
@@ -222,7 +223,7 @@ def main() -> None:
         return {key: round(value, 2) for key, value in json.loads(output.splitlines()[-1]).items()}
 
     figures = {"variant": arguments.variant, "cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
-    figures["first_start"] = "found built" if cache_dir.exists() else run("start")
+    figures["first_start"] = "was built before" if cache_dir.exists() else run("start")
     figures["second_start"] = run("start")
     figures["decode"] = run("decode")
     text = json.dumps(figures, indent=1)

@@ -1,13 +1,13 @@
-"""How fast evaluation is, stage by stage, beside a plain road of the original's cost.
+"""Measure evaluation stage by stage, compared with a plain implementation of the original's cost.
 
     python -m benchmarks eval [--quick]
 
-Workload M: random weights from a fixed seed in fp32 on two threads, 12 pictures of COCO's sizes with 4 expressions each. The
-plain road is the original's: SAM's attention as transformers' eager one, CLIP and the language model twice for every
-picture (the second time with every slot `[SEG]`), logits at every position, one picture at a time. Both run in turns in one
-process, on the same inputs and weights, and must reach the same decisions; only ratios within one run mean something.
+Workload M has random weights from a fixed seed, in fp32 on two threads, and 12 images of COCO's sizes with 4 expressions each.
+The plain implementation works as the original does: SAM with transformers' eager attention, CLIP and the language model twice
+for every image (the second time with every slot `[SEG]`), logits at every position, one image at a time. Both run in turns in
+one process, on the same inputs and weights, and must reach the same decisions. Only ratios within one run are meaningful.
 
-Prints a table and writes benchmarks/results/eval.json.
+The benchmark prints a table and writes benchmarks/results/eval.json.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from data_scripts.schema import decode_mask
 from evaluation import EvaluationConfig, evaluate_rows
 from modeling_gsva.modeling_gsva import GsvaSegmentationOutput
 
-# What one picture costs the original on two cores, in seconds (issue and specification of this project).
+# Seconds per image of the original on two cores (specification of this project).
 ORIGINAL = {"SAM encoder": 2.95, "language model": 0.78, "mask decoder": 0.39, "CLIP": 0.08, "data and metrics": 0.1}
 
 
@@ -55,8 +55,8 @@ def run_ours(
 
 @torch.no_grad()
 def run_plain(model, processor, rows) -> list[tuple[bool, int, int]]:
-    """`teacher_forced` at the original's cost."""
-    seg_id, rej_id, found = model.config.seg_token_id, model.config.rej_token_id, []
+    """Evaluate by `teacher_forced` at the original's cost."""
+    seg_id, rej_id, results = model.config.seg_token_id, model.config.rej_token_id, []
     for row in rows:
         truths = [decode_mask(entry["mask"]).astype(bool) for entry in row["expressions"]]
         inputs = processor(images=[row["image"]], expressions=[[entry["text"] for entry in row["expressions"]]],
@@ -66,30 +66,32 @@ def run_plain(model, processor, rows) -> list[tuple[bool, int, int]]:
         second = model(input_ids=ids.masked_fill(ids == rej_id, seg_id), pixel_values=inputs["pixel_values"],
                        sam_pixel_values=inputs["sam_pixel_values"])  # fmt: skip
         places = second.slot_positions[:, 1]
-        gold, said = ids[0, places], first.logits[0, places - 1].argmax(-1)
+        gold, likeliest = ids[0, places], first.logits[0, places - 1].argmax(-1)
         outputs = GsvaSegmentationOutput(
             method="teacher_forced", sequences=ids, answer_starts=torch.tensor([start]), mask_logits=second.mask_logits,
             scores=(first.logits[0, places - 1, seg_id] - first.logits[0, places - 1, rej_id],),
-            is_rejected=(torch.where(gold == rej_id, said == rej_id, said != seg_id),), image_index=torch.tensor([0]),
+            is_rejected=(torch.where(gold == rej_id, likeliest == rej_id, likeliest != seg_id),), image_index=torch.tensor([0]),
         )  # fmt: skip
-        results = processor.post_process_segmentation(outputs, inputs, keep_rejected_masks=True)[0]
-        for truth, result in zip(truths, results, strict=True):
-            mask = result["mask"]
-            found.append((result["is_rejected"], int((mask & truth).sum()), int((mask | truth).sum())))
-    return found
+        answers = processor.post_process_segmentation(outputs, inputs, keep_rejected_masks=True)[0]
+        for truth, answer in zip(truths, answers, strict=True):
+            mask = answer["mask"]
+            results.append((answer["is_rejected"], int((mask & truth).sum()), int((mask | truth).sum())))
+    return results
 
 
 @torch.no_grad()
 def measure_encoder(ours, plain, processor, rows, repeats: int) -> dict:
     """
-    Seconds of SAM's encoder for one picture and how far the embeddings are apart. Best of two turns of `repeats` in a row:
-    what one road leaves in caches and allocator shall not count against the next.
+    Measure the seconds of SAM's encoder for one image, and the largest difference of the embeddings.
+
+    The result is the best of two turns of `repeats` calls in a row, so that the state in which one encoder leaves caches and
+    allocator does not count against the next one.
     """
     pixels = processor(images=[rows[0]["image"]], expressions=[["a"]], return_tensors="pt")["sam_pixel_values"]
     best = defaultdict(lambda: float("inf"))
     encoders = {"eager": plain.sam.vision_encoder, "ours": ours.sam.vision_encoder}
     for name in ("eager", "sdpa", "ours", "no bias") * 2:
-        # the floor: what is left without any position bias, whose results are other ones
+        # "no bias" is the lower limit: without the position bias, which changes the outputs
         attentions = [layer.attn for layer in ours.sam.vision_encoder.layers] if name in ("sdpa", "no bias") else []
         kinds = [(type(attention), attention.use_rel_pos) for attention in attentions]
         for attention in attentions:
@@ -100,38 +102,41 @@ def measure_encoder(ours, plain, processor, rows, repeats: int) -> dict:
             best[name] = min(best[name], time.perf_counter() - begun)
         for attention, (kind, use_rel_pos) in zip(attentions, kinds, strict=True):
             attention.__class__, attention.use_rel_pos = kind, use_rel_pos
-    wanted, found = (encoder(pixels).last_hidden_state for encoder in encoders.values())
+    plain_states, our_states = (encoder(pixels).last_hidden_state for encoder in encoders.values())
     return {
         "seconds": dict(best), "speedup": best["eager"] / best["ours"],
-        "largest_difference": float((wanted - found).abs().max()), "largest_value": float(wanted.abs().max()),
+        "largest_difference": float((plain_states - our_states).abs().max()),
+        "largest_value": float(plain_states.abs().max()),
     }  # fmt: skip
 
 
 def measure_evaluation(ours, plain, processor, rows, batch_size: int) -> dict:
-    """`teacher_forced` on both roads, batch by batch in turns: stages in seconds per picture, and the decisions."""
+    """Measure `teacher_forced` by both implementations, in turns: seconds per image of each stage, and the decisions."""
     seconds = {"plain": defaultdict(float), "ours": defaultdict(float)}
-    found = {"plain": [], "ours": []}
+    results = {"plain": [], "ours": []}
     for first in range(0, len(rows), batch_size):
         part = rows[first : first + batch_size]
         for name, model, run in (("plain", plain, run_plain), ("ours", ours, run_ours)):
             with stages(parts_of(model)) as spent:
-                found[name] += run(model, processor, part)
+                results[name] += run(model, processor, part)
             for stage, value in with_rest(spent).items():
                 seconds[name][stage] += value / len(rows)
-    pixels = [abs(a[1] - b[1]) + abs(a[2] - b[2]) for a, b in zip(found["plain"], found["ours"], strict=True)]
+    pixels = [abs(a[1] - b[1]) + abs(a[2] - b[2]) for a, b in zip(results["plain"], results["ours"], strict=True)]
     return {
         "seconds_per_picture": {name: dict(values) for name, values in seconds.items()},
         "speedup": seconds["plain"]["all"] / seconds["ours"]["all"],
-        "identical_decisions": [a[0] for a in found["plain"]] == [b[0] for b in found["ours"]],
-        "rejected": sum(a[0] for a in found["plain"]), "expressions": len(found["plain"]),
+        "identical_decisions": [a[0] for a in results["plain"]] == [b[0] for b in results["ours"]],
+        "rejected": sum(a[0] for a in results["plain"]), "expressions": len(results["plain"]),
         "largest_pixel_difference": max(pixels),
     }  # fmt: skip
 
 
 def measure_further(ours, processor, rows, batch_size: int, repeats: int) -> dict:
     """
-    `slots`, one prompt per expression: what the expressions after the first of a picture cost. None is rejected. The best of
-    `repeats` turns for every batch: the difference of two long times is small beside what disturbs them.
+    Measure the cost of each expression of an image after its first, for `slots` with one prompt per expression.
+
+    No expression is rejected. Each batch counts with the best of `repeats` turns, because the result is a small difference of
+    two long and noisy times.
     """
     options = {"batch_size": batch_size, "one_prompt_per_expression": True, "threshold": float("-inf")}
     seconds = {1: defaultdict(float), len(TARGETS): defaultdict(float)}
@@ -142,8 +147,8 @@ def measure_further(ours, processor, rows, batch_size: int, repeats: int) -> dic
             with stages(parts_of(ours)) as spent:
                 run_ours(ours, processor, asked, "slots", **options)
             turns[count].append(with_rest(spent))
-        for count, found in turns.items():
-            for stage, value in min(found, key=lambda spent: spent["all"]).items():
+        for count, spent_in_turns in turns.items():
+            for stage, value in min(spent_in_turns, key=lambda spent: spent["all"]).items():
                 seconds[count][stage] += value / len(rows)
     last = seconds[len(TARGETS)]
     further = {stage: (last[stage] - seconds[1][stage]) / (len(TARGETS) - 1) for stage in last}
@@ -152,7 +157,7 @@ def measure_further(ours, processor, rows, batch_size: int, repeats: int) -> dic
 
 def table(result: dict) -> str:
     encoder, evaluation, slots = result["sam_encoder"], result["teacher_forced"], result["slots"]
-    lines = [f"{'seconds per picture':<20}{'plain road':>12}{'ours':>10}{'ratio':>8}{'the original':>14}"]
+    lines = [f"{'seconds per image':<20}{'plain':>12}{'ours':>10}{'ratio':>8}{'the original':>14}"]
     for stage in (*ORIGINAL, "all"):
         plain, ours = (evaluation["seconds_per_picture"][name][stage] for name in ("plain", "ours"))
         reference = ORIGINAL.get(stage, 4.38)
@@ -178,14 +183,14 @@ def table(result: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks eval", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="2 pictures; prints, but leaves the result file alone")
-    parser.add_argument("--batch-size", type=int, default=4, help="pictures per batch on our road (default 4)")
+    parser.add_argument("--quick", action="store_true", help="use 2 images, and do not write the result file")
+    parser.add_argument("--batch-size", type=int, default=4, help="images per batch of this project (default: 4)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(THREADS)
     elsewhere = Elsewhere()
     ours, plain, processor = make_models()
     rows = make_rows(2 if arguments.quick else 12)
-    for model, run in ((plain, run_plain), (ours, run_ours)):  # the first calls set things up
+    for model, run in ((plain, run_plain), (ours, run_ours)):  # the first call of each takes longer
         run(model, processor, rows[:1])
     measured = {
         "sam_encoder": measure_encoder(ours, plain, processor, rows, 1 if arguments.quick else 3),

@@ -1,15 +1,15 @@
-"""How fast a training step is, stage by stage, beside a plain road of the original's cost.
+"""Measure a training step stage by stage, compared with a plain implementation of the original's cost.
 
     python -m benchmarks train [--quick]
 
-Workload M (see `benchmarks/eval.py`) at batch 2: forward, backward, clipping and AdamW. Trained is what the original trains:
-LoRA on the language model's q and v, embeddings, language head, mask decoder and mask projector; the towers are frozen. The
-plain road is the original's: SAM's attention as transformers' eager one, SAM and its decoder picture by picture, logits
-at every position, mask losses at the pictures' own size, an optimizer that goes from tensor to tensor. Ours is measured
-without the feature cache, and with it warm. All train in turns in one process, each on its own copy of the same weights,
-batch by batch; medians over the steps are told, and only ratios within one run mean something.
+A step is workload M (see `benchmarks/eval.py`) at batch size 2: forward, backward, clipping and AdamW. As in the original, LoRA
+on the language model's q and v, embeddings, language head, mask decoder and mask projector are trained, and the towers are
+frozen. The plain implementation works as the original does: SAM with transformers' eager attention, SAM and its decoder image
+by image, logits at every position, mask losses at the images' size, and an optimizer that updates tensor by tensor. This
+project is measured without the feature cache and with a warm one. All variants train in turns in one process, batch by batch,
+each on a copy of the same weights. The table shows medians over the steps. Only ratios within one run are meaningful.
 
-Prints a table and writes benchmarks/results/train.json.
+The benchmark prints a table and writes benchmarks/results/train.json.
 """
 
 import argparse
@@ -46,15 +46,15 @@ from trainers.freezing import prepare_for_training
 BATCH_SIZE, STEPS = 2, 4  # the first step is not measured
 LEARNING_RATE, BETAS, CLIP_NORM = 3e-4, (0.9, 0.95), 1.0  # the original's (configs/pretrain_7b.yaml)
 LOSSES = ("ce_loss", "mask_bce_loss", "mask_dice_loss")
-# What a step at batch 2 costs the original on two cores, in seconds (issue of this project).
+# Seconds of a step of the original at batch size 2 on two cores (specification of this project).
 ORIGINAL = {"SAM encoder": 5.9, "forward": 7.0, "backward": 2.7, "AdamW": 0.3, "all": 10.0}
-# How far loss parts may be apart, relative to the plain road's, over all steps that the roads train on their own: sums
-# in another order, and what rounding of the kept features to half precision adds.
+# The largest relative differences allowed between loss parts and the plain variant's, over all steps of independent training.
+# They come from the order of sums and, with the cache, from rounding the stored features to half precision.
 TOLERANCES = {"ours": 1e-4, "cache, float32": 1e-4, "cache, float16": 2e-3}
 
 
 def plain_losses(model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
-    """Forward pass and loss parts at the original's cost (model/llava/model/modeling_lisa_gsva.py: model_forward)."""
+    """Return the loss parts, at the original's cost (model/llava/model/modeling_lisa_gsva.py: model_forward)."""
     config, sam = model.config, model.sam
     ids, labels, index = batch["input_ids"], batch["labels"], batch["image_index"]
     hidden = model.model(ids, batch["attention_mask"], batch["pixel_values"], index).last_hidden_state
@@ -89,8 +89,8 @@ def plain_losses(model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
 
 
 @dataclass
-class Road:
-    """One way to train: its own weights and optimizer, and the seconds of its stages and its losses step by step."""
+class Variant:
+    """An implementation that is measured, with its weights and optimizer, and the stages' seconds and losses of each step."""
 
     peft: nn.Module
     losses: Callable[[nn.Module, dict], dict[str, torch.Tensor]]
@@ -107,7 +107,7 @@ class Road:
         )
 
     def step(self, batch: dict, seed: int) -> None:
-        torch.manual_seed(seed)  # the same dropout in LoRA on every road
+        torch.manual_seed(seed)  # the same dropout in LoRA for every variant
         with stages(parts_of(self.model)) as spent:
             begun = time.perf_counter()
             inputs = self.cache.fill(batch) if self.cache is not None else batch
@@ -134,7 +134,7 @@ def our_losses(model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
 
 
 def make_batches(processor, rows: list[dict]) -> list[dict]:
-    """Each picture with all its expressions in one conversation, as the processor words them."""
+    """Return batches in which each image has all its expressions in one conversation with the processor's wording."""
     examples = []
     for row in rows:
         texts = [entry["text"] for entry in row["expressions"]]
@@ -145,35 +145,37 @@ def make_batches(processor, rows: list[dict]) -> list[dict]:
     return [dict(collator(examples[n : n + BATCH_SIZE])) for n in range(0, len(examples), BATCH_SIZE)]
 
 
-def make_roads(folder: str) -> tuple[dict[str, Road], list]:
-    """Every road by name, and the processor."""
+def make_variants(folder: str) -> tuple[dict[str, Variant], list]:
+    """Return every variant by name, and the processor."""
     ours, plain, processor = make_models()
-    roads = {}
+    variants = {}
     for name in ("plain", "ours", "cache, float16", "cache, float32"):
         model = plain if name == "plain" else copy.deepcopy(ours)
-        torch.manual_seed(0)  # LoRA's first weights
+        torch.manual_seed(0)  # the initial weights of LoRA
         peft = prepare_for_training(model, ModelArguments()).train()
         cache = None
         if name.startswith("cache"):
             cache = FeatureCache(folder, model, getattr(torch, name.removeprefix("cache, ")))
-        roads[name] = Road(peft, plain_losses if name == "plain" else our_losses, name != "plain", cache)
-    return roads, processor
+        variants[name] = Variant(peft, plain_losses if name == "plain" else our_losses, name != "plain", cache)
+    return variants, processor
 
 
-def fill(road: Road, batches: list[dict]) -> float:
-    """Seconds per batch to fill a cold cache."""
+def fill(variant: Variant, batches: list[dict]) -> float:
+    """Fill a cold cache, and return the seconds per batch."""
     begun = time.perf_counter()
     for batch in tqdm(batches, "filling the cache"):
-        road.cache.fill(batch)
+        variant.cache.fill(batch)
     return (time.perf_counter() - begun) / len(batches)
 
 
-def floor(road: Road, batch: dict) -> dict[str, float]:
+def floor(variant: Variant, batch: dict) -> dict[str, float]:
     """
-    Seconds of what a step cannot do without, each alone: the language model both ways (as many positions, no mask, no
-    loss), and reading and writing each trained weight, its gradient and its two moments once.
+    Measure the lower limit of a step: the seconds of the work that cannot be avoided.
+
+    These are the language model's forward and backward pass (over as many positions, without losses), and reading and
+    writing each trained weight, its gradient and its two moments once.
     """
-    model = road.model
+    model = variant.model
     mask = batch["attention_mask"]
     embeds = torch.randn(*mask.shape, model.config.text_config.hidden_size)
     best = {"language model": float("inf"), "AdamW": float("inf")}
@@ -183,21 +185,21 @@ def floor(road: Road, batch: dict) -> dict[str, float]:
             inputs_embeds=embeds.requires_grad_(), attention_mask=mask
         ).last_hidden_state.sum().backward()
         best["language model"] = min(best["language model"], time.perf_counter() - begun)
-        for parameter in road.trained:
+        for parameter in variant.trained:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         begun = time.perf_counter()
-        for parameter in road.trained:  # four reads and two writes, near enough
+        for parameter in variant.trained:  # about four reads and two writes
             parameter.grad.add_(parameter.detach())
             parameter.grad.mul_(0.0)
         best["AdamW"] = min(best["AdamW"], time.perf_counter() - begun)
-    road.optimizer.zero_grad()
+    variant.optimizer.zero_grad()
     return best
 
 
-def apart(road: Road, plain: Road) -> dict[str, float]:
-    """The largest relative difference of each loss part."""
+def apart(variant: Variant, plain: Variant) -> dict[str, float]:
+    """Return the largest relative difference of each loss part."""
     return {
-        name: max(abs(a[name] - b[name]) / abs(b[name]) for a, b in zip(road.history, plain.history, strict=True))
+        name: max(abs(a[name] - b[name]) / abs(b[name]) for a, b in zip(variant.history, plain.history, strict=True))
         for name in LOSSES
     }
 
@@ -207,10 +209,10 @@ STAGES = ("SAM encoder", "CLIP", "features read", "language model", "mask decode
 
 
 def table(result: dict) -> str:
-    roads = result["median_seconds"]
-    lines = [f"{'median seconds':<20}" + "".join(f"{name:>16}" for name in roads) + f"{'the original':>16}"]
+    variants = result["median_seconds"]
+    lines = [f"{'median seconds':<20}" + "".join(f"{name:>16}" for name in variants) + f"{'the original':>16}"]
     for stage in STAGES:
-        values = "".join(f"{seconds[stage]:>16.3f}" for seconds in roads.values())
+        values = "".join(f"{seconds[stage]:>16.3f}" for seconds in variants.values())
         reference = format(ORIGINAL[stage], ".1f") if stage in ORIGINAL else ""
         lines.append(f"{stage:<20}{values}{reference:>16}")
     for name, ratio in result["speedup"].items():
@@ -222,8 +224,9 @@ def table(result: dict) -> str:
         )
     least = result["floor_seconds"]
     lines.append(
-        f"floor with a warm cache: {sum(least.values()):.2f} s (language model both ways {least['language model']:.2f}, memory "
-        f"traffic of AdamW {least['AdamW']:.2f}); filling the cache costs {result['fill_seconds_per_batch']:.2f} s a batch, once"
+        f"lower limit with a warm cache: {sum(least.values()):.2f} s (forward and backward pass of the language model "
+        f"{least['language model']:.2f} s, memory traffic of AdamW {least['AdamW']:.2f} s); filling the cache takes "
+        f"{result['fill_seconds_per_batch']:.2f} s per batch, once"
     )
     return "\n".join([*lines, busy_line(result)])
 
@@ -231,32 +234,32 @@ def table(result: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="2 steps; prints, but leaves the result file alone")
+    parser.add_argument("--quick", action="store_true", help="train 2 steps, and do not write the result file")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(THREADS)
     elsewhere = Elsewhere()
     with tempfile.TemporaryDirectory() as folder:
-        roads, processor = make_roads(folder)
+        variants, processor = make_variants(folder)
         batches = make_batches(processor, make_rows(BATCH_SIZE * (2 if arguments.quick else STEPS)))
-        cold = {name: fill(road, batches) for name, road in roads.items() if road.cache is not None}
-        # The first step sets things up, and checks the first of the kept features.
+        cold = {name: fill(variant, batches) for name, variant in variants.items() if variant.cache is not None}
+        # The first step takes longer, and compares the first stored features with fresh ones.
         for number, batch in enumerate(tqdm(batches, "steps")):
-            for road in roads.values():
-                road.step(batch, number)
+            for variant in variants.values():
+                variant.step(batch, number)
         seconds = {
-            name: {stage: statistics.median(spent[stage] for spent in road.seconds[1:]) for stage in STAGES}
-            for name, road in roads.items()
+            name: {stage: statistics.median(spent[stage] for spent in variant.seconds[1:]) for stage in STAGES}
+            for name, variant in variants.items()
         }
-        others = [name for name in roads if name != "plain"]
+        others = [name for name in variants if name != "plain"]
         result = {
             "workload": {"pictures": BATCH_SIZE * len(batches), "expressions": len(TARGETS), "batch_size": BATCH_SIZE,
                          "steps": len(batches), "threads": THREADS, "dtype": "float32"},
             "median_seconds": seconds,
             "speedup": {name: seconds["plain"]["all"] / seconds[name]["all"] for name in others},
-            "relative_difference": {name: apart(roads[name], roads["plain"]) for name in others},
-            "losses": {name: road.history for name, road in roads.items()},
+            "relative_difference": {name: apart(variants[name], variants["plain"]) for name in others},
+            "losses": {name: variant.history for name, variant in variants.items()},
             "fill_seconds_per_batch": cold["cache, float16"],
-            "floor_seconds": floor(roads["ours"], batches[0]),
+            "floor_seconds": floor(variants["ours"], batches[0]),
             "machine": machine(elsewhere),
         }  # fmt: skip
     print(table(result))

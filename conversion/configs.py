@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from .reading import read_json, short_repr
@@ -16,7 +17,7 @@ from .reading import read_json, short_repr
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig, LlamaConfig, SamConfig
 
-    from modeling_gsva import GsvaImageProcessor
+    from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration, GsvaImageProcessor
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -160,7 +161,7 @@ def sam_config(shapes: Shapes) -> SamConfig:
     """Return SAM's configuration with sizes read from its tensors: ViT-H, L, B or another encoder of segment-anything.
 
     Raises:
-        ValueError: A tensor that tells a size is missing, or has another number of dimensions.
+        ValueError: A tensor that determines a size is missing, or has another number of dimensions.
     """
     from transformers import SamConfig
 
@@ -222,6 +223,24 @@ def sam_config(shapes: Shapes) -> SamConfig:
     )
 
 
+def empty_model(
+    config: GsvaConfig, path: str | Path
+) -> tuple[GsvaForConditionalGeneration, dict[str, tuple[int, ...]]]:
+    """Return the model without memory for its weights, and the shape of each tensor that it is saved with.
+
+    Args:
+        path: The files that describe the model, for messages.
+    """
+    from transformers.initialization import no_init_weights
+
+    from modeling_gsva import GsvaForConditionalGeneration
+
+    with naming(path), torch.device("meta"), no_init_weights():
+        model = GsvaForConditionalGeneration(config)
+    tied = set(model.all_tied_weights_keys)
+    return model, {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+
+
 def image_processor(clip: Path | None, image_size: int, sam_size: int) -> GsvaImageProcessor:
     """Return the image processor, with the preprocessing of CLIP's directory if it has any, else the original's constants.
 
@@ -230,7 +249,7 @@ def image_processor(clip: Path | None, image_size: int, sam_size: int) -> GsvaIm
         sam_size: Side of SAM's input in pixels.
 
     Raises:
-        ValueError: preprocessor_config.json has a value that is no mean, standard deviation or resampling filter.
+        ValueError: preprocessor_config.json has a value that is not a mean, standard deviation or resampling filter.
     """
     from modeling_gsva import GsvaImageProcessor
 

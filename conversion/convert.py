@@ -10,28 +10,53 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub.utils import httpx
 
-from data_scripts.files import new_folder, refuse_existing
+from data_scripts.files import new_folder
 
-from .bases import TOKEN_ROWS, add_delta, check_filled, check_parts, new_weights, refuse_delta
-from .configs import clip_config, image_processor, llama_config, naming, sam_config, vision_features
+from .bases import (
+    NO_CHECKPOINT,
+    PARTS,
+    TOKEN_ROWS,
+    WHOLE,
+    add_delta,
+    check_filled,
+    check_parts,
+    form_of,
+    new_weights,
+    part_of,
+    refuse_delta,
+    refuse_holes,
+    refuse_other_base,
+)
+from .configs import clip_config, empty_model, image_processor, llama_config, naming, sam_config, vision_features
 from .keys import PREFIXES, to_original
 from .reading import CheckpointSource, LazyTensor
 from .tokenizer import IMAGE_TOKEN, ORDINARY_TOKENS, SPECIAL_TOKENS, base_added_tokens, build_llama_tokenizer
-from .writing import ADAPTER, merge_lora, write_adapter, write_card, write_shards
+from .writing import (
+    ADAPTER,
+    check_output,
+    check_room,
+    merge_lora,
+    naming_output,
+    write_adapter,
+    write_card,
+    write_shards,
+)
 
 if TYPE_CHECKING:
     from transformers import TokenizersBackend
 
-    from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration
+    from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration, GsvaProcessor
 
 # The files of a base in a Hub repository that are read.
 _HUB_FILES = ["*.json", "*.bin", "*.safetensors", "*.model"]
+_HUB_ERRORS = (OSError, ValueError, httpx.HTTPError)
 
 
 @dataclass
 class Sources:
-    """Where the tensors come from: the checkpoint first, then the bases, each of which yields to those before it."""
+    """The sources of tensors: the checkpoint first, then the bases. The first source that has a tensor supplies it."""
 
     checkpoint: CheckpointSource
     bases: list[CheckpointSource]
@@ -40,7 +65,7 @@ class Sources:
 
     @property
     def is_start(self) -> bool:
-        """Return True without a checkpoint: the model is the one that training starts from."""
+        """Return True if there is no checkpoint, so that the result is the model that training starts from."""
         return self.checkpoint.path is None
 
     def all(self) -> list[CheckpointSource]:
@@ -66,24 +91,26 @@ def convert(args: argparse.Namespace) -> dict:
         ImportError: sentencepiece, or peft for `--keep_lora`, is not installed.
     """
     output = Path(args.output)
-    refuse_existing(output)
+    check_output(output)
     sources = gather_sources(args)
     tensors = sources.tensors()
     check_parts(tensors, sources.checkpoint)
     tokenizer, config, tensors = describe_model(args, sources, tensors)
-    model, expected = empty_model(config, sources)
+    model, expected = empty_model(config, _described_by(sources))
     check_tensors(expected, tensors, sources)
 
     lora = sources.checkpoint.lora
     tensors = {name: tensors[name] for name in expected}
-    origins = {
-        source.option: sum(tensors[name] is source.tensors.get(name) for name in tensors) for source in sources.all()
-    }
+    origins = {name: next(s.option for s in sources.all() if tensors[name] is s.tensors.get(name)) for name in tensors}
     if not args.keep_lora:
         tensors |= {name: merge_lora(tensors[name], pair, args.lora_alpha) for name, pair in lora.items()}
+    processor = make_processor(args, config, tokenizer, sources.clip_dir)
     dtype = config.dtype  # save_pretrained turns it into a string
-    with new_folder(output) as folder:
-        written = write_model(folder, model, tokenizer, tensors, sources, args)
+    check_room(output, sum(torch.Size(tensor.shape).numel() for tensor in tensors.values()) * dtype.itemsize)
+    if args.push_to_hub:
+        create_repository(args.push_to_hub)  # now: without the rights to it, all the work would be for nothing
+    with naming_output(output), new_folder(output) as folder:
+        written = write_model(folder, model, processor, tensors, sources.checkpoint, args)
         summary = summarize(args, sources, tensors, origins, dtype, written)
         write_card(
             folder,
@@ -108,8 +135,8 @@ def gather_sources(args: argparse.Namespace) -> Sources:
         ValueError: Options that do not go together, or files that do not hold a checkpoint.
         FileNotFoundError: A path does not exist, or LLaVA's directory is not given.
     """
-    llava_dir, clip_dir = local_path(args.llava), local_path(args.clip)
-    llama_dir, delta_dir = local_path(args.llama), local_path(args.llava_delta)
+    llava_dir, clip_dir = local_directory(args.llava, "--llava"), local_directory(args.clip, "--clip")
+    llama_dir, delta_dir = local_directory(args.llama, "--llama"), local_directory(args.llava_delta, "--llava_delta")
     if (llama_dir is None) != (delta_dir is None) or (llava_dir and delta_dir):
         raise ValueError("Pass either --llava, or --llama together with --llava_delta.")
 
@@ -137,19 +164,30 @@ def gather_sources(args: argparse.Namespace) -> Sources:
     return Sources(checkpoint, bases, language_dir, clip_dir)
 
 
-def local_path(path: str | None) -> Path | None:
-    """Return a local path as it is, and the local folder of a Hub repository, downloaded if need be.
+def local_directory(path: str | None, option: str) -> Path | None:
+    """Return the directory of a base: a local one as it is, that of a Hub repository after downloading it.
 
     Raises:
         FileNotFoundError: `path` neither exists nor is the name of a repository.
+        NotADirectoryError: It is a file.
     """
-    if path is None or Path(path).exists():
-        return Path(path) if path else None
+    if path is None:
+        return None
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).exists():
+        raise NotADirectoryError(f"{option} {path} is a file: pass the directory with its config.json.")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).parent.exists():
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(path, allow_patterns=_HUB_FILES))
-    raise FileNotFoundError(f"{path} does not exist.")
+        try:
+            return Path(snapshot_download(path, allow_patterns=_HUB_FILES))
+        except _HUB_ERRORS as error:
+            raise FileNotFoundError(
+                f"{option} {path} is no local path, and cannot be downloaded from the Hub ({error}). Check the name, log in with "
+                "`hf auth login` if it is not public, or download it and pass its directory."
+            ) from error
+    raise FileNotFoundError(f"{option} {path} does not exist.")
 
 
 def describe_model(
@@ -213,60 +251,66 @@ def check_rows(shapes: Mapping[str, tuple[int, ...]], rows: int, seg_id: int, so
             )
 
 
-def empty_model(
-    config: GsvaConfig, sources: Sources
-) -> tuple[GsvaForConditionalGeneration, dict[str, tuple[int, ...]]]:
-    """Return the model without memory for its weights, and the shape of each tensor that it is saved with."""
-    from transformers.initialization import no_init_weights
-
-    from modeling_gsva import GsvaForConditionalGeneration
-
-    with naming(_described_by(sources)), torch.device("meta"), no_init_weights():
-        model = GsvaForConditionalGeneration(config)
-    tied = set(model.all_tied_weights_keys)
-    return model, {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
-
-
 def check_tensors(expected: dict[str, tuple[int, ...]], tensors: Mapping[str, LazyTensor], sources: Sources) -> None:
-    """Raise ValueError unless every parameter has a tensor that fits, and LoRA fits the weights it belongs to."""
+    """Raise ValueError unless the checkpoint is whole, every parameter has a tensor that fits, and LoRA fits its weights."""
+    checkpoint = sources.checkpoint
+    refuse_holes(checkpoint, expected)
     check_filled(expected, tensors, [f"{source.option} {source.path}" for source in sources.all() if source.path])
     for source in sources.bases:
         if source.lora:
             raise ValueError(f"{source.option} {source.path} holds LoRA weights; only those of --checkpoint are used.")
-    for name, pair in sources.checkpoint.lora.items():
+    for name, pair in checkpoint.lora.items():
         (rank, columns), (rows, b_rank) = pair["A"].shape, pair["B"].shape
         if rank != b_rank or (rows, columns) != expected.get(name):
             raise ValueError(
                 f"LoRA of {to_original(name)}: A {pair['A'].shape} and B {pair['B'].shape} do not fit a weight of "
                 f"{expected.get(name)}."
             )
+    if form_of(checkpoint) not in (WHOLE, NO_CHECKPOINT):
+        for base in sources.bases:
+            names = (f"--checkpoint {checkpoint.path}", f"{base.option} {base.path}")
+            refuse_other_base(checkpoint.tensors, base.tensors, *names)
+
+
+def make_processor(
+    args: argparse.Namespace, config: GsvaConfig, tokenizer: TokenizersBackend, clip_dir: Path | None
+) -> GsvaProcessor:
+    """Return the processor with CLIP's preprocessing and the conversation template that the command line names."""
+    from modeling_gsva import GsvaProcessor
+    from modeling_gsva.processing_gsva import CHAT_TEMPLATES
+
+    vision, sam = config.vision_config, config.sam_config.vision_config
+    return GsvaProcessor(
+        image_processor=image_processor(clip_dir, vision.image_size, sam.image_size),
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        chat_template=CHAT_TEMPLATES[args.conv_type],
+    )
 
 
 def write_model(
     folder: Path,
     model: GsvaForConditionalGeneration,
-    tokenizer: TokenizersBackend,
+    processor: GsvaProcessor,
     tensors: Mapping[str, LazyTensor],
-    sources: Sources,
+    checkpoint: CheckpointSource,
     args: argparse.Namespace,
 ) -> int:
     """Write configuration, code, processor, weights and, with `--keep_lora`, the adapter. Return the bytes of the weights."""
-    from modeling_gsva import GsvaProcessor
-    from modeling_gsva.processing_gsva import CHAT_TEMPLATES
+    from transformers.utils import logging
 
-    config, dtype = model.config, model.config.dtype
-    vision, sam = config.vision_config, config.sam_config.vision_config
-    processor = GsvaProcessor(
-        image_processor=image_processor(sources.clip_dir, vision.image_size, sam.image_size),
-        tokenizer=tokenizer,
-        patch_size=vision.patch_size,
-        chat_template=CHAT_TEMPLATES[args.conv_type],
-    )
-    model.to(dtype).save_pretrained(folder, state_dict={})  # everything but the weights
+    dtype = model.config.dtype
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it would count the files of weights, and there are none
+    try:
+        model.to(dtype).save_pretrained(folder, state_dict={})  # everything but the weights
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
     processor.save_pretrained(folder)
     written = write_shards(folder, tensors, dtype, args.max_shard_size)
-    if args.keep_lora and sources.checkpoint.lora:
-        write_adapter(folder / ADAPTER, sources.checkpoint.lora, args.lora_alpha, dtype)
+    if args.keep_lora and checkpoint.lora:
+        write_adapter(folder / ADAPTER, checkpoint.lora, args.lora_alpha, dtype)
     return written
 
 
@@ -274,25 +318,30 @@ def summarize(
     args: argparse.Namespace,
     sources: Sources,
     tensors: Mapping[str, LazyTensor],
-    origins: dict[str, int],
+    origins: Mapping[str, str],
     dtype: torch.dtype,
     written: int,
 ) -> dict:
-    """Return the facts of a conversion that are printed and stand in the card.
+    """Return the facts of a conversion, for the console and the card.
 
     Args:
-        origins: The number of tensors of each option.
+        origins: The option that each tensor comes from.
         written: Bytes of the weights.
     """
     lora = sources.checkpoint.lora
     ranks = sorted({pair["A"].shape[0] for pair in lora.values()})
     reasons = [reason for source in sources.all() for reason in source.dropped.values()]
+    bases = [
+        (f"{origins[name]}: {PARTS[part_of(name)]}") for name in origins if origins[name] != sources.checkpoint.option
+    ]
     return {
         "parameters": sum(torch.Size(tensor.shape).numel() for tensor in tensors.values()),
         "bytes": written,
         "dtype": str(dtype).removeprefix("torch."),
         "tensors": len(tensors),
-        "from": origins,
+        "from": {source.option: list(origins.values()).count(source.option) for source in sources.all()},
+        **({"checkpoint": form_of(sources.checkpoint)} if not sources.is_start else {}),
+        **({"filled in from the bases": {part: bases.count(part) for part in dict.fromkeys(bases)}} if bases else {}),
         "LoRA": (
             f"rank {ranks}, alpha {args.lora_alpha:g}, " + ("kept in adapter/" if args.keep_lora else "merged")
             if lora
@@ -302,10 +351,35 @@ def summarize(
     }
 
 
-def push(repository: str, folder: Path) -> None:
-    """Upload a converted directory to the Hub."""
+def create_repository(repository: str) -> None:
+    """Create a repository on the Hub unless it exists.
+
+    Raises:
+        ValueError: It cannot be reached or written.
+    """
     from huggingface_hub import HfApi
 
-    api = HfApi()
-    api.create_repo(repository, exist_ok=True)
-    api.upload_folder(repo_id=repository, folder_path=folder)
+    try:
+        HfApi().create_repo(repository, exist_ok=True)
+    except _HUB_ERRORS as error:
+        raise ValueError(
+            f"--push_to_hub {repository} cannot be written, so nothing was converted ({error}). Log in with `hf auth login`, "
+            "or leave --push_to_hub out and upload the result later."
+        ) from error
+
+
+def push(repository: str, folder: Path) -> None:
+    """Upload a converted directory to the Hub.
+
+    Raises:
+        ValueError: The upload failed. The message has the command that repeats it.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().upload_folder(repo_id=repository, folder_path=folder)
+    except _HUB_ERRORS as error:
+        raise ValueError(
+            f"{folder} is written and whole, but its upload to {repository} failed ({error}). Repeat the upload with: "
+            f"hf upload {repository} {folder}"
+        ) from error

@@ -1,4 +1,4 @@
-"""Names of tensors: the original's (LLaVA, LLaMA, CLIP, segment-anything) and those of `GsvaForConditionalGeneration`."""
+"""Map names of tensors: the original's (LLaVA, LLaMA, CLIP, segment-anything) and those of `GsvaForConditionalGeneration`."""
 
 from __future__ import annotations
 
@@ -50,15 +50,16 @@ SAM.mask_decoder.*                                           <-> sam.mask_decode
 # The place that each option's tensors have in the whole model of the original: their files hold the names without it.
 PREFIXES = {"--clip": "model.vision_tower.vision_tower.", "--sam": "model.visual_model."}
 
-# Names that libraries put around those of the model: DistributedDataParallel at the start; PEFT at the start, and around
-# each adapted layer.
-_WRAPPERS = re.compile(r"^(module\.)*(base_model\.model\.)?")
+# Levels that libraries put around any module (torch.compile, DeepSpeed and Lightning, FSDP, activation checkpointing), and
+# around the whole model (DistributedDataParallel, PEFT).
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_OUTER_WRAPPERS = re.compile(r"^(module\.)*(base_model\.model\.)?")
 _LORA = re.compile(r"(.+)\.lora_([AB])(?:\.(\w+))?\.weight")
 
 # Tensors that are left out, and the reason.
 DROPPED = {
     r".*rotary_emb\.inv_freq": "recomputed from rope_theta",
-    r".*vision_model\.embeddings\.position_ids": "an index 0..N, made anew by the vision tower",
+    r".*vision_model\.embeddings\.position_ids": "an index 0..N, recomputed by the vision tower",
     r"model\.vision_tower\.vision_tower\.(text_model\..*|text_projection\.weight|visual_projection\.weight|logit_scale)": (
         "CLIP's text half, which GSVA does not use"
     ),
@@ -129,10 +130,12 @@ def full_name(key: str, prefix: str = "") -> str:
 
     >>> full_name("module.base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight")
     'model.layers.0.self_attn.q_proj.weight'
+    >>> full_name("_forward_module.module.model.layers.0._orig_mod.mlp.up_proj.weight")
+    'model.layers.0.mlp.up_proj.weight'
     >>> full_name("image_encoder.pos_embed", PREFIXES["--sam"])
     'model.visual_model.image_encoder.pos_embed'
     """
-    name = _WRAPPERS.sub("", key).replace(".base_layer.", ".")
+    name = _OUTER_WRAPPERS.sub("", _WRAPPERS.sub("", key)).replace(".base_layer.", ".")
     return name if name.startswith(prefix) else prefix + name
 
 

@@ -1,9 +1,10 @@
-"""Read checkpoints tensor by tensor, whatever files they lie in."""
+"""Read checkpoints tensor by tensor, from any of their file formats."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +15,14 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import safe_open
 
-from .keys import full_name, lora_part, reason_to_drop, to_ours
+from modeling_gsva.loading_gsva import foreign_content, problem_of, safetensors_size
 
-# A safetensors file is closed and opened again after this many bytes, which gives its mapped pages back to the system.
+from .keys import full_name, lora_part, reason_to_drop, to_ours
+from .kinds import refuse_other_kinds
+
+# After this many bytes, a safetensors file is closed and opened again to return its mapped pages to the system.
 REOPEN_BYTES = 256 * 2**20
-READ_AHEAD = 256 * 2**20  # bytes of other files: the next tensor mostly lies behind the last
+READ_AHEAD = 256 * 2**20  # bytes of other files; the next tensor mostly follows the last
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -31,7 +35,9 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Files with these names lie beside a Trainer's weights and hold none.
+# Names of shards that are counted, such as model-00001-of-00004.safetensors.
+SHARD = re.compile(r"(?P<before>.*?)(?P<number>\d{1,9})-of-(?P<total>\d{1,9})(?P<after>\D*)")
+# Files with these names are beside a Trainer's weights and hold none.
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
 
@@ -46,7 +52,8 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON in UTF-8 ({error}); download it again.") from None
+        problem = foreign_content(path) or f"is not JSON in UTF-8 ({error}); download it again"
+        raise ValueError(f"{path} {problem}.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold an object, got {short_repr(content)}; download it again.")
     return content
@@ -68,13 +75,24 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def advise(file: BinaryIO, advice: str, begin: int = 0, size: int = 0) -> None:
-    """Tell the system which bytes of a file are needed next or no longer: keeping all pages would cost more than reading."""
+    """Advise the system which bytes of a file are needed next or no longer. Keeping all pages costs more than reading."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), begin, size, getattr(os, advice))
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return True if no number of a tensor is NaN or infinite."""
+    if not tensor.dtype.is_floating_point or not tensor.numel():
+        return True
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))  # 30 times as fast as torch.isfinite of all
+
+
 class WeightFile:
-    """The tensors of one .bin, .pth, .pt or .safetensors file. Each is read when it is asked for."""
+    """The tensors of one .bin, .pth, .pt or .safetensors file. Each is read when it is asked for.
+
+    Raises:
+        ValueError: The file cannot be read. The message says what it is instead, if that can be recognised.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -90,7 +108,7 @@ class WeightFile:
         Raises:
             ValueError: The file cannot be read, or holds more than tensors.
         """
-        if self.path.suffix == ".safetensors":
+        if self._is_safetensors():
             self._open()
             slices = {key: self._handle.get_slice(key) for key in self._handle.keys()}  # noqa: SIM118 (not a dict)
             types = {
@@ -108,7 +126,24 @@ class WeightFile:
         return {key: (tuple(value.shape), value.dtype) for key, value in self._pickled.items()}
 
     def read(self, key: str) -> torch.Tensor:
-        """Return one tensor in CPU memory."""
+        """Return one tensor in CPU memory.
+
+        Raises:
+            ValueError: Numbers of the tensor are NaN or infinite, or the file cannot be read.
+        """
+        try:
+            tensor = self._read(key)
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+        if not is_finite(tensor):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(
+                f"{self.path}: {count} of {tensor.numel()} numbers of {key} are not finite (NaN or infinite): the training "
+                "that wrote them has failed, or the file is damaged. Pass an earlier checkpoint, or copy it again."
+            )
+        return tensor
+
+    def _read(self, key: str) -> torch.Tensor:
         if key not in self._pickled:
             if self._handle is None or self._bytes_read > REOPEN_BYTES:
                 self._handle, self._bytes_read = None, 0
@@ -122,27 +157,43 @@ class WeightFile:
             tensor = self._pickled[key]
         return self._read_piece(tensor) if tensor.is_meta else tensor
 
+    def _is_safetensors(self) -> bool:
+        """Return True if the content is safetensors, whatever the name. Go by the name if the content does not decide."""
+        try:
+            with self.path.open("rb") as file:
+                head = file.read(9)
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+        if head.startswith(b"PK\x03\x04"):
+            return False
+        return self.path.suffix == ".safetensors" or safetensors_size(head, self.path) is not None
+
     def _open(self) -> None:
         try:
             self._handle = safe_open(self.path, "pt")
         except Exception as error:
-            raise ValueError(f"{self.path} is not a safetensors file: {error}") from error
+            problem = problem_of(self.path) or f"is not a safetensors file: {_first_line(error)}"
+            raise ValueError(f"{self.path} {problem}.") from error
 
     def _load(self, device: str) -> None:
         try:
-            content = torch.load(self.path, map_location=device, weights_only=True)
+            with self.path.open(
+                "rb"
+            ) as file:  # by a name that ends with .safetensors, torch would choose another format
+                content = torch.load(file, map_location=device, weights_only=True)
         except Exception as error:
-            raise ValueError(
-                f"{self.path} cannot be read as tensors alone (weights_only=True). A pickle that runs code is never "
-                f"opened; write the state dict again with torch.save. ({(str(error) or type(error).__name__).splitlines()[0]})"
-            ) from error
+            problem = problem_of(self.path) or (
+                "cannot be read as tensors alone (weights_only=True). A pickle that runs code is never opened; write the "
+                f"state dict again with torch.save ({_first_line(error)})"
+            )
+            raise ValueError(f"{self.path} {problem}.") from error
         for wrapper in ("state_dict", "module", "model"):
             if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
                 content = content[wrapper]
         self._pickled = content if isinstance(content, dict) else {f"<{type(content).__name__}>": content}
 
     def _read_piece(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Read a tensor's bytes from the file. They are not mapped: faults of mapped pages cost more than the copy."""
+        """Read a tensor's bytes from the file. They are not mapped, because page faults cost more than the copy."""
         extent = (
             1 + sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
         )
@@ -159,6 +210,10 @@ class WeightFile:
         return flat.as_strided(tensor.shape, tensor.stride())
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def weight_files(path: Path, required: bool = True) -> list[Path]:
     """Return the files with weights behind a file, an index or a directory.
 
@@ -166,31 +221,86 @@ def weight_files(path: Path, required: bool = True) -> list[Path]:
         required: False returns `[]` for a directory without weights.
 
     Raises:
-        FileNotFoundError: The path, or a file that an index lists, does not exist; no weights in a directory.
-        ValueError: An index that does not name files beside it, or several indices in a directory.
+        FileNotFoundError: The path, a file that an index lists, or a shard of several does not exist; no weights in a
+            directory.
+        ValueError: An index that does not name files beside it, several indices in a directory, one shard of several.
     """
-    if path.name.endswith(".index.json"):
-        return _files_of_index(path)
+    if index := find_index(path):
+        return require_all_shards(_files_of_index(index, required))
     if path.is_file():
+        if (match := SHARD.fullmatch(path.name)) and int(match["total"]) > 1:
+            raise ValueError(
+                f"{path} is one of {int(match['total'])} shards: pass the directory that holds all of them, or their index."
+            )
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist.")
+    for pattern in ("*.safetensors", "*.bin", "*.pth", "*.pt"):
+        if files := [file for file in sorted(path.glob(pattern)) if file.name not in NOT_WEIGHTS]:
+            return require_all_shards(files)
+    if required:
+        raise FileNotFoundError(
+            f"{path} has no .bin, .pth, .pt or .safetensors file."
+            + (" It is DeepSpeed's: run its zero_to_fp32.py first." if (path / "zero_to_fp32.py").is_file() else "")
+        )
+    return []
+
+
+def find_index(path: Path) -> Path | None:
+    """Return the index of a sharded checkpoint: `path` itself or one in the directory `path`, or None.
+
+    Raises:
+        ValueError: Several indices in a directory.
+    """
+    if path.name.endswith(".index.json"):
+        return path
     for pattern in ("model.safetensors.index.json", "*.bin.index.json", "*.index.json"):
         if indices := sorted(path.glob(pattern)):
             if indices[1:]:
                 raise ValueError(
                     f"{path} has several indices ({listed(index.name for index in indices)}); pass one of them."
                 )
-            return _files_of_index(indices[0])
-    for pattern in ("*.safetensors", "*.bin", "*.pth", "*.pt"):
-        if files := [file for file in sorted(path.glob(pattern)) if file.name not in NOT_WEIGHTS]:
-            return files
-    if required:
-        raise FileNotFoundError(f"{path} has no .bin, .pth, .pt or .safetensors file.")
-    return []
+            return indices[0]
+    return None
 
 
-def _files_of_index(path: Path) -> list[Path]:
+def keys_in_index(path: Path) -> dict[str, list[str]]:
+    """Return the keys that each file of a sharded checkpoint must have by its index, `{}` without an index."""
+    index = find_index(path)
+    keys: dict[str, list[str]] = {}
+    for key, file in read_json(index)["weight_map"].items() if index else ():
+        keys.setdefault(file, []).append(key)
+    return keys
+
+
+def require_all_shards(files: list[Path]) -> list[Path]:
+    """Return `files` unchanged if they hold all shards of each set whose names count them (`model-00001-of-00004.bin`).
+
+    Raises:
+        FileNotFoundError: A shard is missing. The message names the missing files.
+    """
+    sets: dict[tuple[str, str, str], dict[int, int]] = {}  # (before, total, after) -> {number: its digits}
+    for file in files:
+        if match := SHARD.fullmatch(file.name):
+            digits = sets.setdefault((match["before"], match["total"], match["after"]), {})
+            digits[int(match["number"])] = len(match["number"])
+    for (before, total, after), digits in sets.items():
+        first = min(1, *digits)  # Hugging Face counts from 1, others from 0
+        width = max(digits.values())
+        missing = [
+            f"{before}{number:0{width}d}-of-{total}{after}"
+            for number in range(first, first + min(int(total), 100_000))
+            if number not in digits
+        ]
+        if missing:
+            raise FileNotFoundError(
+                f"{files[0].parent} has {len(digits)} of {int(total)} shards, {listed(missing, 4)} "
+                f"{'are' if missing[1:] else 'is'} missing: copy or download the whole set, and pass its directory or index."
+            )
+    return files
+
+
+def _files_of_index(path: Path, required: bool) -> list[Path]:
     weight_map = read_json(path).get("weight_map")
     names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
     # A bare name: a path that leads elsewhere is not a file of this checkpoint.
@@ -203,7 +313,10 @@ def _files_of_index(path: Path) -> list[Path]:
             f"{path}: weight_map must name files beside it, got {short_repr(wrong[0])}; download it again."
         )
     names = sorted(set(names))
-    if missing := [name for name in names if not (path.parent / name).is_file()]:
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing == names and not required:
+        return []  # a base downloaded without its weights
+    if missing:
         raise FileNotFoundError(
             f"{path} lists {listed(missing)}, which {'are' if missing[1:] else 'is'} not beside it."
         )
@@ -217,6 +330,11 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     read: Callable[[], torch.Tensor]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> LazyTensor:
+        """Return a tensor that is in memory already, for functions that take unread ones."""
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.detach().cpu)
 
 
 class CheckpointSource:
@@ -234,8 +352,8 @@ class CheckpointSource:
         dropped: `{key: reason}`.
 
     Raises:
-        ValueError: Keys that are neither converted nor dropped, several tensors for one parameter, several or incomplete
-            LoRA adapters. All keys of one kind are listed.
+        ValueError: Another model's tensors, keys that are neither converted nor dropped, several tensors for one parameter,
+            several LoRA adapters. All keys of one kind are listed.
     """
 
     def __init__(self, option: str, path: Path | None, prefix: str = "", required: bool = True):
@@ -247,11 +365,26 @@ class CheckpointSource:
         self._unknown: list[str] = []
         self._origins: dict[tuple, Path] = {}  # (name of the parameter, LoRA matrix and adapter) -> its file
         self._repeated: dict[tuple[str, str], list[str]] = {}  # (file, other file) -> keys of the same parameters
-        for file in weight_files(path, required) if path else ():
-            weights = WeightFile(file)
-            for key, (shape, dtype) in weights.tensors().items():
-                self._add(key, LazyTensor(shape, dtype, partial(weights.read, key)), file)
+        self._read_names(path, required)
         self._check()
+
+    def _read_names(self, path: Path | None, required: bool) -> None:
+        if path is None:
+            return
+        tensors: dict[tuple[Path, str], LazyTensor] = {}
+        expected = keys_in_index(path)
+        for file in weight_files(path, required):
+            weights = WeightFile(file)
+            types = weights.tensors()
+            if missing := [key for key in expected.get(file.name, ()) if key not in types]:
+                raise ValueError(
+                    f"{file} lacks {listed(missing, 4)}, which its index lists: the two are of different checkpoints. Copy or "
+                    "download the whole set again."
+                )
+            tensors |= {(file, key): LazyTensor(*type_, partial(weights.read, key)) for key, type_ in types.items()}
+        refuse_other_kinds([full_name(key).removeprefix(self._prefix) for _, key in tensors], self.option, path)
+        for (file, key), tensor in tensors.items():
+            self._add(key, tensor, file)
 
     def _add(self, key: str, tensor: LazyTensor, file: Path) -> None:
         name = full_name(key, self._prefix)
@@ -289,13 +422,28 @@ class CheckpointSource:
         adapters = {lora[1] for _, lora in self._origins if lora}
         if len(adapters) > 1:
             raise ValueError(f"{self.path} holds several LoRA adapters ({listed(adapters)}); only one can be merged.")
-        if half := [name for name, pair in self.lora.items() if len(pair) != 2]:
-            raise ValueError(f"{self.path}: lora_A without lora_B (or the reverse) for {listed(half)}.")
 
     def floating_dtype(self) -> torch.dtype:
         """Return the floating type that most of the numbers have, float32 if there are none."""
         count: dict[torch.dtype, int] = {}
-        for tensor in self.tensors.values():
+        for tensor in (*self.tensors.values(), *(matrix for pair in self.lora.values() for matrix in pair.values())):
             if tensor.dtype is not None and tensor.dtype.is_floating_point:
                 count[tensor.dtype] = count.get(tensor.dtype, 0) + torch.Size(tensor.shape).numel()
         return max(count, key=count.__getitem__) if count else torch.float32
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a file, an index or a directory under the names they have there.
+
+    Raises:
+        FileNotFoundError: There are no weights, or a shard is missing.
+        ValueError: A file cannot be read, a key is in two files, or numbers are not finite. The message names them.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for file in weight_files(path):
+        weights = WeightFile(file)
+        for key in weights.tensors():
+            if key in state:
+                raise ValueError(f"{path} holds several checkpoints: {file.name} and another file both have {key}.")
+            state[key] = weights.read(key)
+    return state

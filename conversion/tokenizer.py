@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modeling_gsva.loading_gsva import foreign_content
+
 from .reading import read_json, short_repr
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ _PROBES = (
 
 
 def base_added_tokens(directory: Path) -> dict[str, int]:
-    """Return the tokens that a base directory has beside the sentencepiece vocabulary, `{text: id}`.
+    """Return the tokens that a base directory adds to the sentencepiece vocabulary, `{text: id}`.
 
     Raises:
         ValueError: A file of the directory does not map tokens to ids.
@@ -151,7 +153,10 @@ def _bpe_tokenizer(path: Path) -> Tokenizer:
     try:
         pieces = SentencePieceProcessor(model_file=str(path))
     except Exception as error:  # sentencepiece raises bare RuntimeError or OSError with a C++ message
-        raise ValueError(f"{path} is not a sentencepiece model ({error}).") from error
+        problem = foreign_content(path)
+        raise ValueError(
+            f"{path} is not a sentencepiece model" + (f": it {problem}." if problem else f" ({error}).")
+        ) from error
 
     vocab = {pieces.id_to_piece(i): i for i in range(len(pieces))}
     scores = {piece: pieces.get_score(i) for piece, i in vocab.items()}

@@ -4,35 +4,91 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data_scripts.files import render, write_text
+from data_scripts.files import refuse_existing, render, write_json, write_text
 
-from .reading import SAFETENSORS_DTYPES, LazyTensor, advise, as_bytes
+from .reading import SAFETENSORS_DTYPES, LazyTensor, advise, as_bytes, is_finite, read_json
 
 CARD = Path(__file__).parent / "templates" / "converted_card.md.jinja"
 ADAPTER = "adapter"
 
 
-def in_dtype(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """Return a tensor in another type.
+def check_output(output: Path) -> None:
+    """Raise OSError before the long work if `output` exists or cannot be written."""
+    refuse_existing(output)
+    try:
+        os.lstat(output)
+    except FileNotFoundError:
+        pass  # as it should be
+    except OSError as error:  # the name is too long, or a folder in it is a file
+        raise OSError(f"{output} cannot be written ({error.strerror}): choose another --output.") from error
+    folder = next(parent for parent in output.absolute().parents if os.path.lexists(parent))
+    if not folder.is_dir():
+        raise NotADirectoryError(
+            f"{output} cannot be written: {folder} is a file, not a folder. Choose another --output."
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{output} cannot be written: {folder} is read-only. Choose another --output.")
+
+
+def check_room(output: Path, size: int) -> None:
+    """Raise OSError if the disk of `output` has less than `size` bytes free."""
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(
+            f"{output} needs {size / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free: nothing was written. Free space or "
+            "choose another --output."
+        )
+
+
+@contextmanager
+def naming_output(output: Path) -> Iterator[None]:
+    """Say in one sentence which output could not be written, why, and that nothing of it is left behind.
 
     Raises:
-        ValueError: A finite number of the tensor `name` is beyond the range of float16.
+        OSError: The block raised an OSError, or an error of a Rust library (tokenizers, safetensors) that stands for one.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        elif match := re.search(r"\(os error (\d+)\)", str(error)):
+            reason = os.strerror(int(match[1]))
+        else:
+            raise
+        raise OSError(
+            f"{output} was not written ({reason}): nothing of it is left behind. Free space or choose another --output, and run "
+            "the command again."
+        ) from error
+
+
+def in_dtype(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """Return a tensor of finite numbers in another type.
+
+    Raises:
+        ValueError: A number of the tensor `name` is beyond the range of that type.
     """
     if tensor.dtype == dtype:
         return tensor.contiguous()
     converted = tensor.to(dtype)
-    if dtype == torch.float16 and not torch.isfinite(converted).all() and torch.isfinite(tensor).all():
-        raise ValueError(f"{name} has values beyond float16's 65504; choose --dtype bfloat16 or float32.")
+    if not is_finite(converted):
+        raise ValueError(
+            f"{name} has values beyond {str(dtype).removeprefix('torch.')}'s {torch.finfo(dtype).max:.5g}; choose a --dtype "
+            "with a larger range: bfloat16 or float32."
+        )
     return converted
 
 
@@ -49,6 +105,23 @@ def safetensors_header(tensors: Mapping[str, torch.Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> Iterator[int]:
+    """Write one safetensors file with one tensor in memory at a time. Yield the number of bytes after each tensor.
+
+    `save_file` of safetensors needs all tensors of a file at once. With the header known, they can be written one by one.
+    """
+    planned = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in tensors.items()}
+    with path.open("wb") as file:
+        file.write(safetensors_header(planned))
+        for name, lazy in tensors.items():
+            tensor = in_dtype(lazy.read(), dtype, name)
+            file.write(as_bytes(tensor))
+            yield tensor.nbytes
+        file.flush()
+        os.fsync(file.fileno())  # whole on disk before the directory gets its name
+        advise(file, "POSIX_FADV_DONTNEED")
+
+
 def write_shards(directory: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype, max_shard_size: str) -> int:
     """Write safetensors shards and their index with one tensor in memory at a time. Return the number of bytes written."""
     planned = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in tensors.items()}
@@ -56,17 +129,8 @@ def write_shards(directory: Path, tensors: Mapping[str, LazyTensor], dtype: torc
     total = plan.metadata["total_size"]
     with tqdm(total=total, unit="B", unit_scale=True, desc="Writing", disable=not sys.stderr.isatty()) as bar:
         for file, names in plan.filename_to_tensors.items():
-            # `save_file` needs all tensors of a file at once. With the header known, they are written one after the other.
-            header = safetensors_header({name: planned[name] for name in names})
-            with (directory / file).open("wb") as shard:
-                shard.write(header)
-                for name in names:
-                    tensor = in_dtype(tensors[name].read(), dtype, name)
-                    shard.write(as_bytes(tensor))
-                    bar.update(tensor.nbytes)
-                shard.flush()
-                os.fsync(shard.fileno())  # whole on disk before the directory gets its name
-                advise(shard, "POSIX_FADV_DONTNEED")
+            for written in write_safetensors(directory / file, {name: tensors[name] for name in names}, dtype):
+                bar.update(written)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_text(directory / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
@@ -74,11 +138,19 @@ def write_shards(directory: Path, tensors: Mapping[str, LazyTensor], dtype: torc
 
 
 def merge_lora(base: LazyTensor, pair: Mapping[str, LazyTensor], alpha: float) -> LazyTensor:
-    """Return W + alpha / r · B A, computed in float32 and rounded once."""
+    """Return W + alpha / r · B A, computed in float32 and rounded once.
+
+    Reading it raises ValueError if the sum is beyond the range of float32.
+    """
 
     def read() -> torch.Tensor:
         a, b = pair["A"].read().float(), pair["B"].read().float()
-        return base.read().float().addmm(b, a, alpha=alpha / a.shape[0])
+        merged = base.read().float().addmm(b, a, alpha=alpha / a.shape[0])
+        if not is_finite(merged):
+            raise ValueError(
+                f"LoRA with --lora_alpha {alpha:g} gives weights beyond float32: give the alpha of the training."
+            )
+        return merged
 
     return LazyTensor(base.shape, base.dtype, read)
 
@@ -110,12 +182,16 @@ def write_adapter(
         base_model_name_or_path=None,  # the folder above, whatever its name
         inference_mode=True,
     ).save_pretrained(directory)
+    config = directory / "adapter_config.json"  # peft writes the modules in another order each time
+    content = read_json(config)
+    write_json(config, content | {"target_modules": sorted(content["target_modules"])}, indent=2)
     tensors = {
-        f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight": in_dtype(tensor.read(), dtype, name)
+        f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight": tensor
         for name, pair in lora.items()
         for side, tensor in pair.items()
     }
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    for _ in write_safetensors(directory / "adapter_model.safetensors", dict(sorted(tensors.items())), dtype):
+        pass
 
 
 def write_card(directory: Path, name: str, summary: Mapping[str, Any], is_start: bool, has_adapter: bool) -> None:
@@ -127,6 +203,7 @@ def write_card(directory: Path, name: str, summary: Mapping[str, Any], is_start:
         is_start: The weights are those that training starts from.
         has_adapter: LoRA is not merged into the weights but lies in adapter/.
     """
+    name = name.encode("utf-8", "replace").decode()  # a folder's name may hold bytes that are no text
     facts = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in summary.items()}
     text = render(CARD, name=name, facts=facts, is_start=is_start, has_adapter=has_adapter)
     write_text(directory / "README.md", text)

@@ -6,7 +6,8 @@ import hashlib
 import inspect
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import datasets
 import pyarrow
 from datasets.exceptions import DatasetGenerationError
 
-from . import images, masks, records, schema
-from .records import inside, read_plain_pickle, require  # noqa: F401  # importable from here, as before
+from . import images, mask_images, masks, records, schema
+from .records import expect, inside, read_plain_pickle, require, same, short_repr  # noqa: F401  # some are importable from here, as before
 from .schema import SEGMENTATION_FEATURES
 
 
@@ -24,7 +25,7 @@ def files_digest(paths: Iterable[Path], code: Iterable[str], *facts: Any) -> str
     digest = hashlib.sha256(repr(facts).encode())
     for path in paths:
         stat = os.stat(path)
-        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(path) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     for module in code:
         digest.update(Path(inspect.getfile(sys.modules[module])).read_bytes())
     return digest.hexdigest()[:32]
@@ -40,8 +41,11 @@ class RowBuilder(datasets.GeneratorBasedBuilder):
     VERSION = datasets.Version("1.0.0")
     FEATURES = SEGMENTATION_FEATURES
     # modules whose code decides what the rows are: of all builders, and those that a subclass adds
-    SHARED_CODE = (__name__, *(module.__name__ for module in (images, masks, records, schema)))
+    SHARED_CODE = (__name__, *(module.__name__ for module in (images, mask_images, masks, records, schema)))
     USES: tuple[str, ...] = ()
+    ADVICE = "download its files again"  # what to do about files that cannot be read
+
+    problems: list[str] | None = None  # `all_problems` collects errors of records here; otherwise they are raised
 
     def __init__(self, name: str, data_dir: str | os.PathLike, cache_dir: str | None = None):
         self.root = Path(os.path.abspath(data_dir))
@@ -66,6 +70,67 @@ class RowBuilder(datasets.GeneratorBasedBuilder):
         """Yield the rows of one split, in a fixed order."""
         raise NotImplementedError
 
+    def left_out(self) -> list[str]:
+        """Return files among the data that `rows` does not read, each with the reason."""
+        return []
+
+    def empty_splits(self) -> list[str]:
+        """Return a message for each split of the files that has no rows and is left out; call `build` first."""
+        return []
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Raise errors of the block, or collect them if `all_problems` asks for all of them."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if self.problems is None:
+                raise
+            self.problems.append(str(error))
+
+    def attempt(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Any:
+        """Return the result of a call, or None if it raised an error that is collected."""
+        with self.collecting():
+            return function(*arguments, **options)
+
+    def entries(
+        self, record: Any, name: str, where: str, /, **kinds: type | tuple[type, ...]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield (its place, entry) for every right entry of the list `name` of a record, as `records.entries` does."""
+        for number, entry in enumerate(expect(record, where, **{name: list})[name]):
+            place = f"{where}: {name}[{number}]"
+            if self.attempt(expect, entry, place, **kinds) is not None:
+                yield place, entry
+
+    def by_id(self, named: Iterable[tuple[str, dict[str, Any]]], compare: str) -> dict[Any, dict[str, Any]]:
+        """Return {id: record}. Raises ValueError if two different records have one id.
+
+        The message shows the field `compare` of both. A record that occurs twice, word for word, counts once.
+        """
+        by_id: dict[Any, dict[str, Any]] = {}
+        by_text: dict[str, dict[str, Any]] = {}  # 1 and "1" name the same thing
+        for where, record in named:
+            other = by_text.setdefault(str(record["id"]), record)
+            with self.collecting():
+                if not same(other, record):
+                    raise ValueError(
+                        f"{where}: id {record['id']!r} stands twice, with {compare} {short_repr(other.get(compare))} and "
+                        f"{short_repr(record.get(compare))}; give every record an id of its own"
+                    )
+            by_id[record["id"]] = other
+        return by_id
+
+    def all_problems(self) -> list[str]:
+        """Return the messages of all errors in the data, instead of raising the first one."""
+        self.problems = []
+        with self.collecting():
+            for split in self.split_names():
+                with self.collecting():
+                    for _ in self.rows(split):
+                        pass
+        problems, self.problems = self.problems, None
+        return list(dict.fromkeys(problems))  # records that are read twice are wrong twice
+
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(features=self.FEATURES)
 
@@ -73,7 +138,11 @@ class RowBuilder(datasets.GeneratorBasedBuilder):
         return [datasets.SplitGenerator(name, gen_kwargs={"split": name}) for name in self.split_names()]
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        yield from enumerate(self.rows(split))
+        number = -1
+        for number, row in enumerate(self.rows(split)):
+            yield number, row
+        if number < 0:
+            raise ValueError(f"{self.title} in {self.root} has no images in split {split!r}; {self.ADVICE}.")
 
     def build(self, num_proc: int | None = None) -> RowBuilder:
         """Write the Arrow files unless they exist. Raises an error in the data as it is."""
@@ -86,7 +155,7 @@ class RowBuilder(datasets.GeneratorBasedBuilder):
             ):
                 raise cause from None
             raise ValueError(
-                f"{self.title} in {self.root} cannot be built: {cause} ({type(cause).__name__}); download its files again."
+                f"{self.title} in {self.root} cannot be built: {cause} ({type(cause).__name__}); {self.ADVICE}."
             ) from cause
         return self
 

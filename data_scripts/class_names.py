@@ -1,7 +1,7 @@
 """Names of the classes in the label maps, in the order of their numbers.
 
-The lists are those of LeapLabTHU/GSVA at 618dc79 (data/literals), which are the data sets' own: ADE20K's 150 classes of
-the scene parsing challenge, and COCO-Stuff's 182 in the numbering of its "stuffthingmaps" (person is 0, wood is 181).
+The lists are those of LeapLabTHU/GSVA at 618dc79 (data/literals), which equal those of the data sets: ADE20K's 150 classes
+of the scene parsing challenge, and COCO-Stuff's 182 in the numbering of its "stuffthingmaps" (person is 0, wood is 181).
 """
 
 # fmt: off

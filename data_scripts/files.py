@@ -55,7 +55,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     If the block raises, the temporary folder is removed. All files in it get the permissions that the umask gives.
 
     Raises:
-        FileExistsError: `path` exists and is no empty folder. Nothing is overwritten.
+        FileExistsError: `path` exists and is not an empty folder. Nothing is overwritten.
         OSError: The folder above cannot be written.
     """
     path = Path(path)

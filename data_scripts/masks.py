@@ -5,6 +5,7 @@ An encoding is `{"size": [height, width], "counts": str}`. One without any pixel
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from functools import lru_cache
@@ -17,6 +18,9 @@ from pycocotools import mask as coco_mask
 
 # How far outside an image a polygon may reach, in longest sides. The published sets stay within a pixel or two.
 OUTSIDE = 10
+
+# Fields of a COCO annotation that show that its object is in the image.
+EVIDENCE = ("bbox", "box", "boxes", "area", "keypoints", "num_keypoints")
 
 
 def max_image_pixels() -> int:
@@ -177,20 +181,88 @@ def merge_masks(rles: Sequence[dict]) -> dict[str, Any]:
     return _plain(rles[0] if len(rles) == 1 else coco_mask.merge(list(rles)))
 
 
+def check_mask_size(rle: dict, height: int, width: int) -> None:
+    """Raise ValueError if an encoding has another size than its image."""
+    if list(rle["size"]) != [height, width]:
+        swapped = " (height and width are swapped)" if list(rle["size"]) == [width, height] else ""
+        raise ValueError(
+            f"its mask is {list(rle['size'])} (height, width), its image {[height, width]}{swapped}; take the mask of this "
+            f"image, in its size"
+        )
+
+
+def check_pixels(coordinates: Sequence[float], height: int, width: int) -> None:
+    """Raise ValueError if the coordinates of an outline can only be parts of the image (0 to 1), not pixels.
+
+    >>> check_pixels([0.1, 0.1, 0.9, 0.1, 0.9, 0.9], 40, 60)
+    Traceback (most recent call last):
+    ValueError: its mask has no pixel or a single one, because the coordinates of its outline are all between 0 and 1: ...
+    """
+    # Such an outline encloses one pixel at most. Outlines that leave the image a little reach a little beyond 0 and 1.
+    if len(coordinates) and max(height, width) > 2 and all(-0.05 <= number <= 1.05 for number in coordinates):
+        raise ValueError(
+            f"its mask has no pixel or a single one, because the coordinates of its outline are all between 0 and 1: they are "
+            f"parts of the image; multiply them by its width ({width}) and height ({height}). Write null if it is not in "
+            f"the image"
+        )
+
+
+def is_none(segmentation: Any, depth: int = 4) -> bool:
+    """Return whether a segmentation is a way to write "no mask": null, NaN, an empty text, list or object, or [[]].
+
+    >>> [is_none(value) for value in (None, float("nan"), "", [], [[]], {}, {"size": [4, 6], "counts": []}, [[1, 2]])]
+    [True, True, True, True, True, True, True, False]
+    """
+    if segmentation is None or (isinstance(segmentation, float) and math.isnan(segmentation)):
+        return True
+    if isinstance(segmentation, str):
+        return segmentation.strip().lower() in ("", "null", "none", "nan", "[]", "[[]]", "{}")
+    if isinstance(segmentation, dict):
+        return not segmentation or ("counts" in segmentation and is_none(segmentation["counts"], 0))
+    if isinstance(segmentation, (bytes, list, tuple)):
+        return not segmentation or (depth > 0 and all(is_none(piece, depth - 1) for piece in segmentation))
+    return False
+
+
+def evidence_of(annotation: dict[str, Any]) -> str:
+    """Return the fields of an annotation (`EVIDENCE`) that show its object in the image, or "" if there are none."""
+
+    def is_something(value: Any) -> bool:
+        if isinstance(value, (list, tuple)):
+            return any(map(is_something, value))
+        return not is_none(value) and value != 0
+
+    fields = [name for name in EVIDENCE if is_something(annotation.get(name))]
+    return " and ".join(f"{name} {short_repr(annotation[name])}" for name in fields)
+
+
+def check_annotation(annotation: dict[str, Any], field: str = "segmentation") -> None:
+    """Raise ValueError if an annotation shows an object by a box, an area or keypoints, but has no mask.
+
+    Such an annotation says where the object is, not that it is absent.
+    """
+    if is_none(annotation.get(field)) and (evidence := evidence_of(annotation)):
+        value = short_repr(annotation[field]) if field in annotation else "missing"
+        raise ValueError(
+            f"it has {evidence}, but no mask ({field}: {value}); draw its mask or take it out. An expression without a "
+            f"target is written in 'absent' or with null alone"
+        )
+
+
 def segmentation_to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
     """Return the encoding of a mask in any form that a COCO-like file may use.
 
     Forms: None or [] (no pixel), a list of polygons [x0, y0, x1, y1, ...] in pixels, a list of run-length encodings, or
     one run-length encoding, compressed (`counts` is a string) or not (a list). Several pieces are united. Polygons that
     enclose nothing (an odd number of coordinates, or fewer than three points) are left out, as in the original's
-    evaluation. Run-length encodings state their size themselves.
+    evaluation. Whether an annotation may be without a mask is the question of `check_annotation`.
 
     >>> mask_area(segmentation_to_rle([[0, 0, 4, 0, 4, 2, 0, 2], [1, 1, 2, 2]], 4, 6))
     8
 
     Raises:
-        ValueError: The value has another form, the sizes of encodings differ, an encoding is damaged, or a size or
-            coordinate is absurd.
+        ValueError: The value has another form, an encoding is damaged or of another size than the image, a coordinate is
+            absurd, or all coordinates are parts of the image (0 to 1) instead of pixels.
     """
     check_size([height, width])
     if segmentation is None or (isinstance(segmentation, (list, tuple)) and not len(segmentation)):
@@ -200,6 +272,7 @@ def segmentation_to_rle(segmentation: Any, height: int, width: int) -> dict[str,
     for piece in pieces if isinstance(pieces, (list, tuple)) else [pieces]:
         if isinstance(piece, dict) and {"size", "counts"} <= piece.keys():
             rles.append(check_rle(_compressed(piece) if isinstance(piece["counts"], list) else piece))
+            check_mask_size(rles[-1], height, width)
         elif isinstance(piece, (list, tuple)) and all(isinstance(number, (int, float)) for number in piece):
             _check_polygon(piece, max(height, width))
             if len(piece) >= 6 and len(piece) % 2 == 0:
@@ -210,6 +283,7 @@ def segmentation_to_rle(segmentation: Any, height: int, width: int) -> dict[str,
                 f"'counts', got {short_repr(segmentation)}"
             )
     if polygons:
+        check_pixels([number for polygon in polygons for number in polygon], height, width)
         rles.extend(coco_mask.frPyObjects(polygons, height, width))
     return merge_masks(rles) if rles else empty_mask(height, width)
 

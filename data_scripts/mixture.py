@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .images import PictureError
+from .skipped import SkipList
 from .transforms import (
     ConversationTransform,
     Draws,
@@ -81,6 +82,7 @@ class TrainingDataset(_DrawnExamples):
         max_redraws: The number of other rows to try before an error.
         on_bad_image: "raise" a `PictureError` that names the file, or "skip" the row for another, with a warning.
             `skipped` counts the skips of this process.
+        skip_list: Gets every skipped image, of all worker processes.
 
     Raises:
         ValueError: There are no rows, or `on_bad_image` has another value.
@@ -93,6 +95,7 @@ class TrainingDataset(_DrawnExamples):
         seed: int = 0,
         max_redraws: int = 100,
         on_bad_image: str = "raise",
+        skip_list: SkipList | None = None,
     ):
         if on_bad_image not in ("raise", "skip"):
             raise ValueError(f"on_bad_image must be 'raise' or 'skip', got {on_bad_image!r}.")
@@ -103,7 +106,7 @@ class TrainingDataset(_DrawnExamples):
 
             rows = rows.cast_column("image", Image(decode=False))
         self.rows, self.transform, self.on_bad_image = rows, transform, on_bad_image
-        self.skipped = 0
+        self.skipped, self.skip_list = 0, skip_list
         super().__init__(len(rows), seed, max_redraws)
 
     def example(self, i: int, draws: Draws) -> Example | None:
@@ -114,6 +117,8 @@ class TrainingDataset(_DrawnExamples):
             if self.on_bad_image == "raise":
                 raise
             self.skipped += 1
+            if self.skip_list is not None:
+                self.skip_list.add(error)
             logger.warning("Skipped (%d so far in this process): %s", self.skipped, error)
             return None
 
@@ -176,6 +181,7 @@ def load_mixture(
     on_bad_image: str = "raise",
     cache_dir: str | None = None,
     transforms: Mapping[str, Transform] | None = None,
+    skip_list: SkipList | None = None,
 ) -> Mixture:
     """Load the original's mixture, or part of it. Only the data sets asked for are loaded.
 
@@ -185,7 +191,7 @@ def load_mixture(
         rates: Family -> rate; by default the original's 9, 3, 3, 1.
         length: Items per epoch.
         transforms: Family -> transform, to replace the default (the original's wording, three expressions).
-        seed, split, on_bad_image, cache_dir: As for `TrainingDataset` and `data_scripts.load`.
+        seed, split, on_bad_image, skip_list, cache_dir: As for `TrainingDataset` and `data_scripts.load`.
 
     Raises:
         ValueError: A family does not exist; else the errors of `data_scripts.load`.
@@ -202,7 +208,7 @@ def load_mixture(
         chosen = (transforms or {}).get(family) or transform()
         families[family] = (
             (rates or {}).get(family, rate),
-            [TrainingDataset(load(name, data_dir, split, cache_dir), chosen, seed, on_bad_image=on_bad_image)
+            [TrainingDataset(load(name, data_dir, split, cache_dir), chosen, seed, on_bad_image=on_bad_image, skip_list=skip_list)
              for name in members],
         )  # fmt: skip
     return Mixture(families, length, seed)

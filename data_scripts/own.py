@@ -1,32 +1,43 @@
-"""Your own images and expressions, from a folder with one annotation file per split.
+"""Your own images and expressions, from a folder with one annotation file per split, or from an annotation tool.
 
     DATA_DIR/train.jsonl, DATA_DIR/val.jsonl, ...     one image per line (or .parquet with the same columns):
-        {"image": "cats/1.jpg", "expressions": [{"text": "the left cat", "mask": ...}, ...]}
-    DATA_DIR/train.json                               or COCO: images, annotations with a "caption" each
+        {"image": "cats/1.jpg", "expressions": [{"text": "the left cat", "mask": ...}, ...], "absent": ["a unicorn"]}
 
 A mask is a polygon `[x0, y0, x1, y1, ...]` in pixels or a list of polygons, a COCO run-length encoding, the path of a
-PNG whose non-zero pixels are the target, or null for an expression that has no target. Paths are relative to DATA_DIR.
+mask image (PNG) or its bytes, or null for an expression that has no target. Paths are relative to DATA_DIR. The formats
+of annotation tools are listed in `own_formats.py`.
 """
 
 from __future__ import annotations
 
-import re
+import hashlib
+import logging
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from . import labelme, own_formats, polygons
 from .builder import RowBuilder
-from .images import open_image, read_image
-from .masks import empty_mask, encode_mask, mask_area, merge_masks, segmentation_to_rle
-from .records import at, entries, inside, parse_json, read_json, short_repr
+from .images import IMAGE_SUFFIXES, image_size
+from .mask_images import read_mask
+from .masks import (
+    check_annotation,
+    check_mask_size,
+    empty_mask,
+    encode_mask,
+    evidence_of,
+    is_none,
+    mask_area,
+    merge_masks,
+    segmentation_to_rle,
+)
+from .own_formats import EXAMPLE, Source, find_sources, other_sources
+from .records import at, inside, missing_file, parse_json, short_repr, visible
 from .schema import expression
 
-Record = tuple[str, dict[str, Any]]  # its place in a file, and its content
+logger = logging.getLogger(__name__)
 
-EXAMPLE = '{"image": "a.jpg", "expressions": [{"text": "the left cat", "mask": [10, 10, 90, 10, 90, 80]}]}'
 # optional fields of an expression: type, and its description in errors
 OPTIONAL: dict[str, tuple[type, str]] = {
     "num_targets": (int, "a whole number of annotations"),
@@ -36,110 +47,97 @@ OPTIONAL: dict[str, tuple[type, str]] = {
 }
 
 
-def _read_lines(path: Path) -> Iterator[Record]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                yield where, parse_json(line, where, f"a line is {EXAMPLE}")
-
-
-def _read_parquet(path: Path) -> Iterator[Record]:
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(256)
-        while batch := next(batches, None):
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", record
-    except (pyarrow.ArrowException, OSError, MemoryError) as error:
-        raise ValueError(f"{path} is not a parquet file, or damaged after row {number} ({error}).") from None
-
-
-def _read_coco(path: Path) -> Iterator[Record]:
-    """Yield the images of a COCO file with one expression per caption, which several annotations may share."""
-    content = read_json(path)
-    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
-        raise ValueError(
-            f"{path} lacks images or annotations: a .json file must be COCO's; else use .jsonl, {EXAMPLE}"
-        )
-    images = [image for _, image in entries(content, "images", str(path), id=(int, str), file_name=str)]
-    captions: dict[Any, dict[str, list]] = {image["id"]: {} for image in images}
-    for _, annotation in entries(content, "annotations", str(path), image_id=(int, str)):
-        where = f"{path}, annotation {short_repr(annotation.get('id'))}"
-        if annotation["image_id"] not in captions:
-            raise ValueError(f"{where}: there is no image with id {annotation['image_id']!r}; add it to images.")
-        texts = annotation.get("caption")
-        named = [texts] if isinstance(texts, str) else texts
-        if not texts or not isinstance(named, list) or not all(isinstance(text, str) for text in named):
-            raise ValueError(f"{where}: it lacks a caption, a text or a list of texts; add it or take it out.")
-        for text in named:
-            captions[annotation["image_id"]].setdefault(text, []).append(annotation.get("segmentation"))
-    for image in images:
-        expressions = [
-            {"text": text, "masks": [mask for mask in masks if mask]} for text, masks in captions[image["id"]].items()
-        ]
-        yield f"{path}, image {image['id']!r}", {"image": image["file_name"], "expressions": expressions}
-
-
-READERS = {".jsonl": _read_lines, ".parquet": _read_parquet, ".json": _read_coco}
-
-
 class OwnBuilder(RowBuilder):
     """One row per image of an annotation file. The file's stem is the split (letters, digits and _)."""
 
+    USES = tuple(module.__name__ for module in (labelme, own_formats, polygons))
+    ADVICE = "correct its files"
+
     @cached_property
-    def annotation_files(self) -> dict[str, Path]:
-        """{split: annotation file}."""
-        files: dict[str, Path] = {}
-        for path in sorted(path for path in self.root.iterdir() if path.suffix in READERS):
-            split = re.sub(r"\W", "_", path.stem)  # `datasets` accepts no other characters
-            if split in files:
-                raise ValueError(f"{files[split]} and {path} are both split {split!r}; rename one.")
-            files[split] = path
-        if not files:
+    def sources(self) -> dict[str, Source]:
+        """Return {split: its annotations}."""
+        sources: dict[str, Source] = {}
+        for source in find_sources(self.root):
+            if (other := sources.setdefault(source.split, source)) is not source:
+                raise ValueError(f"{other.path} and {source.path} are both split {source.split!r}; rename one.")
+        if not sources:
             raise FileNotFoundError(
                 f"{self.root} holds no annotation file; write train.jsonl (or .parquet, or .json in COCO's format) "
                 f"there, one line per image: {EXAMPLE}"
             )
-        return files
+        return sources
 
     def files(self) -> list[Path]:
-        _ = self.annotation_files
-        return sorted(path for path in self.root.rglob("*") if path.is_file())
+        return sorted({file for source in self.sources.values() for file in source.files()})
+
+    def left_out(self) -> list[str]:
+        readable = (".jsonl", ".json", ".parquet", ".yaml", ".yml", ".txt", ".md", *IMAGE_SUFFIXES)
+        others = [
+            path for path in sorted(visible(self.root)) if path.is_file() and path.suffix.lower() not in readable
+        ]
+        return other_sources(self.root) + [f"{path} (not a format of annotations)" for path in others]
 
     def split_names(self) -> list[str]:
-        return list(self.annotation_files)
+        """Return the splits that have records. Raises ValueError if none has."""
+        names = []
+        for split, source in self.sources.items():
+            with self.collecting():
+                if next(source.records(self), None) is not None:
+                    names.append(split)
+        if not names:
+            raise ValueError("; ".join(map(self.empty_split, self.sources)))
+        return names
+
+    def empty_splits(self) -> list[str]:
+        return [self.empty_split(split) for split in self.sources if split not in self.info.splits]
+
+    def empty_split(self, split: str) -> str:
+        """Return the message for a split without images."""
+        return f"split {split!r} is empty: {self.sources[split].path} holds no images."
 
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
-        path = self.annotation_files[split]
-        for where, record in READERS[path.suffix](path):
-            try:
-                yield self.row(record)
-            except (ValueError, OSError) as error:
-                raise ValueError(f"{where}: {error}") from None
+        images: dict[str, Any] = {}  # image id -> its image
+        for where, read in self.sources[split].records(self):
+            row = self.attempt(self.row_at, where, read, images)
+            if row is not None:
+                yield row
+
+    def row_at(self, where: str, read: Any, images: dict[str, Any]) -> dict[str, Any]:
+        """Return the row of the record at a place of a file; `images` are the images of the ids before it."""
+        record = read() if callable(read) else read
+        try:
+            row = self.row(record)
+            content = row["image"]["bytes"]
+            key = row["image"]["path"] if content is None else hashlib.sha256(content).digest()
+            if images.setdefault(row["image_id"], key) != key:
+                other = images[row["image_id"]]
+                raise ValueError(
+                    f"its image_id is {row['image_id']!r}, as that of {other if isinstance(other, str) else 'another image'}; "
+                    f"give every image an id of its own, or leave the ids out"
+                )
+            return row
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{where}: {error}") from None
 
     def row(self, record: dict[str, Any]) -> dict[str, Any]:
         """Return the row of one record. Raises ValueError with the fix if the record is wrong."""
-        if not isinstance(record, dict) or not isinstance(record.get("expressions"), list):
+        if isinstance(record, dict) and "expressions" not in record and "text" in record:  # one expression per record
+            record = {**record, "expressions": [{name: record[name] for name in ("text", "mask") if name in record}]}
+        listed = record.get("expressions") if isinstance(record, dict) else None
+        if not isinstance(listed, list) and not callable(listed):
             raise ValueError(f"a record needs an 'image' and a list 'expressions', as in {EXAMPLE}")
         if "image" not in record:
             raise ValueError(f"it lacks 'image'; a record is as in {EXAMPLE}")
-        image = record["image"]
-        embedded = image.get("bytes") if isinstance(image, dict) else None
-        name = image.get("path") if isinstance(image, dict) else image
-        if embedded is None:
-            image = {"path": str(inside(self.root, name)), "bytes": None}
-        else:
-            image = {"path": Path(name).name if isinstance(name, str) else None, "bytes": embedded}
-        width, height = read_image(image).size
+        image, name = self.image(record["image"])
+        height, width = image_size(image, self.stated_size(record))
+        if callable(listed):
+            listed = listed(height, width)
         expressions = []
-        for number, entry in enumerate(record["expressions"]):
+        for number, entry in enumerate(listed):
             with at(f"expression {number}"):
                 expressions.append(self.expression(entry, height, width))
-        image_id = record.get("image_id", Path(image["path"] or "image").stem)
+        expressions += self.absent(record, expressions, height, width)
+        image_id = name if record.get("image_id") is None else record["image_id"]
         if not isinstance(image_id, (str, int)):
             raise ValueError(f"its image_id is {short_repr(image_id)}; give a text or a number, or leave it out.")
         return {
@@ -150,9 +148,50 @@ class OwnBuilder(RowBuilder):
             "expressions": expressions,
         }
 
+    def image(self, image: Any) -> tuple[dict[str, Any], str]:
+        """Return a record's image as a path or bytes, and its path relative to the folder."""
+        content = image.get("bytes") if isinstance(image, dict) else None
+        name = image.get("path") if isinstance(image, dict) else image
+        if content is not None:
+            if not isinstance(content, bytes):
+                raise ValueError(
+                    f"the bytes of its image are {short_repr(content)}; embed images in parquet, not in JSON."
+                )
+            return {"path": Path(name).name if isinstance(name, str) else None, "bytes": content}, "image"
+        path = inside(self.root, name)
+        return {"path": str(path), "bytes": None}, Path(path).relative_to(self.root).as_posix()
+
+    def stated_size(self, record: dict[str, Any]) -> tuple[int, int] | None:
+        """Return the (height, width) that a record states, or None. Raises ValueError if they are not numbers."""
+        sides = [record.get(name) for name in ("height", "width")]
+        if sides == [None, None]:
+            return None
+        if not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
+            raise ValueError(
+                f"its height and width are {short_repr(sides)}; give two whole numbers, or leave both out."
+            )
+        return tuple(sides)  # type: ignore[return-value]
+
+    def absent(self, record: dict, expressions: list[dict], height: int, width: int) -> list[dict]:
+        """Return expressions without a target: those of the image's "absent", and of the file's where not labelled."""
+        texts = {entry["text"].strip().lower(): mask_area(entry["mask"]) > 0 for entry in expressions}
+        absent = []
+        for field in ("absent", "absent_everywhere"):
+            listed = record.get(field) or []
+            if not isinstance(listed, list) or not all(isinstance(text, str) and text.strip(" .") for text in listed):
+                raise ValueError(f"'absent' is {short_repr(listed)}; give a list of texts that have no target.")
+            for text in dict.fromkeys(listed):
+                present = texts.get(text.strip().lower())
+                if present and field == "absent":
+                    raise ValueError(f"{text!r} is in 'absent' and has a mask, too; take one out.")
+                if present is None:
+                    absent.append(expression(text, empty_mask(height, width), num_targets=0))
+        return absent
+
     def expression(self, entry: dict[str, Any], height: int, width: int) -> dict[str, Any]:
         """Return one expression of a record. Raises ValueError with the fix if it is wrong."""
-        if not isinstance(entry, dict) or "text" not in entry or not {"mask", "masks"} & entry.keys():
+        from_coco = isinstance(entry, dict) and isinstance(entry.get("annotations"), tuple)
+        if not isinstance(entry, dict) or "text" not in entry or not (from_coco or {"mask", "masks"} & entry.keys()):
             missing = [name for name in ("text", "mask") if not isinstance(entry, dict) or name not in entry]
             raise ValueError(f"it lacks {missing[0]!r}; it must be as in {EXAMPLE}")
         text = entry["text"]
@@ -164,40 +203,113 @@ class OwnBuilder(RowBuilder):
                 not isinstance(value, kind) or (isinstance(value, int) and not 0 <= value < 2**31)
             ):
                 raise ValueError(f"its {name} is {short_repr(value)}; give {meaning}, or leave it out.")
-        masks = entry["masks"] if "masks" in entry else [entry["mask"]]
-        if not isinstance(masks, list):
-            raise ValueError(f"its masks are {short_repr(masks)}; give a list.")
-        masks = [self.mask(mask, height, width) for mask in masks if mask is not None]
+        masks = self.masks(entry, height, width)
+        union = merge_masks(masks) if masks else empty_mask(height, width)
+        pixels = mask_area(union)
+        num_targets = entry.get("num_targets")
+        if num_targets is None:
+            num_targets = len(masks) if pixels else 0  # a no-target is decided by pixels
+        elif bool(num_targets) != bool(pixels):
+            raise ValueError(
+                f"its num_targets is {num_targets}, but its mask has {pixels} pixels; correct one, or leave num_targets out."
+            )
         ignore = entry.get("ignore_mask")
         return expression(
             text,
-            merge_masks(masks) if masks else empty_mask(height, width),
-            num_targets=len(masks) if entry.get("num_targets") is None else entry["num_targets"],
+            union,
+            num_targets=num_targets,
             is_sentence=bool(entry.get("is_sentence")),
             ignore_mask=None if ignore is None else self.mask(ignore, height, width),
             part=entry.get("part"),
             explanation=entry.get("explanation"),
         )
 
+    def masks(self, entry: dict[str, Any], height: int, width: int) -> list[dict]:
+        """Return the masks of an expression; none if it says that it has no target."""
+        if isinstance(entry.get("annotations"), tuple):  # of COCO; a list would be from a file
+            return self.annotation_masks(entry["annotations"], height, width)
+        check_annotation(entry, "masks" if "masks" in entry else "mask")
+        if "masks" not in entry:
+            return [] if entry["mask"] is None else [self.mask(entry["mask"], height, width)]
+        masks = entry["masks"]
+        if not isinstance(masks, list) or not masks or any(mask is None for mask in masks):
+            raise ValueError(
+                f'its masks are {short_repr(masks)}; give a list of masks, or "mask": null for no target.'
+            )
+        return [self.mask(mask, height, width) for mask in masks]
+
+    def annotation_masks(self, annotations: tuple[dict, ...], height: int, width: int) -> list[dict]:
+        """Return the masks of the COCO annotations of one expression; none if they say that it has no target."""
+        masks, absent, present = [], None, None
+        for annotation in annotations:
+            number = short_repr(annotation.get("id"))
+            with at(f"annotation {number}"):
+                check_annotation(annotation)
+                segmentation = annotation.get("segmentation")
+                if segmentation is None and "segmentation" in annotation:
+                    absent = number
+                    continue
+                if is_none(segmentation):
+                    value = short_repr(segmentation) if "segmentation" in annotation else "missing"
+                    raise ValueError(
+                        f"it has no mask (segmentation: {value}); draw it, or write null if its expression has no target."
+                    )
+                masks.append(self.mask(segmentation, height, width))
+                if not mask_area(masks[-1]) and (evidence := evidence_of(annotation)):
+                    raise ValueError(f"it has {evidence}, but its mask has no pixel; draw its mask or take it out.")
+                present = number
+        if absent is not None and present is not None:
+            raise ValueError(
+                f"annotation {absent} says that it has no target (null), annotation {present} gives it a mask; take one out."
+            )
+        return masks
+
     def mask(self, mask: Any, height: int, width: int) -> dict[str, Any]:
         """Return the encoding of a mask in any form. Raises ValueError if it is empty or of another size."""
-        if isinstance(mask, str) and mask.lstrip()[:1] in ("[", "{"):  # a parquet column holds one type
+        if isinstance(mask, str) and mask.lstrip("\ufeff \t\r\n")[:1] in ("[", "{"):  # a parquet column holds one type
             mask = parse_json(mask, f"its mask {short_repr(mask)}", "correct it.")
-        if isinstance(mask, str):
-            try:
-                with open_image(inside(self.root, mask)) as file:
-                    array = np.array(file)
-            except (OSError, SyntaxError) as error:
-                raise ValueError(f"its mask {mask!r} cannot be read ({error}); save the file again.") from None
-            rle = encode_mask(np.any(array, axis=2) if array.ndim == 3 else array)
+        is_struct = isinstance(mask, dict) and {"bytes", "path"} & mask.keys() and "counts" not in mask
+        if isinstance(mask, (str, bytes)) or is_struct:
+            rle = self.mask_image(mask)
         else:
             flat = isinstance(mask, list) and bool(mask) and not isinstance(mask[0], (list, dict))
             rle = segmentation_to_rle([mask] if flat else mask, height, width)
-        if rle["size"] != [height, width]:
-            raise ValueError(f"its mask is {rle['size']} (height, width), its image {[height, width]}.")
+        check_mask_size(rle, height, width)
         if not mask_area(rle) and not (isinstance(mask, dict) and "counts" in mask):
             raise ValueError(
                 f"its mask has no pixel in an image of {height} x {width} (height x width); polygons are "
                 f"[x0, y0, x1, y1, ...] in pixels, three points or more. Write null if it is not in the image."
             )
         return rle
+
+    def mask_image(self, mask: str | bytes | dict) -> dict[str, Any]:
+        """Return the encoding of a mask image: its path, its bytes, or a Hugging Face image `{"bytes", "path"}`."""
+        content = mask.get("bytes") if isinstance(mask, dict) else mask if isinstance(mask, bytes) else None
+        name = mask.get("path") if isinstance(mask, dict) else mask
+        if content is not None and not isinstance(content, bytes):
+            raise ValueError(f"the bytes of its mask are {short_repr(content)}; embed masks in parquet, not in JSON.")
+        source = inside(self.root, name) if content is None else content
+        try:
+            pixels, antialiased = read_mask(source)
+        except FileNotFoundError:
+            raise ValueError(missing_file(f"Its mask {name!r}", str(source))) from None
+        except (OSError, ValueError) as error:
+            shown_name = name if isinstance(name, str) else "(embedded)"
+            raise ValueError(f"its mask {shown_name!r} cannot be read ({error}).") from None
+        if antialiased and not self.told_of_edges:
+            self.told_of_edges = True
+            logger.warning(
+                "The mask %r in %s has soft edges: grey is target from half on, here and in all other masks.",
+                name if isinstance(name, str) else "(embedded)",
+                self.root,
+            )
+        return encode_mask(pixels)
+
+    told_of_edges = False
+
+    def load(self, split: str, num_proc: int | None = None) -> Any:
+        self.build(num_proc)
+        for name in (part.split("[")[0].strip() for part in split.split("+")):
+            if name in self.sources and name not in self.info.splits:
+                raise ValueError(self.empty_split(name))
+        return super().load(split, num_proc)

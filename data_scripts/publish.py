@@ -58,7 +58,7 @@ def _files_of(folder: Path, stem: str) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; `argv` defaults to `sys.argv[1:]`. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m data_scripts.publish", description=__doc__.split("\n")[0])
-    parser.add_argument("name", choices=BUILDERS, metavar="NAME", help=", ".join(BUILDERS))
+    parser.add_argument("name", choices=BUILDERS, metavar="NAME", help=f"the data set: {', '.join(BUILDERS)}")
     parser.add_argument("data_dir", help="the folder that holds the data set's files")
     parser.add_argument("out", help="the folder to write")
     parser.add_argument("--push_to_hub", metavar="USER/REPOSITORY", help="also upload the folder as a data set")

@@ -7,6 +7,7 @@ DATA_DIR/reason_seg/ReasonSeg/explanatory/train.json
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -14,33 +15,50 @@ from typing import Any
 
 import numpy as np
 
+from . import labelme, polygons
 from .builder import RowBuilder
-from .images import read_image
+from .images import IMAGE_SUFFIXES, image_size
+from .labelme import draw_shape, fill_like_opencv
 from .masks import encode_mask
-from .polygons import fill_polygon
-from .records import entries, expect, inside, parse_json, read_json, require, short_repr
+from .records import (
+    at,
+    decode_text,
+    entries,
+    expect,
+    inside,
+    listing,
+    parse_json,
+    read_json,
+    require,
+    short_repr,
+    visible,
+)
 from .schema import expression
 
 logger = logging.getLogger(__name__)
 TARGET, IGNORE = 1, 255
+SPLITS = ("train", "val", "test")
+# Text that is ASCII except for the characters of English text in cp1252: quotes, dashes, other signs, single letters of
+# loanwords. Text in another encoding (GBK, Shift JIS, cp1251, ...) has other signs, or several such letters in a row.
+_CP1252 = re.compile(r"(?:[\x00-\x7f\u2018\u2019\u201c\u201d\u2013\u2014\u2026\u2022\u20ac\u2122\xa0\xa9\xae\xb0\xbd]"
+                     r"|[\xc0\xc1\xc2\xc4\xc7-\xcf\xd1\xd3\xd4\xd6\xda-\xdc\xdf-\xe2\xe4\xe7-\xef\xf1\xf3\xf4\xf6\xf8-\xfc]"
+                     r"(?![\xa1-\xff]))*")  # fmt: skip
 
 
 def read_annotation(path: Path) -> dict[str, Any]:
     """Read the JSON beside an image: UTF-8, or cp1252 like a few of the published files."""
     content = path.read_bytes()
+    advice = "save it as UTF-8, or download it again."
     try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError:
-        try:
-            text = content.decode("cp1252")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is neither UTF-8 nor cp1252 ({error}); download it again.") from None
-    record = expect(parse_json(text, str(path)), str(path), shapes=list, text=list, is_sentence=(bool, int))
+        text = decode_text(content, str(path), advice)
+    except ValueError:
+        text = content.decode("cp1252", "replace")
+        if content[:2] in (b"\xff\xfe", b"\xfe\xff") or not _CP1252.fullmatch(text):
+            raise ValueError(f"{path} is neither UTF-8 nor cp1252 with English in it; {advice}") from None
+    record = expect(parse_json(text, str(path), advice), str(path), shapes=list, text=list, is_sentence=(bool, int))
     if wrong := [one for one in record["text"] if not isinstance(one, str)]:
-        raise ValueError(
-            f"{path}: text must be a list of strings, got {short_repr(wrong[0])} in it; download it again."
-        )
-    return {"shapes": record["shapes"], "text": record["text"], "is_sentence": bool(record["is_sentence"])}
+        raise ValueError(f"{path}: text must be a list of strings, got {short_repr(wrong[0])} in it; correct it.")
+    return {**record, "is_sentence": bool(record["is_sentence"])}
 
 
 def draw_shapes(shapes: list[dict], height: int, width: int) -> np.ndarray:
@@ -49,14 +67,13 @@ def draw_shapes(shapes: list[dict], height: int, width: int) -> np.ndarray:
     Larger shapes are painted first. Coordinates lose their fraction. Shapes labelled "flag" are notes.
     """
     drawn = []
-    for shape in shapes:
+    for number, shape in enumerate(shapes):
         label = shape["label"].lower()
-        if label != "flag" and len(shape["points"]):
-            points = np.array(shape["points"], dtype=np.float64)
-            if not (abs(points) < 2**30).all():  # also for NaN
-                raise ValueError("a point lies outside of any image")
-            covered = fill_polygon(points.astype(np.int32), height, width) > 0
-            drawn.append((int(covered.sum()), covered, IGNORE if "ignore" in label else TARGET))
+        if label != "flag":
+            with at(f"shape {number}"):
+                covered = draw_shape(shape, height, width, fill_like_opencv)
+            if len(shape["points"]):
+                drawn.append((int(covered.sum()), covered, IGNORE if "ignore" in label else TARGET))
     labels = np.zeros((height, width), np.uint8)
     # largest first; of two shapes of one size, the later one is painted first, as in the original (Q48)
     for number in sorted(range(len(drawn)), key=lambda number: (-drawn[number][0], -number)):
@@ -67,7 +84,7 @@ def draw_shapes(shapes: list[dict], height: int, width: int) -> np.ndarray:
 class ReasonSegBuilder(RowBuilder):
     """One row per image. Its texts share one mask and, if some pixels do not count, one ignore mask."""
 
-    USES = (fill_polygon.__module__,)
+    USES = (labelme.__name__, polygons.__name__)
 
     @property
     def folder(self) -> Path:
@@ -78,23 +95,48 @@ class ReasonSegBuilder(RowBuilder):
         return self.folder / "explanatory" / "train.json"
 
     @cached_property
-    def images(self) -> dict[str, list[Path]]:
-        """{split: paths of its images}, without empty splits."""
+    def images(self) -> dict[str, dict[str, Path]]:
+        """Return {split: {stem: path of an image}}, without empty splits."""
         require(self.folder, "ReasonSeg's folder with train, val and test")
-        images = {split: sorted((self.folder / split).glob("*.jpg")) for split in ("train", "val", "test")}
+        images = {split: listing(self.folder / split, IMAGE_SUFFIXES) for split in SPLITS}
         return {split: paths for split, paths in images.items() if paths}
 
+    @cached_property
+    def annotations(self) -> dict[str, dict[str, Path]]:
+        """Return {split: {stem: path of a .json}}."""
+        return {split: listing(self.folder / split, (".json",)) for split in SPLITS}
+
+    def annotation_of(self, split: str, image: Path) -> Path:
+        """Return the path of the .json beside an image. Raises FileNotFoundError if it is missing."""
+        return self.annotations[split].get(image.stem) or require(image.with_suffix(".json"), f"for {image.name}")
+
     def files(self) -> list[Path]:
-        images = [path for paths in self.images.values() for path in paths]
-        if not images:
+        if not self.images:
             require(self.folder / "train", "ReasonSeg's images")
-            raise FileNotFoundError(f"There are no .jpg files in {self.folder}/train, val or test.")
-        files = [file for path in images for file in (path, require(path.with_suffix(".json"), f"for {path.name}"))]
+            raise FileNotFoundError(
+                f"There are no images ({', '.join(IMAGE_SUFFIXES)}) in {self.folder}/train, val or test."
+            )
+        files = [
+            file
+            for split, images in self.images.items()
+            for image in images.values()
+            for file in (image, self.annotation_of(split, image))
+        ]
         return files + [path for path in [self.explanations_path] if path.exists()]
+
+    def left_out(self) -> list[str]:
+        read = {path for paths in self.images.values() for path in paths.values()}
+        stems = {path.with_suffix("") for path in read}
+        return [
+            f"{path} ({'has no image beside it' if path.suffix.lower() == '.json' else 'is not an image'})"
+            for split in SPLITS
+            for path in sorted(visible(self.folder / split))
+            if path not in read and not (path.suffix.lower() == ".json" and path.with_suffix("") in stems)
+        ]
 
     @cached_property
     def explanations(self) -> dict[str, str]:
-        """{file name of an image: its explanation}."""
+        """Return {file name of an image: its explanation}."""
         if not self.explanations_path.exists():
             logger.warning("%s is missing: no image has an explanation.", self.explanations_path)
             return {}
@@ -106,30 +148,43 @@ class ReasonSegBuilder(RowBuilder):
         return list(self.images)
 
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
-        for path in self.images[split]:
-            record = read_annotation(path.with_suffix(".json"))
-            width, height = read_image({"path": str(inside(path.parent, path.name)), "bytes": None}).size
-            try:
-                labels = draw_shapes(record["shapes"], height, width)
-            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-                raise ValueError(
-                    f"{path.with_suffix('.json')}: a shape needs a label and points [[x, y], ...] ({error!r})."
-                ) from None
-            ignore = encode_mask(labels == IGNORE) if (labels == IGNORE).any() else None
-            yield {
-                "image": {"path": str(path), "bytes": None},
-                "image_id": path.stem,
-                "height": height,
-                "width": width,
-                "expressions": [
-                    expression(
-                        text,
-                        encode_mask(labels == TARGET),
-                        num_targets=sum("ignore" not in shape["label"].lower() for shape in record["shapes"]),
-                        is_sentence=record["is_sentence"],
-                        ignore_mask=ignore,
-                        explanation=self.explanations.get(path.name),
-                    )
-                    for text in record["text"]
-                ],
-            }
+        for path in self.images[split].values():
+            row = self.attempt(self.row, path, self.annotation_of(split, path))
+            if row is not None:
+                yield row
+
+    def row(self, path: Path, annotation: Path) -> dict[str, Any]:
+        """Return the row of an image and the .json beside it."""
+        record = read_annotation(annotation)
+        stated: Any = (
+            record.get("imageHeight"),
+            record.get("imageWidth"),
+        )  # labelme writes them, ReasonSeg's own files do not
+        with at(str(annotation)):
+            height, width = image_size(
+                {"path": str(inside(path.parent, path.name)), "bytes": None},
+                stated if all(isinstance(side, int) for side in stated) else None,
+            )
+        try:
+            labels = draw_shapes(record["shapes"], height, width)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            reason = str(error) if isinstance(error, ValueError) else repr(error)
+            raise ValueError(f"{annotation}: a shape needs a label and points [[x, y], ...] ({reason}).") from None
+        ignore = encode_mask(labels == IGNORE) if (labels == IGNORE).any() else None
+        return {
+            "image": {"path": str(path), "bytes": None},
+            "image_id": path.stem,
+            "height": height,
+            "width": width,
+            "expressions": [
+                expression(
+                    text,
+                    encode_mask(labels == TARGET),
+                    num_targets=sum("ignore" not in shape["label"].lower() for shape in record["shapes"]),
+                    is_sentence=record["is_sentence"],
+                    ignore_mask=ignore,
+                    explanation=self.explanations.get(path.name),
+                )
+                for text in record["text"]
+            ],
+        }

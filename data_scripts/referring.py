@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from .builder import RowBuilder
-from .masks import empty_mask, merge_masks, segmentation_to_rle
+from .images import check_image_size
+from .masks import check_annotation, empty_mask, merge_masks, segmentation_to_rle
 from .records import (
     IMAGE,
     Kinds,
@@ -80,6 +81,16 @@ def splits_of(name: str, letters: bool) -> list[str]:
     return list(dict.fromkeys([name, "test", *(f"test{letter}" for letter in name[len("test") :])]))
 
 
+def check_ref(ref: Any, where: str) -> dict[str, Any]:
+    """Return a ref whose fields have the right types. Raises ValueError otherwise."""
+    expect(ref, where, **REF)
+    for _ in entries(ref, "sentences", where, sent=str):
+        pass
+    if not re.fullmatch(r"\w{1,64}", ref["split"]) or ref["split"] == "all":  # what `datasets` accepts
+        raise ValueError(f"{where}: split is {short_repr(ref['split'])}; it must be a word of letters and digits.")
+    return ref
+
+
 class ReferringBuilder(RowBuilder):
     """One row per image of a split, with the sentences of all its refs in the order of the file."""
 
@@ -105,37 +116,32 @@ class ReferringBuilder(RowBuilder):
 
     @cached_property
     def refs(self) -> dict[str, dict[Any, list[dict]]]:
-        """{split: {image id: refs in the order of the file}}."""
+        """Return {split: {image id: refs in the order of the file}}."""
         path = self.refs_path
         records = read_json(path) if path.suffix == ".json" else read_plain_pickle(path)
         if not isinstance(records, list):
             raise ValueError(f"{path} must hold a list of refs, got {type(records).__name__}; download it again.")
         refs: dict[str, dict[Any, list[dict]]] = {}
         for number, record in enumerate(records):
-            where = f"{path}: record {number}"
-            expect(record, where, **REF)
-            for _ in entries(record, "sentences", where, sent=str):
-                pass
-            if not re.fullmatch(r"\w{1,64}", record["split"]) or record["split"] == "all":  # what `datasets` accepts
-                raise ValueError(
-                    f"{where}: split is {short_repr(record['split'])}; it must be a word of letters and digits."
-                )
-            for split in splits_of(record["split"], self.layout.letters):
-                refs.setdefault(split, {}).setdefault(record["image_id"], []).append(record)
+            if self.attempt(check_ref, record, f"{path}: record {number}") is not None:
+                for split in splits_of(record["split"], self.layout.letters):
+                    refs.setdefault(split, {}).setdefault(record["image_id"], []).append(record)
+        if not records:
+            raise ValueError(f"{path} has no refs, so {self.title} has no split; download it again.")
         return refs
 
     @cached_property
     def instances(self) -> tuple[dict[Any, dict], dict[Any, dict]]:
-        """{image id: image record} and {annotation id: annotation record} of instances.json."""
+        """Return {image id: image record} and {annotation id: annotation record} of instances.json."""
         path = self.folder / "instances.json"
         content = read_json(path)
-        images = {record["id"]: record for _, record in entries(content, "images", str(path), **IMAGE)}
+        images = self.by_id(self.entries(content, "images", str(path), **IMAGE), "file_name")
         kinds: Kinds = {"id": (int, str), "segmentation": object}
-        return images, {record["id"]: record for _, record in entries(content, "annotations", str(path), **kinds)}
+        return images, self.by_id(self.entries(content, "annotations", str(path), **kinds), "image_id")
 
     @cached_property
     def image_folders(self) -> dict[str, Path]:
-        """{file name: folder}, for a set whose images may lie in several folders."""
+        """Return {file name: folder}, for a set whose images may be in several folders."""
         folders: dict[str, Path] = {}
         for place in self.layout.images:
             if (self.root / place).is_dir():
@@ -158,47 +164,63 @@ class ReferringBuilder(RowBuilder):
         ids = ref["ann_id"] if isinstance(ref["ann_id"], (list, tuple)) else [ref["ann_id"]]
         if wrong := [number for number in ids if not isinstance(number, (int, str))]:
             raise ValueError(
-                f"{self.refs_path}: ref {short_repr(ref['ref_id'])} names annotation {short_repr(wrong[0])}, which is "
-                f"not an id."
+                f"{self.refs_path}: ref {short_repr(ref['ref_id'])} names annotation {short_repr(wrong[0])}, not an id."
             )
-        ids = [number for number in ids if number != -1]  # gRefCOCO writes "no target" as [-1], Ref-ZOM as []
-        for number in ids:
-            if number in cache:
-                continue
-            if number not in self.instances[1]:
-                raise ValueError(
-                    f"{self.refs_path}: ref {ref['ref_id']} names annotation {number!r}, which "
-                    f"{self.folder / 'instances.json'} does not have; take both files from one release."
-                )
-            with at(f"{self.folder / 'instances.json'}: annotation {number!r}"):
-                segmentation = self.instances[1][number]["segmentation"]
-                cache[number] = segmentation_to_rle(segmentation, image["height"], image["width"])
-        if not ids:
+        present = [number for number in ids if number != -1]  # gRefCOCO writes "no target" as [-1], Ref-ZOM as []
+        if present and len(present) < len(ids):
+            raise ValueError(f"{self.refs_path}: ref {ref['ref_id']} names no target (-1) and annotations {present}.")
+        for number in present:
+            if number not in cache:
+                cache[number] = self.annotation_mask(number, ref, image)
+        if not present:
             return empty_mask(image["height"], image["width"]), 0
-        try:
-            return merge_masks([cache[number] for number in ids]), len(ids)
-        except ValueError as error:
-            raise ValueError(f"{self.refs_path}: ref {ref['ref_id']} names annotations {ids}: {error}") from None
+        return merge_masks([cache[number] for number in present]), len(present)
+
+    def annotation_mask(self, number: int | str, ref: dict, image: dict) -> dict:
+        """Return the mask of an annotation. Raises ValueError if it is not of this image, or has no mask."""
+        path = self.folder / "instances.json"
+        annotation = self.instances[1].get(number)
+        if annotation is None:
+            raise ValueError(
+                f"{self.refs_path}: ref {ref['ref_id']} names annotation {number!r}, which {path} does not have; take both "
+                f"files from one release."
+            )
+        with at(f"{path}: annotation {number!r}"):
+            if annotation.get("image_id", image["id"]) != image["id"]:
+                raise ValueError(
+                    f"it is of image {annotation['image_id']!r}, but ref {ref['ref_id']} names it for image "
+                    f"{image['id']!r}; take both files from one release."
+                )
+            check_annotation(annotation)
+            return segmentation_to_rle(annotation["segmentation"], image["height"], image["width"])
 
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
-        images = self.instances[0]
         for image_id, refs in sorted(self.refs[split].items(), key=lambda item: (isinstance(item[0], str), item[0])):
-            image = images.get(image_id)
-            if image is None:
-                raise ValueError(
-                    f"{self.refs_path}: ref {refs[0]['ref_id']} names image {image_id!r}, which "
-                    f"{self.folder / 'instances.json'} does not have; take both files from one release."
-                )
-            path = self.find_image(image)
-            cache: dict[Any, dict] = {}
-            expressions = []
-            for ref in refs:
+            row = self.attempt(self.row, image_id, refs)
+            if row is not None:
+                yield row
+
+    def row(self, image_id: int | str, refs: list[dict]) -> dict[str, Any]:
+        """Return the row of an image with all its refs of one split."""
+        image = self.instances[0].get(image_id)
+        if image is None:
+            raise ValueError(
+                f"{self.refs_path}: ref {refs[0]['ref_id']} names image {image_id!r}, which "
+                f"{self.folder / 'instances.json'} does not have; take both files from one release."
+            )
+        path = self.find_image(image)
+        with at(f"{self.folder / 'instances.json'}: image {image_id!r}"):
+            check_image_size(path, (image["height"], image["width"]))
+        cache: dict[Any, dict] = {}
+        expressions = []
+        for ref in refs:
+            with self.collecting():
                 mask, num_targets = self.mask_of(ref, image, cache)
                 expressions += [expression(sentence["sent"], mask, num_targets) for sentence in ref["sentences"]]
-            yield {
-                "image": {"path": path, "bytes": None},
-                "image_id": str(image_id),
-                "height": image["height"],
-                "width": image["width"],
-                "expressions": expressions,
-            }
+        return {
+            "image": {"path": path, "bytes": None},
+            "image_id": str(image_id),
+            "height": image["height"],
+            "width": image["width"],
+            "expressions": expressions,
+        }

@@ -15,32 +15,48 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 
 from .builder import RowBuilder
 from .class_names import ADE20K, COCO_STUFF
-from .images import open_image
-from .masks import encode_labels, mask_area, segmentation_to_rle
-from .records import IMAGE, Kinds, at, entries, image_path, inside, read_json, require, short_repr
+from .images import IMAGE_SUFFIXES, check_image_size
+from .mask_images import read_labels
+from .masks import check_annotation, encode_labels, is_none, mask_area, segmentation_to_rle
+from .records import IMAGE, Kinds, at, entries, image_path, inside, listing, read_json, require, short_repr, visible
 from .schema import expression
+
+COCO_IMAGES = "coco/train2017"
+LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # formats that keep class numbers
 
 
 class LabelMapBuilder(RowBuilder):
     """One row per image with a label map, one expression per class in it.
 
-    A subclass defines where images and label maps lie and the meaning of the values in a label map.
+    A subclass defines where images and label maps lie and the meaning of the values in a label map. An image and its label
+    map have one name apart from the suffix.
     """
 
+    IMAGES: str
+    LABELS: str
     IGNORED = 255
     USES = (f"{__package__}.class_names",)
 
     def pairs(self) -> list[tuple[Path, Path]]:
-        """Return (image, label map) of every row, in order."""
-        raise NotImplementedError
+        """Return (image, label map) of every row, in order. By default, one row per label map."""
+        labels = self.listing(self.LABELS, LABEL_SUFFIXES)
+        folder = self.root / self.IMAGES
+        images: dict[str, Path] | None = None
+        pairs = []
+        for stem, label in labels.items():
+            image = folder / f"{stem}.jpg"
+            if not image.exists():
+                images = listing(folder, IMAGE_SUFFIXES) if images is None else images
+                image = images.get(stem, image)
+            pairs.append((image, label))
+        return pairs
 
     @property
     def classes(self) -> dict[int, str | None]:
-        """{value in a label map: name of the class, or None for a class that is never asked for}."""
+        """Return {value in a label map: name of the class, or None for a class that is never asked for}."""
         raise NotImplementedError
 
     def files(self) -> list[Path]:
@@ -50,7 +66,7 @@ class LabelMapBuilder(RowBuilder):
         return ["train"]
 
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
-        yield from (self.row(*pair) for pair in self.pairs())
+        yield from (row for pair in self.pairs() if (row := self.attempt(self.row, *pair)) is not None)
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
         # `num_proc` divides lists among the arguments between processes
@@ -62,14 +78,13 @@ class LabelMapBuilder(RowBuilder):
     def row(self, image: Path, label: Path) -> dict[str, Any]:
         """Return the row of one image and its label map. Raises ValueError if the label map is wrong."""
         try:
-            with open_image(inside(label.parent, label.name)) as file:
-                labels = np.array(file)  # for a palette image, the indices
+            labels = read_labels(inside(label.parent, label.name))
             inside(image.parent, image.name)
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"The label map {label} cannot be read ({error}); download it again.") from None
-        if labels.ndim != 2:
-            raise ValueError(f"The label map {label} must have one channel, got an array of shape {labels.shape}.")
         height, width = labels.shape
+        with at(f"The label map {label}"):
+            check_image_size(image, (height, width))
         expressions = []
         for value, mask in encode_labels(labels).items():
             if value == self.IGNORED:
@@ -89,22 +104,41 @@ class LabelMapBuilder(RowBuilder):
             "expressions": expressions,
         }
 
-    def listing(self, folder: str, suffix: str) -> list[Path]:
-        """Return the files of a folder with a suffix, sorted. Raises FileNotFoundError if there are none."""
+    def listing(self, folder: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
+        """Return {stem: path} of a folder's files. Raises FileNotFoundError if there are none."""
         path = require(self.root / folder, f"a folder of {self.title}")
-        paths = sorted(entry for entry in path.iterdir() if entry.suffix == suffix)
+        paths = listing(path, suffixes)
         if not paths:
-            raise FileNotFoundError(f"There are no {suffix} files in {path}, where those of {self.title} belong.")
+            raise FileNotFoundError(
+                f"There are no {suffixes[0]} files in {path}, where those of {self.title} belong (also read: "
+                f"{', '.join(suffixes[1:])}, in any case)."
+            )
         return paths
+
+    def left_out(self) -> list[str]:
+        pairs = self.pairs()
+        used = {path for pair in pairs for path in pair}
+        folders = {path.parent for pair in pairs for path in pair} - {
+            self.root / COCO_IMAGES
+        }  # shared with other sets
+        return [
+            f"{path} ({'has no partner of this name' if path.suffix.lower() in IMAGE_SUFFIXES else 'is not an image'})"
+            for folder in sorted(folders)
+            for path in sorted(visible(folder))
+            if path not in used
+        ]
 
 
 class Ade20kBuilder(LabelMapBuilder):
-    """The value of a class is its number in the list, from 1; 0 is "other"."""
+    """One row per image. The value of a class is its number in the list, from 1; 0 is "other"."""
+
+    IMAGES, LABELS = "ade20k/images/training", "ade20k/annotations/training"
 
     def pairs(self) -> list[tuple[Path, Path]]:
-        labels = self.root / "ade20k" / "annotations" / "training"
-        images = self.listing("ade20k/images/training", ".jpg")
-        return [(image, labels / f"{image.stem}.png") for image in images]
+        folder = self.root / self.LABELS
+        labels = listing(folder, LABEL_SUFFIXES)
+        images = self.listing(self.IMAGES, IMAGE_SUFFIXES)
+        return [(image, labels.get(stem, folder / f"{stem}.png")) for stem, image in images.items()]
 
     @cached_property
     def classes(self) -> dict[int, str | None]:
@@ -114,9 +148,7 @@ class Ade20kBuilder(LabelMapBuilder):
 class CocoStuffBuilder(LabelMapBuilder):
     """Classes with a dash in the name ("wall-brick") are never asked for, as in the original."""
 
-    def pairs(self) -> list[tuple[Path, Path]]:
-        images = self.root / "coco" / "train2017"
-        return [(images / f"{label.stem}.jpg", label) for label in self.listing("cocostuff/train2017", ".png")]
+    IMAGES, LABELS = COCO_IMAGES, "cocostuff/train2017"
 
     @cached_property
     def classes(self) -> dict[int, str | None]:
@@ -126,14 +158,11 @@ class CocoStuffBuilder(LabelMapBuilder):
 class MapillaryBuilder(LabelMapBuilder):
     """Mapillary Vistas 2.0. "unlabeled" is a class like the others, as in the original (Q27)."""
 
+    IMAGES, LABELS = "mapillary/training/images", "mapillary/training/v2.0/labels"
+
     @property
     def config_path(self) -> Path:
         return require(self.root / "mapillary" / "config_v2.0.json", "the class list of mapillary")
-
-    def pairs(self) -> list[tuple[Path, Path]]:
-        images = self.root / "mapillary" / "training" / "images"
-        labels = self.listing("mapillary/training/v2.0/labels", ".png")
-        return [(images / f"{label.stem}.jpg", label) for label in labels]
 
     def files(self) -> list[Path]:
         return [self.config_path, *super().files()]
@@ -177,31 +206,47 @@ class PartsBuilder(RowBuilder):
 
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
         path, content = str(self.path), read_json(self.path)
-        names = {
-            category["id"]: self.object_and_part(category["name"])
-            for _, category in entries(content, "categories", path, id=(int, str), name=str)
-        }
-        images = [image for _, image in entries(content, "images", path, **IMAGE)]
-        annotations: dict[Any, list[dict]] = {image["id"]: [] for image in images}
+        names: dict[Any, tuple[str, str | None]] = {}
+        for _, category in self.entries(content, "categories", path, id=(int, str), name=str):
+            with self.collecting():
+                names[category["id"]] = self.object_and_part(category["name"])
+        images = self.by_id(self.entries(content, "images", path, **IMAGE), "file_name")
+        annotations: dict[Any, list[dict]] = {number: [] for number in images}
         kinds: Kinds = {"image_id": (int, str), "category_id": (int, str)}
-        for where, annotation in entries(content, "annotations", path, segmentation=object, **kinds):
-            for field, ids in (("image_id", annotations), ("category_id", names)):
-                if annotation[field] not in ids:
-                    raise ValueError(f"{where}: there is no {field} {annotation[field]!r}; download it again.")
-            annotations[annotation["image_id"]].append(annotation)
-        folder = self.root / self.LAYOUTS[self.title][1]
-        for image in images:
-            expressions = []
-            for annotation in annotations[image["id"]]:
-                with at(f"{path}: annotation {short_repr(annotation.get('id'))}"):
-                    mask = segmentation_to_rle(annotation["segmentation"], image["height"], image["width"])
+        numbered = []
+        for where, annotation in self.entries(content, "annotations", path, segmentation=object, **kinds):
+            with self.collecting():
+                for field, ids in (("image_id", annotations), ("category_id", names)):
+                    if annotation[field] not in ids:
+                        raise ValueError(f"{where}: there is no {field} {annotation[field]!r}; download it again.")
+                if "id" in annotation:
+                    numbered.append((where, annotation))
+                annotations[annotation["image_id"]].append(annotation)
+        self.by_id(numbered, "image_id")
+        for number, image in images.items():
+            row = self.attempt(self.row, image, annotations[number], names)
+            if row is not None:
+                yield row
+
+    def row(self, image: dict, annotations: list[dict], names: dict[Any, tuple[str, str | None]]) -> dict[str, Any]:
+        """Return the row of an image with its annotations; `names` is {category id: (object, part)}."""
+        path = image_path(image, self.root / self.LAYOUTS[self.title][1], str(self.path))
+        with at(f"{self.path}: image {short_repr(image['id'])}"):
+            check_image_size(path, (image["height"], image["width"]))
+        expressions = []
+        for annotation in annotations:
+            with self.collecting(), at(f"{self.path}: annotation {short_repr(annotation.get('id'))}"):
+                check_annotation(annotation)
+                if is_none(annotation["segmentation"]):
+                    raise ValueError("it has no mask, so there is nothing of its class to ask for; take it out.")
+                mask = segmentation_to_rle(annotation["segmentation"], image["height"], image["width"])
                 title, part = names[annotation["category_id"]]
                 if mask_area(mask):
                     expressions.append(expression(title, mask, part=part))
-            yield {
-                "image": {"path": image_path(image, folder, path), "bytes": None},
-                "image_id": str(image["id"]),
-                "height": image["height"],
-                "width": image["width"],
-                "expressions": expressions,
-            }
+        return {
+            "image": {"path": path, "bytes": None},
+            "image_id": str(image["id"]),
+            "height": image["height"],
+            "width": image["width"],
+            "expressions": expressions,
+        }

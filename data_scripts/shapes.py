@@ -36,7 +36,7 @@ COLOURS = {
     "cyan": (40, 190, 205),
 }
 SHAPES = ("circle", "square", "triangle", "star")
-# Radius of the circle around a shape in pixels. The two sizes differ by a third, so that they can be told apart by eye.
+# Radius of the circle around a shape in pixels. The two sizes differ by a third, so that the eye can distinguish them.
 RADII = {"small": (17, 20), "big": (26, 29)}
 
 

@@ -1,4 +1,4 @@
-"""From a row of facts to a training example: which expressions, which wording, in which order.
+"""Make a training example from a row: choose the expressions, their wording and their order.
 
 Every transform is a pure function of (row, seed, epoch, index): the same numbers give the same example in any worker,
 on any rank, after any resume. The default wordings (`wordings.py`) are the original's. `Qn` in a comment is a quirk of
@@ -127,7 +127,7 @@ class SemanticTransform(ReferringTransform):
     """Several classes or parts in one image in one question. All of them are present, so there is no [REJ].
 
     A part is called "OBJECT PART" or "the PART of the OBJECT" with equal chance. Instances of one class share a name and
-    have a mask each (Q25). Classes are told apart by their numbers in the label map, not by their names (Q26).
+    have a mask each (Q25). Classes are distinguished by their numbers in the label map, not by their names (Q26).
     """
 
     def __init__(self, wording: Wording | None = None, num_expressions: int = 3):

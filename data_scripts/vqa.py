@@ -34,25 +34,32 @@ class ConversationBuilder(RowBuilder):
         return ["train"]
 
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
-        for number, (_, record) in enumerate(entries({"records": read_json(self.path)}, "records", str(self.path))):
-            where = f"{self.path}: record {number} (id {short_repr(record.get('id'))})"
-            turns = []
-            for _, turn in entries({"conversations": [], **record}, "conversations", where):
-                if turn.get("from") not in tuple(ROLES) or not isinstance(turn.get("value"), str):
-                    raise ValueError(
-                        f"{where}: a turn needs a 'value' and 'from', one of {', '.join(ROLES)}, got "
-                        f"{short_repr(turn.get('from'))}; correct the record or take it out."
-                    )
-                turns.append({"role": ROLES[turn["from"]], "text": turn["value"]})
-            if any(one["role"] == other["role"] for one, other in pairwise(turns)):
-                raise ValueError(f"{where}: human and gpt must take turns; correct the record or take it out.")
-            image = record.get("image")
-            if image is None and any("<image>" in turn["text"] for turn in turns):
-                raise ValueError(f"{where}: it mentions <image> but has no 'image'; add it or take the record out.")
-            with at(where):
-                path = str(inside(self.root / "coco" / "train2017", image)) if image else None
-            yield {
-                "image": path and {"path": path, "bytes": None},
-                "image_id": str(record.get("id", number)),
-                "conversation": turns,
-            }
+        records = self.entries({"records": read_json(self.path)}, "records", str(self.path))
+        for number, (_, record) in enumerate(records):
+            row = self.attempt(self.row, number, record)
+            if row is not None:
+                yield row
+
+    def row(self, number: int, record: dict[str, Any]) -> dict[str, Any]:
+        """Return the row of a conversation. Raises ValueError if its turns or its image are wrong."""
+        where = f"{self.path}: record {number} (id {short_repr(record.get('id'))})"
+        turns = []
+        for _, turn in entries({"conversations": [], **record}, "conversations", where):
+            if turn.get("from") not in tuple(ROLES) or not isinstance(turn.get("value"), str):
+                raise ValueError(
+                    f"{where}: a turn needs a 'value' and 'from', one of {', '.join(ROLES)}, got "
+                    f"{short_repr(turn.get('from'))}; correct the record or take it out."
+                )
+            turns.append({"role": ROLES[turn["from"]], "text": turn["value"]})
+        if any(one["role"] == other["role"] for one, other in pairwise(turns)):
+            raise ValueError(f"{where}: human and gpt must take turns; correct the record or take it out.")
+        image = record.get("image")
+        if image is None and any("<image>" in turn["text"] for turn in turns):
+            raise ValueError(f"{where}: it mentions <image> but has no 'image'; add it or take the record out.")
+        with at(where):
+            path = str(inside(self.root / "coco" / "train2017", image)) if image else None
+        return {
+            "image": path and {"path": path, "bytes": None},
+            "image_id": str(record.get("id", number)),
+            "conversation": turns,
+        }

@@ -1,15 +1,16 @@
-"""What an evaluation asks, by which protocol, and what counts."""
+"""The settings of an evaluation: its data, its protocol, and the pixels that count."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from metrics.gres import CONVENTIONS
+from modeling_gsva.segmentation_gsva import check_threshold
 
-# The protocols, with the note that stands beside every number they give.
+# The protocols, with the note that accompanies all their numbers.
 PROTOCOL_NOTES = {
     "teacher_forced": "gold answers were in the model's input (the original's published protocol)",
     "slots": "the answer's wording was given, every slot was the model's own choice",
@@ -37,9 +38,10 @@ class EvaluationConfig:
         dataset, split: Their names, for the record.
         protocol: "teacher_forced", "slots" or "generate".
         batch_size: Images per batch.
-        one_prompt_per_expression: Ask for each expression in a prompt of its own. By default, one prompt holds all
+        one_prompt_per_expression: Ask for each expression in a separate prompt. By default, one prompt holds all
             expressions of an image.
-        threshold: Reject a slot whose log-odds are below this (`slots`).
+        threshold: Reject a slot whose log-odds are below this (`slots`). None takes the calibrated threshold of the model,
+            or 0, see `for_model`.
         conventions: Conventions of the metrics, see `conventions_for`. Training logs the first.
         max_new_tokens: Longest answer in tokens (`generate`).
         threads: CPU threads of each process. With the same number in every process, sums are added up in the same
@@ -58,7 +60,7 @@ class EvaluationConfig:
     protocol: str = "slots"
     batch_size: int = 16
     one_prompt_per_expression: bool = False
-    threshold: float = 0.0
+    threshold: float | None = None
     conventions: tuple[str, ...] = ("rela",)
     max_new_tokens: int = 128
     threads: int = 1
@@ -73,6 +75,8 @@ class EvaluationConfig:
             check_choice("task", self.task, TASKS)
         for convention in self.conventions:
             check_choice("conventions", convention, CONVENTIONS)
+        if self.threshold is not None:
+            check_threshold(self.threshold)
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} evaluates nothing; give 1 or more.")
 
@@ -90,7 +94,13 @@ class EvaluationConfig:
     @property
     def used_threshold(self) -> float | None:
         """Return the threshold, or None where the protocol has none."""
-        return self.threshold if self.protocol == "slots" else None
+        return (self.threshold or 0.0) if self.protocol == "slots" else None
+
+    def for_model(self, model) -> EvaluationConfig:
+        """Return the settings with the model's threshold where none is set."""
+        if self.threshold is not None or self.protocol != "slots":
+            return self
+        return replace(self, threshold=model.config.rejection_values["threshold"])
 
 
 def conventions_for(dataset: str, names: Sequence[str]) -> tuple[str, ...]:

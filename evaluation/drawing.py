@@ -1,4 +1,4 @@
-"""Pictures for people: masks over images, sheets of them, and what became of each expression in a word."""
+"""Draw pictures for people: masks over images, sheets of images, and the outcome of each expression."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
+from .fonts import font_for
 from .questions import Question
 
-# Colours that can be told apart on photographs and by most colour-blind people (the palette of Okabe and Ito,
+# Colours that most people, also most colour-blind people, can distinguish on photographs (the palette of Okabe and Ito,
 # https://jfly.uni-koeln.de/color, without black and grey).
 PALETTE = [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)]
 PREDICTION, TRUTH = PALETTE[0], PALETTE[4]
@@ -28,7 +29,7 @@ def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
 
 
 def overlay(image: Image.Image, masks: Sequence[np.ndarray]) -> Image.Image:
-    """Return the image with each mask (height, width) tinted and outlined in its own colour."""
+    """Return the image with each mask (height, width) tinted and outlined in another colour."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32).copy()
     for number, mask in enumerate(masks):
         mask = np.asarray(mask, dtype=bool)
@@ -59,10 +60,17 @@ def contours(image: Image.Image, truth: np.ndarray, prediction: np.ndarray, side
 
 
 def labelled_overlay(image: Image.Image, results: Sequence[dict[str, Any]]) -> Image.Image:
-    """Return the overlay of an image's results with a legend: expression, colour, score; rejected ones crossed out."""
+    """Return the overlay of an image's results with a legend: expression, colour, score; rejected ones crossed out.
+
+    An expression in characters that no font of this machine has is called by its number. Pages have its text.
+    """
     drawn = overlay(image, [result["mask"] for result in results])
     line = 18
-    width = max(drawn.width, 10 + max((7 * len(_caption(result)) + 24 for result in results), default=0))
+    captions = [
+        _drawable(_caption(result), f"expression {n}: {_decision(result)}") for n, result in enumerate(results, 1)
+    ]
+    widths = [font.getbbox(caption)[2] for caption, font in captions]
+    width = max(drawn.width, *(34 + round(length) for length in widths), 0)
     sheet = Image.new("RGB", (width, drawn.height + line * len(results) + 8), "white")
     sheet.paste(drawn, (0, 0))
     pen = ImageDraw.Draw(sheet)
@@ -73,19 +81,30 @@ def labelled_overlay(image: Image.Image, results: Sequence[dict[str, Any]]) -> I
             pen.line([(16, top + 4), (6, top + 14)], fill=(200, 0, 0), width=2)
         else:
             pen.rectangle([6, top + 4, 16, top + 14], fill=PALETTE[number % len(PALETTE)])
-        pen.text((24, top + 3), _caption(result), fill="black")
+        caption, font = captions[number]
+        pen.text((24, top + 3), caption, fill="black", font=font)
     return sheet
 
 
 def _caption(result: dict[str, Any]) -> str:
+    return f"{result['text']}: {_decision(result)}"
+
+
+def _decision(result: dict[str, Any]) -> str:
     decision = "rejected" if result["is_rejected"] else f"{int(np.asarray(result['mask']).sum())} px"
     score = "no slot" if np.isnan(result["score"]) else f"score {result['score']:+.2f}"
-    return f"{result['text']}: {decision}, {score}".encode("latin-1", "replace").decode("latin-1")
+    return f"{decision}, {score}"
+
+
+def _drawable(text: str, otherwise: str, size: int = 11) -> tuple[str, Any]:
+    """Return a text with a font that has its characters, or the text `otherwise` if there is no such font."""
+    font = font_for(text, size)
+    return (text, font) if font is not None else (otherwise, font_for(otherwise, size))
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int = 3, width: int = 360) -> Image.Image:
-    """Return images in rows of `columns` on one white sheet, each `width` pixels wide."""
-    scaled = [image.resize((width, max(round(image.height * width / image.width), 1))) for image in images]
+    """Return images in rows of `columns` on one white sheet, each at most `width` pixels wide and high."""
+    scaled = [ImageOps.contain(image, (width, width)) for image in images]
     rows = [scaled[n : n + columns] for n in range(0, len(scaled), columns)]
     heights = [max(image.height for image in row) + 8 for row in rows]
     sheet = Image.new("RGB", (min(columns, max(len(scaled), 1)) * (width + 8), sum(heights) or 1), "white")
@@ -96,9 +115,9 @@ def contact_sheet(images: Sequence[Image.Image], columns: int = 3, width: int = 
 
 
 def verdict(question: Question, result: dict[str, Any]) -> tuple[str, bool]:
-    """Return what became of an expression in words, and whether it is right. The IoU is that of its metric row."""
+    """Return the outcome of an expression in words, and whether it is right. The IoU is that of its metric row."""
     if question.is_no_target:
-        return ("rejected, rightly", True) if result["is_rejected"] else ("there is none, but it was accepted", False)
+        return ("rejected, rightly", True) if result["is_rejected"] else ("accepted, but it is not there", False)
     if result["is_rejected"]:
         return "rejected, but it is there", False
     intersection, union = question.overlap(np.asarray(result["mask"], dtype=bool))
@@ -119,7 +138,7 @@ def expression_sheet(
     title: str,
     side: int = 256,
 ) -> Image.Image:
-    """Return a sheet with a tile per expression: prediction in orange, truth in blue, and what became of it.
+    """Return a sheet with a tile per expression: prediction in orange, truth in blue, and the outcome.
 
     Args:
         image: The image that was asked about.
@@ -130,18 +149,20 @@ def expression_sheet(
     """
     image, line, columns = image.convert("RGB"), 17, min(max(len(results), 1), 4)
     font, height = ImageFont.load_default(size=13), round(image.height * side / max(image.size)) + 3 * line + 14
+    title, of_title = _drawable(title, title.encode("ascii", "backslashreplace").decode(), 13)
     heading = textwrap.wrap(title, 36 * columns)
     top = 6 + line * len(heading)
     sheet = Image.new("RGB", (columns * (side + 8) + 8, top + height * -(-len(results) // columns) + 6), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text((8, 4), "\n".join(heading), fill="black", font=font)
+    pen.text((8, 4), "\n".join(heading), fill="black", font=of_title)
     for number, (question, result) in enumerate(zip(questions, results, strict=True)):
         left, upper = 8 + (number % columns) * (side + 8), top + (number // columns) * height
         tile = contours(image, question.truth, shown_mask(result), side)
         sheet.paste(tile, (left, upper))
-        lines = textwrap.wrap(result["text"], 36, max_lines=2, placeholder=" ...") or [""]
+        text, of_text = _drawable(result["text"], f"expression {number + 1}", 13)
+        lines = textwrap.wrap(text, 36, max_lines=2, placeholder=" ...") or [""]
         below = upper + tile.height + 4
-        pen.text((left, below), "\n".join(lines), fill="black", font=font)
+        pen.text((left, below), "\n".join(lines), fill="black", font=of_text)
         words, is_good = verdict(question, result)
         pen.text((left, below + line * len(lines)), words, fill=GOOD if is_good else BAD, font=font)
     return sheet

@@ -1,4 +1,4 @@
-"""The exhibits of an evaluation: the rows that are worth looking at, with their pictures."""
+"""Choose the exhibits of an evaluation, the rows that are worth looking at, and draw them."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class EvaluationResult:
 
     Args:
         rows_by_image: The rows of each image, in the order of the data set.
-        seconds: How long this start of the evaluation took.
+        seconds: The time that this start of the evaluation took.
         taken_over: The number of images that an earlier, killed start had evaluated.
         was_complete: Whether an earlier start had finished, so that nothing was evaluated now.
     """
@@ -95,24 +95,26 @@ def evaluate_rows(
 ) -> EvaluationResult:
     """Evaluate every expression exactly once, on any number of processes.
 
-    Batches are fixed before the processes share them out. Every batch is therefore computed alike on one process and on
-    many, before a kill and after it, and the gathered rows are identical.
+    Batches are fixed before they are distributed among the processes. A batch is therefore computed in the same way on any
+    number of processes, before and after a kill, and the gathered rows are identical.
 
     Args:
-        progress: The open progress of this evaluation, which keeps finished batches on disk. Rows then hold the predicted
-            mask as `prediction`.
-        on_prediction: Called for every image that is evaluated now, on the process that does it.
-        keep_masks: Rows hold the predicted mask without `progress`, too.
+        progress: The open progress of this evaluation, which keeps finished batches on disk. With it, rows hold the
+            predicted mask as `prediction`.
+        on_prediction: A function that is called for every image evaluated now, on the process that evaluates it.
+        keep_masks: Whether rows hold the predicted mask also without `progress`.
 
     Raises:
         ValueError: There is nothing to evaluate, or model and processor do not belong together.
     """
     begun, state, keep_masks = time.perf_counter(), PartialState(), keep_masks or progress is not None
     check_evaluation(model, processor, config)
+    config = config.for_model(model)
     if progress is not None and progress.is_complete:
         rows_by_image = _by_image(progress.read(), config)
         return EvaluationResult(rows_by_image, time.perf_counter() - begun, len(config.rows), was_complete=True)
-    size, count = config.batch_size, len(config.rows)
+    rows = stored_images(config.rows)  # `read_image` names an image that cannot be read; `datasets` does not
+    size, count = config.batch_size, len(rows)
     batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
     finished = progress.finished if progress is not None else {}
     if progress is not None and finished and state.is_main_process:
@@ -124,7 +126,7 @@ def evaluate_rows(
         for number in tqdm(mine, title, disable=not state.is_main_process, mininterval=2):
             rows_by_image = []
             with cpu_threads(config.threads):
-                answers = _answer_batch(model, processor, [config.rows[index] for index in batches[number]], config)
+                answers = _answer_batch(model, processor, [rows[index] for index in batches[number]], config)
             for index, (row, questions, of_image) in zip(batches[number], answers, strict=True):
                 rows_by_image.append(_metric_rows(row, questions, of_image, config, keep_masks))
                 if on_prediction is not None:
@@ -162,7 +164,7 @@ def check_evaluation(model, processor, config: EvaluationConfig) -> None:
 
 
 def check_slot_tokens(model, processor) -> None:
-    """Raise ValueError if the model lacks `[SEG]` or `[REJ]`, or means other tokens by them than the processor."""
+    """Raise ValueError if the model lacks `[SEG]` or `[REJ]`, or has other ids for them than the processor."""
     config, size = model.config, model.get_output_embeddings().weight.shape[0]
     for token, name in (("[SEG]", "seg_token_id"), ("[REJ]", "rej_token_id")):
         of_model, of_processor = getattr(config, name, None), getattr(processor, name, None)
@@ -184,16 +186,17 @@ def segment_images(
 
     Args:
         images: The images.
-        expressions: For each image, its expressions.
-        no_targets: The gold answers, for `teacher_forced`: for each expression, whether it is a no-target.
+        expressions: The expressions of each image.
+        no_targets: The gold answers for `teacher_forced`: for each image, whether each expression is a no-target.
         prompt: The name of the processor's prompt.
     """
     options: dict[str, Any] = {}
     if config.protocol == "slots":
-        options["threshold"] = config.threshold
+        options["threshold"] = config.threshold  # None: the model's own
     elif config.protocol == "generate":
         options["max_new_tokens"] = config.max_new_tokens
         options["do_sample"] = False
+        options["num_return_sequences"] = 1  # whatever the model's generation config says: a row has one answer
     inputs = processor(
         images=images,
         expressions=expressions,

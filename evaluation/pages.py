@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data_scripts.files import render
 from metrics.gres import METRIC_KEYS, plot_rejection_curves
@@ -88,13 +88,24 @@ def prediction_page(title: str, table: str, answered: Sequence[AnsweredImage]) -
     return render(TEMPLATES / "predictions.html.jinja", title=title, table=table, images=images)
 
 
-def _thumbnail(image: Image.Image, width: int = 190) -> str:
-    size = (width, max(round(image.height * width / image.width), 1))
-    return data_url(image.resize(size, Image.Resampling.LANCZOS), optimize=True)
+def overlay_page(note: str, predictions: Sequence[dict[str, Any]], overlays: Sequence[Image.Image]) -> str:
+    """Return a page with the overlays of image files and the text of each expression, whatever its alphabet.
+
+    Args:
+        note: The text above the images.
+        predictions: The entries of `predictions.json`.
+        overlays: The overlay of each.
+    """
+    pictures = [{**one, "picture": data_url(picture)} for one, picture in zip(predictions, overlays, strict=True)]
+    return render(TEMPLATES / "overlays.html.jinja", note=note, predictions=pictures)
+
+
+def _thumbnail(image: Image.Image, side: int = 190) -> str:
+    return data_url(ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS), optimize=True)
 
 
 def report_page(runs: Sequence[Run]) -> str:
-    """Return the page about some runs, side by side where they were evaluated on one split."""
+    """Return the page about several runs, which compares those that were evaluated on the same split."""
     splits: dict[tuple[str, str], list[tuple[str, Record]]] = {}
     for run in runs:
         for record in run.records:
@@ -167,7 +178,7 @@ def _name(run: str, record: Record) -> str:
 
 
 def _notes(pairs: list[tuple[str, Record]]) -> list[str]:
-    """Return the notes of the records as sentences. The note on the protocol stands above them already."""
+    """Return the notes of the records as sentences. The note on the protocol is above them already."""
     notes = []
     for run, record in pairs:
         for key, note in record.get("notes", {}).items():

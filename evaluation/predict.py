@@ -1,23 +1,26 @@
-"""Predictions: on image files, and on the images of a data set."""
+"""Predict on image files, and on the images of a data set."""
 
 from __future__ import annotations
 
 import math
-import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from PIL import Image
 
 from data_scripts.files import replacing, write_json, write_text
 from data_scripts.schema import encode_mask
-from data_scripts.transforms import read_image
+from data_scripts.skipped import SkipList
+from data_scripts.transforms import PictureError, read_image
 
 from .config import PROTOCOL_NOTES, EvaluationConfig
 from .drawing import labelled_overlay
+from .fonts import font_for
 from .loop import cpu_threads, evaluate_rows, evaluation_mode, gather_from_all, segment_images
-from .pages import AnsweredImage, prediction_page
+from .pages import AnsweredImage, overlay_page, prediction_page
 
 PREDICTIONS = "predictions.json"
 
@@ -29,13 +32,15 @@ def predict_files(
     expressions: Sequence[str],
     config: EvaluationConfig,
     output_dir: str | Path,
+    skip_list: SkipList | None = None,
 ) -> None:
-    """Segment every expression in every image file; write overlays and `predictions.json`.
+    """Segment every expression in every image file; write overlays and `predictions.json`, and a page if a legend cannot show an expression.
 
     Args:
         paths: Image files.
         expressions: What to segment in each.
         config: The settings; its rows are not read.
+        skip_list: Skip images that cannot be read and add them here; None raises an error.
 
     Raises:
         FileNotFoundError: An image file does not exist. Nothing is predicted then.
@@ -53,29 +58,52 @@ def predict_files(
             raise FileNotFoundError(f"--image {path} does not exist; give the path of an image file.")
     if not PartialState().is_main_process:
         return
-    output_dir, predictions = Path(output_dir), []
+    output_dir = Path(output_dir)
+    predictions: list[dict[str, Any]] = []
     try:
         with evaluation_mode(model), cpu_threads(config.threads):
             for number, path in enumerate(paths):
-                image = read_image({"path": path, "bytes": None})
+                try:
+                    image = read_image({"path": path, "bytes": None})
+                except PictureError as error:
+                    if skip_list is None:
+                        raise
+                    skip_list.add(error)
+                    continue
                 (results,) = segment_images(model, processor, [image], [list(expressions)], config)
-                overlay_file = f"{number:03d}_{_shortened(Path(path).stem)}.png"
-                with replacing(output_dir / overlay_file) as temporary:
-                    labelled_overlay(image, results).save(temporary)
-                size = {"height": image.height, "width": image.width}
-                predictions.append({"image": path, **size, "overlay": overlay_file, **_answers(results, config)})
-                for result in results:
-                    decision = "rejected" if result["is_rejected"] else f"{int(result['mask'].sum())} pixels"
-                    print(f"{path}: {result['text']}: {decision} (score {result['score']:+.2f})")
-    finally:
-        # Keep the predictions of the images before a broken one.
-        if predictions:
-            write_json(output_dir / PREDICTIONS, predictions)
+                predictions.append(_predict_file(number, path, image, results, config, output_dir))
+    finally:  # what is predicted is not lost with an image that cannot be read
+        write_json(output_dir / PREDICTIONS, predictions)
+        if not all(map(font_for, expressions)):  # a page shows the texts that a legend cannot
+            note = f"{config.protocol}: {PROTOCOL_NOTES[config.protocol]}"
+            overlays = [Image.open(output_dir / one["overlay"]) for one in predictions]
+            write_text(output_dir / "predictions.html", overlay_page(note, predictions, overlays))
 
 
-def _shortened(stem: str, length: int = 200) -> str:
-    """Return the name of an image so short that a file system takes it with the additions of its overlay."""
-    return os.fsencode(stem)[:length].decode(errors="ignore")
+def _predict_file(
+    number: int,
+    path: str,
+    image: Image.Image,
+    results: list[dict[str, Any]],
+    config: EvaluationConfig,
+    output_dir: Path,
+) -> dict[str, Any]:
+    """Write and print the results of one image file, and return its entry of `predictions.json`."""
+    name = printable(path)
+    overlay_file = f"{number:03d}_{Path(name).stem}.png".replace("\\", "_")
+    with replacing(output_dir / overlay_file) as temporary:
+        labelled_overlay(image, results).save(temporary)
+    for result in results:
+        decision = "rejected" if result["is_rejected"] else f"{int(result['mask'].sum())} pixels"
+        print(printable(f"{name}: {result['text']}: {decision} (score {result['score']:+.2f})", sys.stdout.encoding))
+    size = {"height": image.height, "width": image.width}
+    return {"image": name, **size, "overlay": overlay_file, **_answers(results, config)}
+
+
+def printable(text: str, encoding: str | None = None) -> str:
+    """Return a text in which what an encoding (UTF-8) cannot hold is written as its code, such as bytes of file names."""
+    encoding = encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def predict_rows(model, processor, config: EvaluationConfig, output_dir: str | Path, num_pictures: int) -> None:

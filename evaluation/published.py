@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-# What the authors print for their own weights: README.md of github.com/LeapLabTHU/GSVA at 618dc79, section Evaluation, "fp32
-# inference". In their words these are lines 8 and 10 of Table 1 of the paper (arXiv 2312.10103, CVPR 2024), from which the
-# numbers "may vary w.r.t. the precision". (model, split) -> gIoU, cIoU, N_acc, T_acc.
+# The figures that the authors publish for their weights: README.md of github.com/LeapLabTHU/GSVA at 618dc79, section
+# Evaluation, "fp32 inference". They say that these are lines 8 and 10 of Table 1 of the paper (arXiv 2312.10103, CVPR 2024),
+# from which the numbers "may vary w.r.t. the precision". (model, split) -> gIoU, cIoU, N_acc, T_acc.
 SOURCE = "README of github.com/LeapLabTHU/GSVA at 618dc79, fp32 inference (lines 8 and 10 of the paper's Table 1)"
 PUBLISHED = {
     ("gsva-7b-pt", "val"): (0.6347, 0.6165, 0.5698, 0.9954),

@@ -1,4 +1,4 @@
-"""One question per expression: what is asked, its true mask, and the pixels that count.
+"""One question per expression: its text, its true mask, and the pixels that count.
 
 Gold answers, metric rows, exhibits, pages and validation sheets all read a `Question`, so that the IoU on a picture is the
 IoU of its metric row.
@@ -49,7 +49,7 @@ class Question:
 def questions_of(row: dict[str, Any], config: EvaluationConfig) -> list[Question]:
     """Return the questions of a row. Blank expressions are left out.
 
-    Of ReasonSeg's texts only the first is asked for, as the original and LISA do (quirk Q6).
+    Of ReasonSeg's texts, only the first is asked for, as in the original and LISA (quirk Q6).
     """
     entries = row["expressions"][:1] if config.is_reasoning else row["expressions"]
     return [_question(entry, config.ignore_region) for entry in entries if clean_expression(entry["text"])]

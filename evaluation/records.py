@@ -86,8 +86,8 @@ def record_key(record: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def record_keys(config: EvaluationConfig, stage: str) -> set[tuple[Any, ...]]:
     """Return the keys of the records that an evaluation makes, one for each convention."""
-    names = ("protocol", "dataset", "split", "prompts", "ignore_region", "threshold")
-    facts = {name: getattr(config, name) for name in names}
+    names = ("protocol", "dataset", "split", "prompts", "ignore_region")
+    facts = {**{name: getattr(config, name) for name in names}, "threshold": config.used_threshold}
     return {record_key({**facts, "stage": stage, "convention": convention}) for convention in config.conventions}
 
 
@@ -96,7 +96,7 @@ def rows_name(config: EvaluationConfig, stage: str) -> str:
     words = [stage, config.protocol, Path(config.dataset).name, config.split]
     words += ["one per prompt"] * config.one_prompt_per_expression
     words += ["ignored"] * (config.ignore_region == "ignored")
-    words += [f"threshold {config.threshold}"] * bool(config.used_threshold)
+    words += [f"threshold {config.used_threshold}"] * bool(config.used_threshold)
     return re.sub(r"[^\w+-]+", "_", f"rows_{'_'.join(words)}") + ".jsonl"
 
 

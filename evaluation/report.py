@@ -1,9 +1,9 @@
-"""Put one or several runs side by side on one page, which opens offline.
+"""Compare one or several runs on one page, which opens offline.
 
     python -m evaluation.report runs/demo
     python -m evaluation.report runs/a runs/b --output report.html
 
-`run_gres.py --do_eval` writes `report.html` into its output folder by itself.
+`run_gres.py --do_eval` already writes `report.html` about its run to its output folder.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ class EvaluationProgress:
             earlier = dict(json.loads(self.meta.read_text(encoding="utf-8")))
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{self.meta} does not say what was begun ({error}); start anew without --resume_eval."
+                f"{self.meta} does not say what was begun ({error}); start again without --resume_eval."
             ) from None
         now = self.identity or {}
         changed = [name for name in {**earlier, **now} if earlier.get(name) != now.get(name)]
@@ -130,7 +130,7 @@ class EvaluationProgress:
             changes = "; ".join(f"{name} was {earlier.get(name)!r}, is now {now.get(name)!r}" for name in changed)
             raise ValueError(
                 f"{self.path} was begun with something else and cannot be continued: {changes}. Give what it was begun "
-                "with, or start anew without --resume_eval."
+                "with, or start again without --resume_eval."
             )
 
 
@@ -183,7 +183,7 @@ def evaluation_identity(model, processor, config: EvaluationConfig) -> dict[str,
         "task": "reasoning" if config.is_reasoning else "referring",
     }
     if config.protocol == "slots":
-        options["threshold"] = config.threshold
+        options["threshold"] = config.used_threshold
     elif config.protocol == "generate":
         options["max_new_tokens"] = config.max_new_tokens
         options["generation_config"] = _digest(model.generation_config.to_json_string().encode())

@@ -75,7 +75,7 @@ def run_evaluation(
             of another evaluation.
     """
     output_dir, state = Path(output_dir), PartialState()
-    config = replace(config, labels={**config.labels, "stage": stage, "model": model_name})
+    config = replace(config, labels={**config.labels, "stage": stage, "model": model_name}).for_model(model)
     check_evaluation(model, processor, config)
     path = output_dir / rows_name(config, stage)
     identity = evaluation_identity(model, processor, config) if state.is_main_process else None
@@ -108,7 +108,7 @@ def _write(
     num_pictures: int,
     dtype: str,
 ) -> None:
-    """Write everything that is made from the rows."""
+    """Write all files that are made from the rows."""
     records = [
         make_record(result, config, convention, stage, model_name, rows=path.name, dtype=dtype)
         for convention in config.conventions

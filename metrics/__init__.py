@@ -1,1 +1,1 @@
-"""Metrics of the project; each folder is an `evaluate` module of its own."""
+"""Metrics of the project; each folder is a separate `evaluate` module."""

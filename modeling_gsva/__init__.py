@@ -1,7 +1,8 @@
-"""The GSVA model the Hugging Face way: configuration, processing and modelling; ships to the Hub as remote code."""
+"""The GSVA model for Hugging Face: configuration, processing and modelling, which go to the Hub as remote code."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from .cache_gsva import ConversationCache
 from .configuration_gsva import GsvaConfig
 from .image_processing_gsva import GsvaImageProcessor
 from .modeling_gsva import GsvaForConditionalGeneration, GsvaModel, GsvaPreTrainedModel
@@ -13,7 +14,7 @@ GsvaConfig.register_for_auto_class()
 GsvaImageProcessor.register_for_auto_class("AutoImageProcessor")
 GsvaProcessor.register_for_auto_class("AutoProcessor")
 GsvaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-# Where the project is installed, the Auto classes take its own code, whatever a directory brings along.
+# If the project is installed, the Auto classes use its code and not the copy in a saved directory.
 AutoConfig.register("gsva", GsvaConfig)
 AutoImageProcessor.register(GsvaConfig, image_processor_classes={"pil": GsvaImageProcessor})
 AutoProcessor.register(GsvaConfig, GsvaProcessor)
@@ -21,6 +22,7 @@ AutoModel.register(GsvaConfig, GsvaForConditionalGeneration)
 AutoModelForImageTextToText.register(GsvaConfig, GsvaForConditionalGeneration)
 
 __all__ = [
+    "ConversationCache",
     "GsvaConfig",
     "GsvaForConditionalGeneration",
     "GsvaImageProcessor",

@@ -1,7 +1,7 @@
 """
-The parts of a GSVA that work on images as ONNX files: `python -m modeling_gsva.export_gsva MODEL_DIR OUTPUT_DIR`.
+Export the parts of a GSVA that work on images to ONNX: `python -m modeling_gsva.export_gsva MODEL_DIR OUTPUT_DIR`.
 
-A server can then encode pictures and make masks without torch; the language model, between the two, gives `slot_states`.
+A server can then encode images and make masks without torch; the language model, between the two, gives `slot_states`.
 Needs `pip install gsva-hf[onnx]`.
 """
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from .modeling_gsva import GsvaForConditionalGeneration
 
-# Largest difference to torch that is accepted, relative to the largest output: float32 rounding over some thirty layers.
+# Largest accepted difference to torch, relative to the largest output: float32 rounding over some thirty layers.
 TOLERANCE = 1e-3
 
 
@@ -32,7 +32,7 @@ class _Part(nn.Module):
 
 
 def example_inputs(model: GsvaForConditionalGeneration, images: int, slots: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Random inputs for each part by its file's name, in the order the part takes them; every image has a slot if it can."""
+    """Return random inputs for each graph by its name, in the order of its arguments; slots are spread over the images."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     vision, sam = config.vision_config, config.sam_config.vision_config
     side = sam.image_size // sam.patch_size
@@ -51,7 +51,7 @@ def example_inputs(model: GsvaForConditionalGeneration, images: int, slots: int)
     }
 
 
-PARTS = {  # file → (method of the model, names of its outputs)
+ONNX_GRAPHS = {  # name of the file → (method of the model, names of its outputs)
     "vision_encoder": ("get_vision_features", ("vision_features",)),
     "image_encoder": ("get_sam_embeddings", ("sam_embeddings",)),
     "mask_decoder": ("decode_masks", ("mask_logits", "iou_scores")),
@@ -61,20 +61,21 @@ PARTS = {  # file → (method of the model, names of its outputs)
 @torch.no_grad()
 def export_onnx(model: GsvaForConditionalGeneration, folder: str | Path, check: bool = True) -> dict[str, float]:
     """
-    Writes `vision_encoder.onnx` (`get_vision_features`), `image_encoder.onnx` (`get_sam_embeddings`) and
+    Write `vision_encoder.onnx` (`get_vision_features`), `image_encoder.onnx` (`get_sam_embeddings`) and
     `mask_decoder.onnx` (`decode_masks`) by way of `torch.export`; weights lie beside each as `.onnx.data`. The numbers of
-    images and of slots stay open, inputs and outputs are named and shaped as those methods say.
+    images and of slots stay open; names and shapes of inputs and outputs are those of the methods.
 
     Args:
-        model: in float32; what a file holds is float32.
-        folder: made if it is not there. Files are replaced once they are complete.
-        check: run every file with onnxruntime, also on other numbers of images and slots, and compare it with the model.
+        model: in float32, like the files.
+        folder: created if it does not exist. Files are replaced once they are complete.
+        check: run every file with onnxruntime, with other numbers of images and slots as well, and compare it with the
+            model.
 
     Returns:
         For each file's name the largest difference to the model, relative to the largest output (0.0 unless `check`).
 
     Raises:
-        ValueError: these parts are not in float32, or a file's outputs differ by more than `TOLERANCE`.
+        ValueError: a part that is not in float32, or a file whose outputs differ by more than `TOLERANCE`.
     """
     parts = (model.model.vision_tower, model.sam, model.mask_projector)
     kinds = {parameter.dtype for part in parts for parameter in part.parameters()}
@@ -82,11 +83,13 @@ def export_onnx(model: GsvaForConditionalGeneration, folder: str | Path, check: 
         raise ValueError(f"The model is in {sorted(map(str, kinds))}; load it with dtype=torch.float32 to export it.")
     folder, model, differences = Path(folder), model.eval(), {}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (method, outputs) in PARTS.items():
+    for name, (method, outputs) in ONNX_GRAPHS.items():
         part, inputs = _Part(model, method), example_inputs(model, images=2, slots=3)[name]
         slots, images = torch.export.Dim("slots"), torch.export.Dim("images")
         dynamic = tuple({0: slots if key.startswith("slot_") else images} for key in inputs)
         program = torch.export.export(part, tuple(inputs.values()), dynamic_shapes=(dynamic,))
+        # A temporary folder instead of the project's atomic writer: modeling_gsva ships as remote code and imports no
+        # other package of the project.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".export_") as aside:
             file = Path(aside) / f"{name}.onnx"
             torch.onnx.export(
@@ -107,12 +110,13 @@ def _difference(model: GsvaForConditionalGeneration, file: Path, name: str) -> f
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    worst, (method, names) = 0.0, PARTS[name]
+    worst, (method, names) = 0.0, ONNX_GRAPHS[name]
     for images, slots in ((2, 3), (1, 1), (3, 5)):
         inputs = example_inputs(model, images, slots)[name]
-        wanted = _Part(model, method)(*inputs.values())
-        given = session.run(list(names), {key: value.cpu().numpy() for key, value in inputs.items()})
-        for key, value, truth in zip(names, given, wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
+        expected = _Part(model, method)(*inputs.values())
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        outputs = session.run(list(names), {key: value.cpu().numpy() for key, value in inputs.items()})
+        for key, value, truth in zip(names, outputs, expected, strict=True):
             truth = truth.cpu().numpy()
             difference = float(np.abs(value - truth).max() / np.abs(truth).max())
             if value.shape != truth.shape or not difference <= TOLERANCE:

@@ -1,8 +1,9 @@
-"""GsvaImageProcessor: one picture → the CLIP tensor and the SAM tensor, and masks back to the picture's own size."""
+"""GsvaImageProcessor: one image → the CLIP tensor and the SAM tensor, and masks back to the image's own size."""
 
 import base64
 import io
 import os
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ class GsvaImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-
     sam_size (`dict[str, int]`): `{"longest_edge": int}`, the side of the square SAM input in pixels.
     sam_image_mean (`list[float]`): mean of the SAM input per channel, in units of 0-255.
     sam_image_std (`list[float]`): standard deviation of the SAM input per channel, in units of 0-255.
-    max_image_pixels (`int`): pictures with more pixels are refused before they are decoded; None: Pillow alone decides.
+    max_image_pixels (`int`): images with more pixels are refused before they are decoded; None leaves it to Pillow.
     """
 
     sam_size: dict[str, int]
@@ -36,20 +37,22 @@ class GsvaImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-
 
 class GsvaImageProcessor(PilBackend):
     r"""
-    Prepares each picture twice, with Pillow alone (torchvision is not needed):
+    Prepares each image twice, with Pillow alone (torchvision is not needed):
 
     - `pixel_values` (images, 3, height, width), for the vision tower: shortest side resized bicubically, centre crop,
-      CLIP's mean and standard deviation, as openai/clip-vit-large-patch14 is configured. The margins of a picture that
-      is not square are never seen by the language model (the original's behaviour, it changes published numbers).
+      CLIP's mean and standard deviation, as openai/clip-vit-large-patch14 is configured. The language model never sees
+      the margins of an image that is not square (the original's behaviour, which changes published numbers).
     - `sam_pixel_values` (images, 3, longest_edge, longest_edge), for SAM: longest side resized bilinearly, mean and
       standard deviation of segment-anything, zeros right and below.
     - `original_sizes` and `reshaped_input_sizes` (images, 2): (height, width) before and after the SAM resize.
 
-    EXIF orientation is applied, as cv2.imread does in the original. Pictures may be PIL images, arrays (height, width,
-    3) or (3, height, width), paths or URLs.
+    EXIF orientation is applied, as cv2.imread does in the original. Images may be PIL images, arrays or tensors (height,
+    width, 3) or (3, height, width), paths, URLs, open files or the bytes of an image file. All are read as what they show, with 8 bits
+    per channel: 16-bit values are scaled by their range, floats of 0 to 1 (as torchvision's ToTensor gives) by 255,
+    and booleans are black and white. Values of unknown range are refused.
 
     Raises:
-        ValueError: a picture that is none, cannot be decoded, has a side of zero pixels or more than `max_image_pixels`.
+        ValueError: not an image, or one that cannot be decoded, has a side of zero pixels or more than `max_image_pixels`.
     """
 
     # openai/clip-vit-large-patch14, preprocessor_config.json
@@ -82,17 +85,27 @@ class GsvaImageProcessor(PilBackend):
 
     def fetch_images(self, image_url_or_urls, timeout: float | None = None):
         """
-        Also opens local paths, and names the picture that is missing or cannot be decoded. `timeout` (seconds) is for URLs.
+        Overrides the parent to open local paths as well, and to name the image that is missing or cannot be decoded.
+        `timeout` (seconds) is for URLs.
         """
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image, timeout) for image in image_url_or_urls]
         if image_url_or_urls is None:
             raise ValueError("An image is None: give a PIL image, an array, a path or a URL.")
-        if isinstance(image_url_or_urls, (str, os.PathLike, Image.Image)):
-            name = getattr(image_url_or_urls, "filename", image_url_or_urls)
+        if isinstance(image_url_or_urls, Mapping) and image_url_or_urls.keys() <= {"bytes", "path"}:
+            # datasets' image that is not decoded: its bytes, or else the path of its file
+            return self.fetch_images(image_url_or_urls.get("bytes") or image_url_or_urls.get("path"), timeout)
+        if isinstance(image_url_or_urls, (bytes, bytearray, memoryview)):
+            image_url_or_urls = io.BytesIO(image_url_or_urls)
+        if isinstance(image_url_or_urls, (str, os.PathLike, Image.Image)) or hasattr(image_url_or_urls, "read"):
+            name = getattr(image_url_or_urls, "filename", getattr(image_url_or_urls, "name", image_url_or_urls))
+            if isinstance(name, io.BytesIO):
+                name = f"an image given as {name.getbuffer().nbytes} bytes"
             try:
                 if isinstance(image_url_or_urls, Image.Image):
                     image = image_url_or_urls
+                elif hasattr(image_url_or_urls, "read"):
+                    image = _open_image(image_url_or_urls)
                 else:
                     image = self._open(os.fspath(image_url_or_urls), timeout)
                 self._check_pixels(image)
@@ -100,13 +113,13 @@ class GsvaImageProcessor(PilBackend):
                 return image
             except Exception as error:
                 raise ValueError(
-                    f"{str(name)!r} cannot be read as an image ({error}). Give the path or URL of a picture that Pillow can "
+                    f"{str(name)!r} cannot be read as an image ({error}). Give the path or URL of an image that Pillow can "
                     "open."
                 ) from error
         if not isinstance(image_url_or_urls, (np.ndarray, torch.Tensor)):
             raise ValueError(
                 f"An image of type {type(image_url_or_urls).__name__} is not supported: give a PIL image, an array of "
-                "shape (height, width, 3), a path or a URL."
+                "shape (height, width, 3), a path, a URL or the bytes of an image file."
             )
         if image_url_or_urls.ndim not in (2, 3, 4):  # 4: a batch
             self._raise_shape(image_url_or_urls)
@@ -114,17 +127,18 @@ class GsvaImageProcessor(PilBackend):
 
     @staticmethod
     def _open(source: str, timeout: float | None) -> Image.Image:
-        """A path, a URL or base64 as a picture of which only the header is read (`load_image` decodes at once)."""
+        """Open a path, a URL or base64 and read only the header (`load_image` would decode all pixels)."""
         if source.startswith(("http://", "https://")):
-            return Image.open(
+            return _open_image(
                 io.BytesIO(httpx.get(source, follow_redirects=True, timeout=timeout).raise_for_status().content)
             )
         if os.path.isfile(source):
-            return Image.open(source)
+            return _open_image(source)
         try:
-            return Image.open(io.BytesIO(base64.b64decode("".join(source.rpartition(",")[2].split()), validate=True)))
+            content = base64.b64decode("".join(source.rpartition(",")[2].split()), validate=True)
         except ValueError:
             raise FileNotFoundError("there is no such file") from None
+        return _open_image(io.BytesIO(content))
 
     def _check_pixels(self, image: Image.Image) -> None:
         if self.max_image_pixels is not None and image.width * image.height > self.max_image_pixels:
@@ -135,12 +149,12 @@ class GsvaImageProcessor(PilBackend):
 
     def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs) -> np.ndarray:
         """
-        → (3, height, width). Alpha is dropped, as cv2.imread does in the original, not laid on white; with
-        `do_convert_rgb=False` an array of four channels keeps them for the vision tower.
+        Return the image as an array (3, height, width). Alpha is dropped, as cv2.imread does in the original, and not
+        laid on white; with `do_convert_rgb=False` an array of four channels keeps them for the vision tower.
         """
         if isinstance(image, Image.Image):
-            image, input_data_format = np.array(ImageOps.exif_transpose(image).convert("RGB")), "channels_last"
-        array = np.asarray(image)
+            image, input_data_format = np.array(upright_rgb(image)), "channels_last"
+        array = to_bytes(image)
         if input_data_format is None:
             first = array.shape[0] == 3 or array.shape[-1] not in (1, 3, 4)
             input_data_format = "channels_first" if first else "channels_last"
@@ -152,6 +166,13 @@ class GsvaImageProcessor(PilBackend):
             return np.repeat(array, 3, axis=0)
         return array if do_convert_rgb is False else array[:3]
 
+    def preprocess(self, images, *args, **kwargs):
+        do_rescale = kwargs.get("do_rescale")
+        if (self.do_rescale if do_rescale is None else do_rescale) is False and _are_fractions(images):
+            # By do_rescale=False callers say that pixels are between 0 and 1. They become bytes here, so rescale these.
+            kwargs["do_rescale"] = True
+        return super().preprocess(images, *args, **kwargs)
+
     def _raise_shape(self, image):
         raise ValueError(
             f"An image has shape {tuple(image.shape)}; give (height, width, 3), (3, height, width) or, grey, (height, "
@@ -159,7 +180,7 @@ class GsvaImageProcessor(PilBackend):
         )
 
     def _preprocess(self, images, sam_size, sam_image_mean, sam_image_std, return_tensors=None, **kwargs):
-        # The vision tower's tensor is PilBackend's own road; only SAM's is added.
+        # PilBackend makes the vision tower's tensor; SAM's is added.
         features = super()._preprocess(images, return_tensors=None, **kwargs)
         mean = np.asarray(sam_image_mean, dtype=np.float32).reshape(3, 1, 1)
         std = np.asarray(sam_image_std, dtype=np.float32).reshape(3, 1, 1)
@@ -177,7 +198,7 @@ class GsvaImageProcessor(PilBackend):
         return BatchFeature(data=dict(features), tensor_type=return_tensors)
 
     def resize_for_sam(self, image: np.ndarray, longest_edge: int) -> np.ndarray:
-        """(3, height, width) → the same with its longest side at `longest_edge`, rounded half up as SAM does."""
+        """Resize (3, height, width) so that its longest side is `longest_edge`, rounded half up as SAM does."""
         height, width = image.shape[-2:]
         scale = longest_edge / max(height, width)
         size = SizeDict(height=max(int(height * scale + 0.5), 1), width=max(int(width * scale + 0.5), 1))
@@ -186,17 +207,111 @@ class GsvaImageProcessor(PilBackend):
         return self.resize(image, size=size, resample=PILImageResampling.BILINEAR)
 
 
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """
+    Return a PIL image as it is shown: upright by its EXIF orientation, as RGB with 8 bits per channel. Alpha is dropped, and 16-bit grey is scaled by its range, which
+    Pillow itself would clip. `data_scripts.images.upright_rgb` has the same rules; this file is copied without it.
+
+    Raises:
+        ValueError: the range of its pixels is not known (32 bits, floating point), or Pillow cannot convert its colours.
+    """
+    is_ppm = image.format == "PPM"  # whose "I" Pillow has scaled to 16 bits
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and is_ppm):
+        return Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8)).convert("RGB")  # 65535 = 255 x 257
+    if image.mode in ("I", "F"):
+        low, high = np.asarray(image).min(), np.asarray(image).max()
+        if image.mode == "F" or not 0 <= low <= high <= 255:
+            raise ValueError(
+                f"its pixels are {'floating point' if image.mode == 'F' else '32-bit'} numbers from {low} to {high}, whose "
+                f"range is not known; save it with 8 bits per channel"
+            )
+        return Image.fromarray(np.asarray(image).astype(np.uint8)).convert("RGB")
+    if image.mode in ("La", "RGBa"):  # colours multiplied by alpha
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    try:
+        return image.convert("RGB")
+    except ValueError:
+        raise ValueError(f"its pixels are {image.mode}, which Pillow does not convert; save it as RGB") from None
+
+
+def to_bytes(image) -> np.ndarray:
+    """
+    Return an array or tensor of pixels as uint8 of 0 to 255: booleans as black and white, uint16 scaled by its range,
+    floats of 0 to 1 scaled by 255, other numbers of 0 to 255 as they are.
+
+    Raises:
+        ValueError: values below 0 or above 255, or NaN.
+    """
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = image.float() if image.dtype == torch.bfloat16 else image
+    array = np.asarray(image)
+    if array.dtype == np.uint8 or not array.size:
+        return array
+    if array.dtype == bool:
+        return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype == np.uint16:
+        return (array / 257 + 0.5).astype(np.uint8)
+    low, high = array.min(), array.max()
+    if not 0 <= low <= high <= 255:  # true for NaN as well
+        raise ValueError(
+            f"The pixels of an image are {array.dtype} from {low} to {high}: give bytes of 0 to 255, floats of 0 to 1, or "
+            f"uint16, before they are normalized."
+        )
+    scale = 255 if array.dtype.kind == "f" and high <= 1 else 1
+    return (array.astype(np.float64) * scale + 0.5).astype(np.uint8)
+
+
+def _are_fractions(images) -> bool:
+    """Return whether images are floats of 0 to 1."""
+    if isinstance(images, (list, tuple)):
+        return any(map(_are_fractions, images))
+    if isinstance(images, torch.Tensor):
+        return images.is_floating_point() and images.numel() > 0 and bool(images.max() <= 1)
+    return isinstance(images, np.ndarray) and images.dtype.kind == "f" and images.size > 0 and bool(images.max() <= 1)
+
+
+def _open_image(source) -> Image.Image:
+    """Open an image file without decoding its pixels. Raises ValueError for HEIC, which Pillow alone cannot open."""
+    try:
+        return Image.open(source)
+    except Image.UnidentifiedImageError:
+        if isinstance(source, io.IOBase):
+            source.seek(0)
+            header = source.read(12)
+        else:
+            with open(source, "rb") as file:
+                header = file.read(12)
+        # brands of HEIC in the header of its container (ISO/IEC 23008-12)
+        if header[4:8] == b"ftyp" and header[8:12] in (
+            b"heic",
+            b"heix",
+            b"hevc",
+            b"hevx",
+            b"heim",
+            b"heis",
+            b"mif1",
+            b"msf1",
+        ):
+            raise ValueError(
+                "it is HEIC, which Pillow alone does not open: convert it to JPEG or PNG, or install pillow-heif and call "
+                "pillow_heif.register_heif_opener() first"
+            ) from None
+        raise
+
+
 def upscale_mask_logits(
     mask_logits: torch.Tensor, reshaped_input_size: tuple[int, int], original_size: tuple[int, int], input_size: int
 ) -> torch.Tensor:
     """
-    The one way from SAM's low-resolution logits back to the picture: bilinear to the padded square, cut to the part
-    that held the picture, bilinear to the picture's own size (segment-anything, modeling/sam.py: postprocess_masks).
+    Resize SAM's low-resolution logits to the image: bilinear to the padded square, cut to the part that held the image,
+    bilinear to the image's own size (segment-anything, modeling/sam.py: postprocess_masks). Every mask takes this way.
 
     Args:
-        mask_logits: (slots, height, width) of one picture.
-        reshaped_input_size: (height, width) of the picture inside SAM's input.
-        original_size: (height, width) of the picture.
+        mask_logits: (slots, height, width) of one image.
+        reshaped_input_size: (height, width) of the image inside SAM's input.
+        original_size: (height, width) of the image.
         input_size: side of SAM's square input in pixels.
 
     Returns:

@@ -31,6 +31,18 @@ def mask_losses(logits: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor
     return bce, (1 - (overlap + DICE_EPS) / (area + DICE_EPS)).sum()
 
 
+def zero_logits_losses(area: int, pixels: int) -> tuple[float, float]:
+    """
+    Return the BCE and dice of `mask_losses` for one mask of constant zero logits, whose probabilities are all 0.5.
+
+    Args:
+        area: number of pixels in the true mask.
+        pixels: number of pixels of the image.
+    """
+    dice = 1 - (area / DICE_SCALE + DICE_EPS) / ((0.5 * pixels + area) / DICE_SCALE + DICE_EPS)
+    return math.log(2), dice
+
+
 def upscaled_mask_losses(
     logits: torch.Tensor, truth: torch.Tensor, reshaped_input_size, original_size, input_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -96,7 +108,7 @@ def batch_mask_losses(
         if tuple(truth.shape[1:]) != original_size:
             raise ValueError(
                 f"mask_labels[{index}] has masks of size {tuple(truth.shape[1:])}, but its image is "
-                f"{original_size} (height, width). Give masks at the picture's own size."
+                f"{original_size} (height, width). Give masks at the image's own size."
             )
         if len(logits) > len(truth):
             raise ValueError(
@@ -104,20 +116,20 @@ def batch_mask_losses(
                 "slot, an empty one for [REJ]."
             )
         truth = truth.to(logits.device)
-        empty = ~truth.bool().flatten(1).any(1)  # any() of bytes gives bytes
-        # As in the original, the empty mask decides and not the token; a slot that truncation cut off has no logits.
-        kept = [n for n in range(len(logits)) if not empty[n]]
-        if kept:
+        areas = truth.bool().flatten(1).sum(1).tolist()  # of bytes it would be a sum of bytes
+        # As in the original, the empty mask decides and not the token.
+        predicted = [n for n, area in enumerate(areas[: len(logits)]) if area]
+        if predicted:
             bce, dice, iou = upscaled_mask_losses(
-                logits[kept], truth[kept], reshaped_input_sizes[image].tolist(), original_size, input_size
+                logits[predicted], truth[predicted], reshaped_input_sizes[image].tolist(), original_size, input_size
             )
-            bce_sum, dice_sum, count = bce_sum + bce, dice_sum + dice, count + len(kept)
+            bce_sum, dice_sum, count = bce_sum + bce, dice_sum + dice, count + len(predicted)
             ious.append(iou)
-        if config.rejected_slot_loss == "zero_logits" and (number := int(empty.sum())):
-            # The values of mask_losses for logits and a mask of nothing but zeros.
-            area = 0.5 * math.prod(original_size) / DICE_SCALE
-            bce_sum, count = bce_sum + number * math.log(2), count + number
-            dice_sum = dice_sum + number * (1 - DICE_EPS / (area + DICE_EPS))
+        for n, area in enumerate(areas):
+            is_cut = n >= len(logits)  # by truncation: the original gives it zero logits, whatever its mask
+            if is_cut and area or not area and config.rejected_slot_loss == "zero_logits":
+                bce, dice = zero_logits_losses(area, math.prod(original_size))
+                bce_sum, dice_sum, count = bce_sum + bce, dice_sum + dice, count + 1
     shared = (count if num_masks is None else num_masks) + MASK_COUNT_EPS
     return config.bce_loss_weight * bce_sum / shared, config.dice_loss_weight * dice_sum / shared, torch.cat(ious)
 

@@ -22,8 +22,14 @@ from .loading_gsva import GsvaWeightsError, StrictLoadingMixin
 from .losses_gsva import batch_mask_losses, mask_losses, upscaled_mask_losses
 from .pipeline_gsva import CUSTOM_PIPELINES
 from .sam_attention_gsva import use_chunked_attention
-from .sam_decoder_gsva import share_images, used_by_weight
-from .segmentation_gsva import GsvaSegmentationOutput, SegmentationMixin, check_padding
+from .sam_decoder_gsva import rows_of, share_images, used_by_weight
+from .segmentation_gsva import (
+    ConversationCache,
+    GsvaSegmentationOutput,
+    SegmentationMixin,
+    check_context,
+    check_padding,
+)
 
 # Inputs that only the masks need: the language model has no use for them, so `generate` drops them.
 MASK_ONLY_INPUTS = (
@@ -86,8 +92,17 @@ class GsvaOutput(ModelOutput):
     image_hidden_states: list[torch.Tensor] | None = None
 
 
+class GsvaKwargs(TransformersKwargs, total=False):  # type: ignore[call-arg]  # mypy does not follow transformers
+    """
+    Arguments of [`GsvaForConditionalGeneration.forward`] that its signature must not name: transformers' `Trainer` takes
+    every parameter whose name holds "label" for one that each batch has, and returns no evaluation loss without it.
+    """
+
+    shift_labels: torch.LongTensor | None
+
+
 def _note_dtype(config, dtype: torch.dtype):
-    """Set it in every part's config, as loading does, so that a model saves the same config before and after loading."""
+    """Set the dtype in every part's config, as loading does, so that saving gives the same config before and after loading."""
     for name in config.sub_configs:
         part = getattr(config, name)
         part.dtype = dtype
@@ -112,7 +127,7 @@ class GsvaPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """The device for inputs; under a `device_map` the one on which accelerate runs the model, offloaded or not."""
+        """Return the device for inputs; under a `device_map` the one on which accelerate runs the model, offloaded or not."""
         place = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
         return super().device if place is None else torch.device(place)
 
@@ -222,7 +237,7 @@ class GsvaModel(GsvaPreTrainedModel):
 
     def _embeddable(self, token_ids):
         """Replace ids beyond the embedding: the original's `<image>` has no row there, and its row is never used."""
-        vocab_size = self.get_input_embeddings().num_embeddings
+        vocab_size = self.config.text_config.vocab_size  # peft's wrappers of the embedding do not tell their size
         if isinstance(token_ids, int):
             return token_ids if token_ids < vocab_size else 0
         return token_ids.masked_fill(token_ids >= vocab_size, 0)
@@ -317,7 +332,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
 
     def save_pretrained(self, save_directory, **kwargs):
         """Overrides [`PreTrainedModel.save_pretrained`] to name the Auto classes and the pipeline in `config.json`."""
-        file = type(self).__module__.rpartition(".")[2]  # of a subclass its own, which transformers copies
+        file = type(self).__module__.rpartition(".")[2]  # of a subclass: transformers copies its file
         names = dict.fromkeys(AUTO_CLASSES, f"{file}.{type(self).__name__}")
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **names}
         self.config.custom_pipelines = deepcopy(CUSTOM_PIPELINES)
@@ -359,11 +374,11 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         """
         sam, decoder_dtype = self.sam, self.sam.dtype
         prompts = self.mask_projector(slot_states).to(decoder_dtype)[:, None]  # (S, 1 token, C)
-        by_weight = (sam.prompt_encoder.no_mask_embed, sam.shared_image_embedding, *used_by_weight(sam.mask_decoder))
+        by_weight = (sam.shared_image_embedding, *used_by_weight(sam.mask_decoder))
         with ExitStack() as onloaded:
             for module in by_weight:  # accelerate loads offloaded weights of modules that are called; these are not
                 onloaded.enter_context(align_module_device(module))
-            no_mask = sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+            no_mask = rows_of(sam.prompt_encoder.no_mask_embed, 1, prompts.device).reshape(1, -1, 1, 1)
             # Positional arguments: peft's wrapper of a fully trained module needs the first one so.
             masks, iou = sam.mask_decoder(
                 sam_embeddings.to(decoder_dtype),
@@ -432,8 +447,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         num_masks_in_batch: torch.Tensor | int | None = None,
-        shift_labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[GsvaKwargs],
     ) -> GsvaOutput:
         """
         Args:
@@ -441,18 +455,18 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
             labels: (conversations, length) token ids, -100 where nothing is learned. Gives the loss.
             pixel_values: (images, 3, h, w) for the vision tower; or `vision_features` kept from it.
             sam_pixel_values: (images, 3, H, W) for SAM; or `sam_embeddings` kept from it. Gives the masks.
-            image_index: (conversations,) which image each conversation is about, -1 for none; by default one each, in
-                order.
+            image_index: (conversations,) the image of each conversation, -1 for none; by default one each, in order.
             original_sizes, reshaped_input_sizes: (images, 2) as (height, width), needed for the mask losses.
             mask_labels: per conversation the true masks (slots, height, width) at the image's own size, an empty
-                one for a no-target expression. Where truncation cut slots off, their empty masks still count as in the
-                original, their real ones are left out (the original raises).
+                one for a no-target expression. A slot that truncation cut off (the processor's `max_length` shortens the
+                text and leaves the masks) counts as a mask of constant zero logits, as in the original.
             num_items_in_batch, num_masks_in_batch: numbers of supervised tokens and of masks of the whole optimizer
                 step. Given them, micro-batches add up to exactly the loss of one big batch; without them each batch is
-                averaged by itself, as the original does.
-            shift_labels: (conversations, length), `labels` already aligned with the positions that predict them, where
-                a sequence is trained in shards.
+                averaged by itself, as the original does. Given only the number of tokens (by a plain `Trainer`), the mean
+                over a batch's masks counts by its part of these tokens.
+            shift_labels: (conversations, length), `labels` aligned with the positions that predict them (sharded sequences).
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -467,42 +481,35 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
             **kwargs,
         )
         hidden = outputs.last_hidden_state  # (B, L, H)
-        result = GsvaOutput(
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+        passed_on = ("past_key_values", "hidden_states", "attentions", "image_hidden_states")
+        result = GsvaOutput(**{name: outputs.get(name) for name in passed_on})
         if labels is None or not self.training:
             result.logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
         if labels is not None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
-            result.loss = result.ce_loss = self._ce_loss(hidden, targets, num_items_in_batch)
-
-        masks = iou = None
+            if shift_labels is None:
+                shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+            result.loss = result.ce_loss = self._ce_loss(hidden, shift_labels, num_items_in_batch)
+        decoded = None
         if sam_pixel_values is not None or sam_embeddings is not None:
-            if input_ids is None:
-                input_ids = self._slot_ids(inputs_embeds)
+            ids = self._slot_ids(inputs_embeds) if input_ids is None else input_ids
             if sam_embeddings is None:
                 sam_embeddings = self.get_sam_embeddings(sam_pixel_values)
             if image_index is None:
-                image_index = self._one_image_each(input_ids, sam_embeddings)
-            masks, iou = self._add_masks(result, hidden, input_ids, sam_embeddings, image_index)
+                image_index = self._one_image_each(ids, sam_embeddings)
+            decoded = self._add_masks(result, hidden, ids, sam_embeddings, image_index)
             if labels is not None and mask_labels is not None:
-                logits, sizes = result.mask_logits or (), (original_sizes, reshaped_input_sizes)
-                result.mask_bce_loss, result.mask_dice_loss, result.mask_ious = batch_mask_losses(
-                    self.config, logits, mask_labels, image_index, *sizes, num_masks_in_batch
-                )
-                result.loss = result.loss + result.mask_bce_loss + result.mask_dice_loss
+                sizes = original_sizes, reshaped_input_sizes
+                only_tokens = num_masks_in_batch is None and num_items_in_batch is not None
+                part = (shift_labels != -100).sum() / num_items_in_batch if only_tokens else 1.0
+                self._add_mask_losses(result, mask_labels, image_index, *sizes, num_masks_in_batch, part)
         if self.training and labels is not None:
             # A batch may hold no mask, and the IoU estimates never count in the loss; see GsvaModel.forward.
-            if masks is None or iou is None:
-                masks, iou = self._decode_nothing(hidden[:1, 0])
+            masks, iou = decoded or self._decode_nothing(hidden[:1, 0])
             result.loss = result.loss + 0.0 * (masks.sum() + iou.sum())
         return GsvaOutput(**result)  # as a tuple in the order of the fields
 
     def _add_masks(self, result: GsvaOutput, hidden, input_ids, sam_embeddings, image_index):
-        """Put the slots' masks and logits into `result`; return masks and IoU estimates, or (None, None) without `[SEG]`."""
+        """Put the slots' masks and logits into `result`; return masks and IoU estimates, or None without `[SEG]`."""
         slots = self.find_slots(input_ids)  # (S, 2)
         states = hidden[slots[:, 0], slots[:, 1] - 1]  # (S, H): the position that predicts the slot
         is_seg = input_ids[slots[:, 0], slots[:, 1]] == self.config.seg_token_id
@@ -511,7 +518,17 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         result.slot_positions = slots
         result.slot_logits = self._slot_logits(states)
         result.mask_logits, result.iou_scores = masks.split(counts), iou.split(counts)
-        return (masks, iou) if is_seg.any() else (None, None)
+        return (masks, iou) if is_seg.any() else None
+
+    def _add_mask_losses(
+        self, result: GsvaOutput, mask_labels, image_index, original_sizes, reshaped_sizes, num_masks, part=1.0
+    ):
+        assert result.mask_logits is not None  # of _add_masks
+        bce, dice, result.mask_ious = batch_mask_losses(
+            self.config, result.mask_logits, mask_labels, image_index, original_sizes, reshaped_sizes, num_masks
+        )
+        result.mask_bce_loss, result.mask_dice_loss = part * bce, part * dice
+        result.loss = result.loss + result.mask_bce_loss + result.mask_dice_loss
 
     def _slot_logits(self, states: torch.Tensor) -> torch.Tensor:
         return self.lm_head(states)[:, [self.config.seg_token_id, self.config.rej_token_id]].float()
@@ -532,7 +549,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         return masks, iou
 
     def _ce_loss(self, hidden, targets, num_items=None):
-        """Return the cross-entropy over the tokens of `targets` but -100; only their logits are computed."""
+        """Return the cross-entropy over the tokens of `targets` except -100; only their logits are computed."""
         supervised = targets != -100
         logits = self.lm_head(hidden[supervised]).float()
         total = F.cross_entropy(logits, targets[supervised].to(logits.device), reduction="sum")
@@ -550,9 +567,15 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         attention_mask = kwargs.get("attention_mask")
         if attention_mask is not None and attention_mask.ndim == 2:
             check_padding(attention_mask)
+            self.check_generation(attention_mask, kwargs)
         return super().generate(
             inputs, **{name: value for name, value in kwargs.items() if name not in MASK_ONLY_INPUTS}
         )
+
+    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
+        """Also refuse prompts that do not fit the language model's context with the longest answer asked for."""
+        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+        check_context(self.config, input_ids_length, generation_config.max_length - input_ids_length)
 
     def _get_candidate_generator(self, *args, **kwargs):
         """Keep prompt lookup from proposing `<image>`, which the prompt holds but the vocabulary may not."""
@@ -565,6 +588,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
 
 
 __all__ = [
+    "ConversationCache",
     "GsvaForConditionalGeneration",
     "GsvaModel",
     "GsvaPreTrainedModel",

@@ -15,7 +15,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .chat_gsva import StreamedAnswer, check_chat_files, check_messages, is_utf8
+from .chat_gsva import StreamedAnswer, check_chat_files, check_contents, check_messages, is_utf8
 from .image_processing_gsva import upscale_mask_logits
 from .prompts_gsva import (
     ADDED_TOKENS,
@@ -26,6 +26,12 @@ from .prompts_gsva import (
     SEG_TOKEN,
     strip_wording,
 )
+from .segmentation_gsva import check_threshold
+
+
+def _check_max_length(max_length: Any) -> None:
+    if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1:
+        raise ValueError(f"max_length={max_length!r} must be a number of tokens, 1 or more.")
 
 
 class GsvaProcessor(ProcessorMixin):
@@ -68,9 +74,26 @@ class GsvaProcessor(ProcessorMixin):
             )
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATES["llava_v1"])
 
+    @classmethod
+    def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
+        """
+        Overrides [`ProcessorMixin.from_args_and_dict`], which makes the processor of a directory, to refuse one without a
+        chat template: the model would be asked in the wording of another.
+        """
+        template = kwargs.get("chat_template") or processor_dict.get("chat_template")
+        template = template or getattr(args[1] if len(args) > 1 else None, "chat_template", None)  # of the tokenizer
+        if not template:
+            raise ValueError(
+                "The directory holds no chat template (chat_template.jinja), without which the model would be asked in "
+                "another's words. Copy that file from where the model was saved, or choose a template: GsvaProcessor."
+                "from_pretrained(directory, chat_template=CHAT_TEMPLATES[name]), name one of "
+                f"{', '.join(CHAT_TEMPLATES)}."
+            )
+        return super().from_args_and_dict(args, {**processor_dict, "chat_template": template}, **kwargs)
+
     @property
     def image_seq_length(self) -> int:
-        """Number of placeholders one image takes."""
+        """Return the number of placeholders of one image."""
         crop = self.image_processor.crop_size
         return (crop["height"] // self.patch_size) * (crop["width"] // self.patch_size)
 
@@ -85,7 +108,7 @@ class GsvaProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Like the parent, but without attributes set on loading (source path, dtype, auto_map)."""
+        """Save like the parent, but without attributes set on loading (source path, dtype, auto_map)."""
         for set_on_loading in ("is_local", "local_files_only", "dtype"):  # dtype: by pipelines
             self.tokenizer.init_kwargs.pop(set_on_loading, None)
         saved = super().save_pretrained(save_directory, **kwargs)
@@ -102,8 +125,7 @@ class GsvaProcessor(ProcessorMixin):
         Raises:
             ValueError: an empty conversation, or a message that names a file elsewhere.
         """
-        if not len(conversation):
-            raise ValueError("The conversation is empty; ask something.")
+        check_contents(conversation)
         check_chat_files(conversation)
         if kwargs.get("add_generation_prompt"):
             kwargs["processor_kwargs"] = {"padding_side": "left", **(kwargs.get("processor_kwargs") or {})}
@@ -210,7 +232,7 @@ class GsvaProcessor(ProcessorMixin):
         **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         r"""
-        Three ways to call it:
+        Make model inputs. There are three ways to call it:
 
         - `processor(images=[a, b], expressions=[["man in red", "the unicorn"], ["both dogs"]])`, to segment: `input_ids`
           (conversations, length) are the prompts padded on the left, `answer_ids` the wording of the answers padded on
@@ -230,9 +252,11 @@ class GsvaProcessor(ProcessorMixin):
                 image share one.
             conversations: messages of user and assistant.
             image_index: the image of each conversation (-1 for none), by default one each, in order.
-            masks: per conversation its true masks, arrays of (slots, height, width) at the image's own size.
-            return_tensors, max_length and other options of tokenizer and image processor. `max_length` cuts conversations
-                to that many tokens, placeholders of the image included.
+            masks: per conversation its true masks, arrays of (slots, height, width) at the image's own size; by default
+                none, where no conversation has a slot.
+            return_tensors, max_length and other options of tokenizer and image processor. `max_length` counts tokens,
+                placeholders of the image included: it cuts conversations, and refuses expressions whose prompt and answer
+                together are longer, as a cut would lose some of them.
 
         Raises:
             ValueError: lists whose lengths do not fit, masks of another size than their image, expressions that are
@@ -246,14 +270,19 @@ class GsvaProcessor(ProcessorMixin):
         return_tensors, max_length = kwargs.pop("return_tensors", None), kwargs.pop("max_length", None)
         if expressions is not None:
             data = self._for_segmentation(images, expressions, no_targets, prompt, one_prompt_per_expression)
+            self._check_length(data, max_length)
         else:
             data = self._for_training(images, conversations, image_index, max_length)
         if images:
             data.update(self.image_processor(images, **kwargs))
             if len(data["original_sizes"]) != len(images):
                 raise ValueError(
-                    f"{len(images)} entries of images hold {len(data['original_sizes'])} pictures; give one picture each."
+                    f"{len(images)} entries of images hold {len(data['original_sizes'])} images; give one image each."
                 )
+        if masks is None and expressions is None and not self._has_slots(data["input_ids"]):
+            masks = [[]] * len(
+                data["image_index"]
+            )  # transformers' Trainer evaluates only batches that hold all labels
         if masks is not None:
             data["mask_labels"] = self._check_masks(masks, data["image_index"], data.get("original_sizes", []))
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["expressions", "mask_labels"])
@@ -281,6 +310,20 @@ class GsvaProcessor(ProcessorMixin):
             **{f"answer_{name.removeprefix('input_')}": value for name, value in answers.items()},
             "image_index": image_index,
         }
+
+    def _check_length(self, data: dict[str, Any], max_length: int | None) -> None:
+        """Raise ValueError if a prompt with its answer has more than `max_length` tokens."""
+        if max_length is None:
+            return
+        _check_max_length(max_length)
+        lengths = data["attention_mask"].sum(1) + data["answer_attention_mask"].sum(1)
+        for texts, length, image in zip(data["expressions"], lengths.tolist(), data["image_index"]):
+            if length > max_length:
+                raise ValueError(
+                    f"The {len(texts)} expressions of image {image} make a prompt and an answer of {length} tokens "
+                    f"({self.image_seq_length} of them for the image), more than max_length={max_length}. Ask for fewer at "
+                    "once, or for each in a prompt of its own (one_prompt_per_expression=True)."
+                )
 
     def _check_expressions(self, images: list, expressions, no_targets) -> tuple[list[list[str]], list[list[bool]]]:
         """Return the expressions of each image and which of them have no target; raise ValueError where they do not fit."""
@@ -339,8 +382,7 @@ class GsvaProcessor(ProcessorMixin):
         except TemplateError as error:
             raise ValueError(f"The chat template does not take these conversations: {error}") from None
         if max_length is not None:
-            if not isinstance(max_length, int) or max_length < 1:
-                raise ValueError(f"max_length={max_length!r} must be a number of tokens, 1 or more.")
+            _check_max_length(max_length)
             for index, (ids, _) in enumerate(encoded):
                 if self.image_token_id in ids[max_length:]:
                     raise ValueError(
@@ -354,6 +396,9 @@ class GsvaProcessor(ProcessorMixin):
             "labels": pad_sequence(labels, batch_first=True, padding_value=-100).numpy(),
             "image_index": image_index,
         }
+
+    def _has_slots(self, input_ids) -> bool:
+        return bool(np.isin(input_ids, [self.seg_token_id, self.rej_token_id]).any())
 
     def _pad(self, rows: list[list[int]], side: str) -> dict[str, np.ndarray]:
         """Return `input_ids` and `attention_mask`, (rows, length)."""
@@ -419,8 +464,8 @@ class GsvaProcessor(ProcessorMixin):
                 )
             if len(mask) and (mask.ndim != 3 or tuple(mask.shape[1:]) != size):
                 raise ValueError(
-                    f"masks[{index}] has shape {tuple(mask.shape)}, but its picture is {size} (height, width); give "
-                    "(slots, height, width) at the picture's own size, after EXIF orientation."
+                    f"masks[{index}] has shape {tuple(mask.shape)}, but its image is {size} (height, width); give "
+                    "(slots, height, width) at the image's own size, after EXIF orientation."
                 )
             checked.append(mask.to(torch.uint8) if len(mask) else torch.zeros(0, *(size or (1, 1)), dtype=torch.uint8))
         return checked
@@ -455,6 +500,14 @@ class GsvaProcessor(ProcessorMixin):
             matched.append(place)
         return matched, True
 
+    @staticmethod
+    def _candidate(outputs, number: int):
+        """Return the output that holds only the `number`-th answer of each prompt."""
+        rows = slice(number, None, outputs.num_candidates)
+        per_row = ("sequences", "answer_starts", "mask_logits", "scores", "is_rejected", "iou_scores", "image_index")
+        parts = {name: value[rows] for name in per_row if (value := outputs.get(name)) is not None}
+        return type(outputs)(method=outputs.method, **parts)
+
     def stream(self, model, inputs, **generate_kwargs) -> StreamedAnswer:
         """
         Let the model answer one conversation in the background, and return the answer to read while it is written.
@@ -468,8 +521,12 @@ class GsvaProcessor(ProcessorMixin):
 
         Args:
             inputs: of one conversation, from `apply_chat_template(..., tokenize=True, return_dict=True)`.
-            generate_kwargs: for `generate`.
+            generate_kwargs: for `generate`, and the `cache` of the conversation ([`ConversationCache`]).
+
+        The answer is a context manager: leaving its `with`, or `close()`, ends the writing.
         """
+        if (number := generate_kwargs.get("num_return_sequences") or 1) != 1:
+            raise ValueError(f"num_return_sequences={number} answers cannot be streamed at once; ask for one.")
         if len(inputs["input_ids"]) != 1:
             raise ValueError(f"{len(inputs['input_ids'])} conversations cannot be streamed at once; give one.")
         return StreamedAnswer(self, model, inputs, **generate_kwargs)
@@ -489,17 +546,25 @@ class GsvaProcessor(ProcessorMixin):
                 them: the original's metric scores a rejected target by its mask).
 
         Returns:
-            Per image, per expression `{"text", "mask", "is_rejected", "score", "is_malformed"}`: the expression (in free
-            chat the phrase before the slot), a (height, width) boolean array (all False where rejected), the log-odds of
-            `[SEG]` against `[REJ]` (NaN where the answer has no slot for the expression, which counts as rejected), and
-            whether the answer's slots were not the ones asked for.
+            Per image, per expression `{"text", "mask", "is_rejected", "score", "probability", "is_malformed"}`: the
+            expression (in free chat the phrase before the slot), a (height, width) boolean array (all False where
+            rejected), the log-odds of `[SEG]` against `[REJ]` and the probability that the expression is there (both NaN
+            where the answer has no slot for the expression, which counts as rejected), and whether the answer's slots
+            were not the ones asked for. With `num_return_sequences` above 1, per image one such list for
+            each candidate, the best first.
         """
+        if threshold is not None:
+            check_threshold(threshold)
+        candidates = outputs.num_candidates or 1
+        if candidates > 1:  # read the n-th answer of every prompt as if it were the only one
+            parts = (self._candidate(outputs, number) for number in range(candidates))
+            results = [self.post_process_segmentation(part, inputs, threshold, keep_rejected_masks) for part in parts]
+            return [list(of_image) for of_image in zip(*results)]
         num_images = len(inputs.get("original_sizes", ()))
         input_size = self.image_processor.sam_size["longest_edge"]
         results: list[list[dict]] = [[] for _ in range(num_images)]
         asked_per_conversation = inputs.get("expressions")
         image_index = outputs.image_index.tolist()
-        copies = len(image_index) // len(asked_per_conversation) if asked_per_conversation else 1
         for row, image in enumerate(image_index):
             if image < 0:
                 continue
@@ -510,10 +575,10 @@ class GsvaProcessor(ProcessorMixin):
             if asked_per_conversation is None:
                 asked, matched, malformed = [phrase for phrase, _ in slots], list(range(len(slots))), False
             elif outputs.method == "generate":
-                asked = asked_per_conversation[row // copies]
+                asked = asked_per_conversation[row]
                 matched, malformed = self._match_slots(asked, slots)
             else:
-                asked = asked_per_conversation[row // copies]
+                asked = asked_per_conversation[row]
                 matched, malformed = list(range(len(asked))), False
             scores, rejected = outputs.scores[row], outputs.is_rejected[row]
             kept = [n for n in matched if n is not None and outputs.mask_logits is not None]
@@ -526,6 +591,8 @@ class GsvaProcessor(ProcessorMixin):
                 upscaled.update(zip(kept, (logits >= 0).cpu().numpy()))
             for text, n in zip(asked, matched):
                 score = float("nan") if n is None else float(scores[n])
+                is_scored = n is not None and outputs.probabilities is not None
+                probability = float(outputs.probabilities[row][n]) if is_scored else float("nan")
                 is_rejected = n is None or bool(rejected[n] if threshold is None else score < threshold)
                 # A slot that `segment` rejected has constant zero logits, which are not a mask.
                 has_mask = n in upscaled and (not bool(rejected[n]) or outputs.method == "teacher_forced")
@@ -537,6 +604,7 @@ class GsvaProcessor(ProcessorMixin):
                         "mask": mask,
                         "is_rejected": is_rejected,
                         "score": score,
+                        "probability": probability,
                         "is_malformed": malformed,
                     }
                 )

@@ -1,12 +1,12 @@
-"""SAM's image encoder with its attention computed in pieces: the same numbers in a third of the time on a CPU."""
+"""SAM's image encoder with its attention computed in chunks: the same numbers in a third of the time on a CPU."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.models.sam.modeling_sam import SamVisionSdpaAttention
 
-# Elements of the position bias that exist at a time. On a CPU a piece has to stay in its cache (4 MB in fp32), on a GPU
-# it only has to be large enough to fill the device: SAM ViT-H's whole bias would take 1 GB a layer.
+# Elements of the position bias that exist at a time. On a CPU a chunk has to stay in the cache (4 MB in fp32), on a GPU it
+# only has to be large enough to fill the device: SAM ViT-H's whole bias would take 1 GB a layer.
 BIAS_ELEMENTS = {"cpu": 2**20, "default": 2**26}
 
 
@@ -14,14 +14,16 @@ class ChunkedSamVisionAttention(SamVisionSdpaAttention):
     """
     SAM's attention with relative position bias, a few heads and rows of queries at a time.
 
-    Bias and attention weights of a piece never leave the cache; written out for a whole global layer (heads × 4096 × 4096)
-    they take most of the encoder's time. Parameters and results are those of transformers' classes, without the
-    attention weights: load with `attn_implementation="eager"` to get these.
+    Bias and attention weights of a chunk never leave the cache; written out for a whole global layer (heads × 4096 × 4096)
+    they take most of the encoder's time. Parameters and results are those of transformers' class. Attention weights are
+    not returned: load with `attn_implementation="eager"` to get them.
     """
 
     def forward(self, hidden_states: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor, None]:
-        """(batch, height, width, channels) → the same."""
-        if torch.compiler.is_exporting():  # the pieces' number depends on the batch's size, which stays open there
+        """Attend within (batch, height, width, channels); the output has the same shape."""
+        if (
+            torch.compiler.is_exporting()
+        ):  # the number of chunks depends on the batch size, which an export leaves open
             return super().forward(hidden_states, output_attentions)
         batch, height, width, _ = hidden_states.shape
         length = height * width
@@ -31,7 +33,7 @@ class ChunkedSamVisionAttention(SamVisionSdpaAttention):
         )  # 3 × (N = batch · heads, L, C)
         if self.use_rel_pos:
             queries = query.unflatten(1, (height, width))
-            # Contiguous: their sums then are, too, and need no copy to become (N, queries, keys).
+            # Contiguous, so that their sums are contiguous and need no copy to become (N, queries, keys).
             bias_h, bias_w = (
                 torch.einsum(equation, queries, self.get_rel_pos(size, size, table)).contiguous()  # (N, h, w, size)
                 for equation, size, table in (
@@ -63,7 +65,13 @@ class ChunkedSamVisionAttention(SamVisionSdpaAttention):
 
 
 def use_chunked_attention(sam: nn.Module) -> None:
-    """Gives SAM's vision layers the attention above, in place. What is not transformers' "sdpa" one stays as it is."""
+    """
+    Give SAM's vision layers the attention above, in place; only transformers' "sdpa" attention is replaced.
+
+    Changing the class of a finished module keeps its parameters and hooks. A subclass of `SamModel` would have to build
+    these parts a second time, and an entry in transformers' `SAM_VISION_ATTENTION_CLASSES` would change every SAM of the
+    process.
+    """
     for module in sam.modules():
         if type(module) is SamVisionSdpaAttention:
-            module.__class__ = ChunkedSamVisionAttention  # the same parameters, so checkpoints and hooks stay valid
+            module.__class__ = ChunkedSamVisionAttention

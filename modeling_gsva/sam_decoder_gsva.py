@@ -1,17 +1,26 @@
-"""SAM's mask decoder for many prompts of the same image: what depends on the image alone is computed once."""
+"""SAM's mask decoder for many prompts of the same image: projections of the image are computed once for all of them."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.models.sam.modeling_sam import SamAttention, SamMaskDecoder, SamTwoWayAttentionBlock
 
-# Slots decoded at a time. On a CPU the 4 MB maps of one have to stay in its cache (and below the 32 MB from which the C
-# library asks the system for new memory every time); a GPU takes many, but each holds some 40 MB.
-SLOTS_AT_A_TIME = {"cpu": 1, "default": 64}
+# Bytes of the slots' maps (pixels x channels each) that are decoded at a time. SAM's own, 64 x 64 x 256 in float32, take
+# 4 MB a slot: on a CPU one of them fits the cache (and its temporaries stay below the 32 MB from which the C library asks the
+# system for new memory every time), so more at a time are slower. Small maps share the cost of a call: a training step of
+# assets/tiny_gsva (16 KB a slot, 32 images of 6 expressions) takes 2.70 s with 1 slot at a time, 1.28 s with 16, 1.23 s with 64
+# and 1.18 s with 192 (one thread, one run). A GPU takes 64 of SAM's own, each of which holds some 40 MB while it is decoded.
+MAP_BYTES = {"cpu": 4 * 2**20, "default": 64 * 4 * 2**20}
+
+
+def slots_at_a_time(pixels: torch.Tensor) -> int:
+    """Return how many slots to decode at a time for images given as (images, pixels, channels)."""
+    budget = MAP_BYTES.get(pixels.device.type, MAP_BYTES["default"])
+    return max(budget // (pixels[0].numel() * pixels.element_size()), 1)
 
 
 def _attend(attention: SamAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention of projected (N, length, C) tensors, with the output projection."""
+    """Attend between projected (N, length, C) tensors and apply the output projection."""
     query, key, value = (
         x.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2) for x in (query, key, value)
     )
@@ -24,14 +33,30 @@ def _attend(attention: SamAttention, query: torch.Tensor, key: torch.Tensor, val
 def _project(
     layer: SamTwoWayAttentionBlock, pixels: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a layer needs of the image: key and value for the tokens that look at it, and its own query for the tokens."""
+    """Return a layer's projections of the image: key and value for the tokens' attention, query for the image's attention."""
     placed = pixels + positions
-    look = layer.cross_attn_token_to_image
-    return look.k_proj(placed), look.v_proj(pixels), layer.cross_attn_image_to_token.q_proj(placed)
+    attention = layer.cross_attn_token_to_image
+    return attention.k_proj(placed), attention.v_proj(pixels), layer.cross_attn_image_to_token.q_proj(placed)
+
+
+def rows_of(embedding: nn.Module, count: int, device: torch.device) -> torch.Tensor:
+    """Return the first `count` rows of an embedding, by a call: adapters on it (LoRA, trained tokens) act on calls only."""
+    return embedding(torch.arange(count, device=device))
 
 
 def _spread(convolution: nn.ConvTranspose2d, pixels: torch.Tensor) -> torch.Tensor:
-    """A transposed convolution of kernel and stride 2 on a list of pixels: (..., C) → (..., 4, channels), row by row."""
+    """
+    Apply a transposed convolution of kernel and stride 2 to a list of pixels: (..., C) → (..., 4, channels), by rows.
+
+    Raises:
+        ValueError: an adapter on the convolution. Its weights are read without a call, so the adapter would do nothing.
+    """
+    if hasattr(convolution, "base_layer"):
+        raise ValueError(
+            "An adapter wraps a transposed convolution of SAM's mask decoder (upscale_conv1 or upscale_conv2), which the "
+            "model does not call, so that the adapter would have no effect. Leave the layer out of target_modules, or "
+            "train it in full with modules_to_save."
+        )
     spread = torch.einsum("...i,iohw->...hwo", pixels, convolution.weight)
     return spread.flatten(-3, -2) + convolution.bias
 
@@ -40,8 +65,8 @@ class SharedImageMaskDecoder(SamMaskDecoder):
     """
     SAM's mask decoder that takes the slots of several images at once.
 
-    Parameters and results are those of transformers' class, whose forward repeats the image for every prompt. Here the
-    first layer's projections of an image, three of the ten large ones a slot needs, serve all its slots.
+    Parameters and results are those of transformers' class, whose forward repeats the image for every prompt. Here all
+    slots of an image share the first layer's projections of it, three of the ten large ones that a slot needs.
     """
 
     def forward(
@@ -61,7 +86,7 @@ class SharedImageMaskDecoder(SamMaskDecoder):
             sparse_prompt_embeddings: (slots, prompts, C).
             dense_prompt_embeddings: (1, C, 1, 1) or (1, C, height, width).
             multimask_output: three masks per slot instead of one.
-            slot_images: (slots,) the image of each slot. Without it the arguments are those of transformers' class.
+            slot_images: (slots,) the image of each slot; None passes the arguments on to transformers' class.
 
         Returns:
             Mask logits (slots, masks, 4 height, 4 width) and IoU estimates (slots, masks).
@@ -75,15 +100,14 @@ class SharedImageMaskDecoder(SamMaskDecoder):
         pixels = (image_embeddings + dense_prompt_embeddings).flatten(2).transpose(1, 2).contiguous()  # (I, P, C)
         positions = image_positional_embeddings.flatten(2).transpose(1, 2).contiguous()  # (1, P, C)
         of_image = (pixels, *_project(self.transformer.layers[0], pixels, positions))
-        own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        device = sparse_prompt_embeddings.device
+        own = torch.cat([rows_of(self.iou_token, 1, device), rows_of(self.mask_tokens, self.num_mask_tokens, device)])
         tokens = torch.cat([own.expand(slot_images.shape[0], -1, -1), sparse_prompt_embeddings], 1).to(own.dtype)
-        if (
-            torch.compiler.is_compiling()
-        ):  # a graph is for any number of slots, and cannot look at which images they have
+        if torch.compiler.is_compiling():  # a graph is for any number of slots and cannot read their images' numbers
             pieces = [self._decode(tokens, [values[slot_images] for values in of_image], positions, size)]
         else:
             pieces = []
-            step = SLOTS_AT_A_TIME.get(tokens.device.type, SLOTS_AT_A_TIME["default"])
+            step = slots_at_a_time(pixels)
             for some, images in zip(tokens.split(step), slot_images.split(step)):
                 # A single slot needs no copies of its image.
                 taken = [values[int(images)][None] if step == 1 else values[images] for values in of_image]
@@ -93,7 +117,7 @@ class SharedImageMaskDecoder(SamMaskDecoder):
         return masks[:, kept], iou[:, kept]
 
     def _decode(self, tokens, of_image, positions, size):
-        """(N, tokens, C), and (N, P, C) pixels with what `_project` made of them → N × all masks, N × all IoU estimates."""
+        """Decode (N, tokens, C) and (N, P, C) pixels with their projections to N × all masks and N × all IoU estimates."""
         pixels, key, value, query = of_image
         states = tokens
         for number, layer in enumerate(self.transformer.layers):
@@ -103,24 +127,24 @@ class SharedImageMaskDecoder(SamMaskDecoder):
             mixed = self._among_tokens(layer.self_attn, placed, states)
             states = layer.layer_norm1(mixed if layer.skip_first_layer_pe else states + mixed)
 
-            look = layer.cross_attn_token_to_image
-            states = layer.layer_norm2(states + _attend(look, look.q_proj(states + tokens), key, value))
+            to_image = layer.cross_attn_token_to_image
+            states = layer.layer_norm2(states + _attend(to_image, to_image.q_proj(states + tokens), key, value))
             states = layer.layer_norm3(states + layer.mlp(states))
 
-            look = layer.cross_attn_image_to_token
-            pixels = pixels + _attend(look, query, look.k_proj(states + tokens), look.v_proj(states))
+            to_token = layer.cross_attn_image_to_token
+            pixels = pixels + _attend(to_token, query, to_token.k_proj(states + tokens), to_token.v_proj(states))
             pixels = layer.layer_norm4(pixels)
-        look = self.transformer.final_attn_token_to_image
-        seen = _attend(look, look.q_proj(states + tokens), look.k_proj(pixels + positions), look.v_proj(pixels))
-        states = self.transformer.layer_norm_final_attn(states + seen)
+        final = self.transformer.final_attn_token_to_image
+        query, key = final.q_proj(states + tokens), final.k_proj(pixels + positions)
+        states = self.transformer.layer_norm_final_attn(states + _attend(final, query, key, final.v_proj(pixels)))
 
-        # Both transposed convolutions (kernel and stride 2) and all between them work on each pixel by itself: the pixels
-        # stay a list, and only the finished masks are laid out.
+        # Both transposed convolutions (kernel and stride 2) and everything between them treat each pixel separately: the
+        # pixels stay a list, and only the finished masks are laid out.
         upscaled = _spread(self.upscale_conv1, pixels)  # (N, P, 4, C / 4)
-        norm = self.upscale_layer_norm
-        upscaled = self.activation(F.layer_norm(upscaled, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
+        # SAM's norm takes the channels second, and moves them last itself.
+        upscaled = self.activation(self.upscale_layer_norm(upscaled.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         upscaled = self.activation(_spread(self.upscale_conv2, upscaled))  # (N, P, 4, 4, C / 8)
-        # Of all tokens, though one is used: a product with a single row would round by where its weights lie in memory.
+        # Multiply all mask tokens although one is used: a one-row matmul rounds differently depending on memory alignment.
         weights = torch.stack([mlp(states)[:, 1 + n] for n, mlp in enumerate(self.output_hypernetworks_mlps)], 1)
         masks = weights @ upscaled.flatten(1, 3).transpose(1, 2)  # (N, masks, P · 16)
         masks = masks.unflatten(2, (*size, 2, 2, 2, 2)).permute(0, 1, 2, 4, 6, 3, 5, 7)
@@ -133,13 +157,14 @@ class SharedImageMaskDecoder(SamMaskDecoder):
 
 
 def used_by_weight(decoder: SamMaskDecoder) -> list[nn.Module]:
-    """Its submodules whose weights are read without calling them, so that hooks on their calls see nothing."""
-    return [
-        decoder.iou_token, decoder.mask_tokens, decoder.upscale_conv1, decoder.upscale_layer_norm, decoder.upscale_conv2,
-    ]  # fmt: skip
+    """Return the submodules whose weights are read without calling them, so that hooks on their calls do not run."""
+    return [decoder.upscale_conv1, decoder.upscale_conv2]
 
 
 def share_images(sam: nn.Module) -> None:
-    """Gives SAM's mask decoder the forward above, in place."""
+    """
+    Give SAM's mask decoder the forward above, in place; see `use_chunked_attention` for the reason. Decoders of other
+    classes stay as they are.
+    """
     if type(sam.mask_decoder) is SamMaskDecoder:
-        sam.mask_decoder.__class__ = SharedImageMaskDecoder  # the same parameters, so checkpoints and hooks stay valid
+        sam.mask_decoder.__class__ = SharedImageMaskDecoder

@@ -1,13 +1,18 @@
 """SegmentationMixin: `model.segment`, which answers expressions with masks by one of three methods."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import takewhile
+from math import isfinite
+from numbers import Real
+from reprlib import repr as shown  # short, and safe for values that are nested deeply or contain themselves
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import ModelOutput
+
+from .cache_gsva import ConversationCache, can_crop, common_length, crop_to
 
 
 @dataclass
@@ -21,9 +26,13 @@ class GsvaSegmentationOutput(ModelOutput):
         answer_starts: (conversations,) position at which each answer begins in `sequences`.
         mask_logits: per conversation (slots, height, width) low-resolution logits; constant zero where rejected.
         scores: per conversation (slots,) log-odds of `[SEG]` against `[REJ]`.
+        probabilities: per conversation (slots,) probability that the expression is there, by the calibration in the
+            configuration (`rejection`); the sigmoid of the score without one.
         is_rejected: per conversation (slots,) booleans.
         iou_scores: per conversation (slots,), the mask decoder's own estimate of its mask's IoU.
         image_index: (conversations,) which image each conversation is about, -1 for none.
+        num_candidates: how many answers each prompt got (`num_return_sequences`). With several, "conversations" above are
+            prompts × candidates, the candidates of a prompt one after the other, best first.
     """
 
     method: str | None = None
@@ -31,9 +40,11 @@ class GsvaSegmentationOutput(ModelOutput):
     answer_starts: torch.LongTensor | None = None
     mask_logits: tuple[torch.Tensor, ...] | None = None
     scores: tuple[torch.Tensor, ...] | None = None
+    probabilities: tuple[torch.Tensor, ...] | None = None
     is_rejected: tuple[torch.Tensor, ...] | None = None
     iou_scores: tuple[torch.Tensor, ...] | None = None
     image_index: torch.LongTensor | None = None
+    num_candidates: int | None = None
 
 
 @dataclass
@@ -78,6 +89,49 @@ class SlotAnswers:
     scores: torch.Tensor
 
 
+def check_threshold(threshold) -> None:
+    """Raise ValueError for a threshold that is not a finite number: it would accept or reject whatever the model says."""
+    try:
+        is_finite = isinstance(threshold, Real) and not isinstance(threshold, bool) and isfinite(threshold)
+    except OverflowError:  # a whole number beyond every float
+        is_finite = False
+    if not is_finite:
+        raise ValueError(
+            f"threshold={shown(threshold)} is not a finite number; give the log-odds of [SEG] against [REJ] below which a slot "
+            "is rejected. 0.0 is the model's own choice, 1e9 rejects every slot and -1e9 none."
+        )
+
+
+def context_length(text_config) -> int | None:
+    """Return how many positions a language model can tell apart, or None where its configuration sets no limit."""
+    length = getattr(text_config, "max_position_embeddings", None)
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if length is not None and rope.get("rope_type") in (
+        "linear",
+        "dynamic",
+    ):  # the others' lengths are those after scaling
+        length = int(length * (rope.get("factor") or 1.0))
+    return length
+
+
+def check_context(config, prompt: int, answer: int) -> None:
+    """
+    Raise ValueError if a prompt with its answer does not fit the language model's context.
+
+    Args:
+        config: the model's, a [`GsvaConfig`].
+        prompt, answer: lengths in tokens; the image's positions are part of the prompt.
+    """
+    limit = context_length(config.text_config)
+    if limit is not None and prompt + answer > limit:
+        raise ValueError(
+            f"A prompt of {prompt} tokens (its image takes {config.image_seq_length} of them) and an answer of {answer} make "
+            f"{prompt + answer} positions, but the model has {limit} (max_position_embeddings). Ask for fewer expressions at "
+            "once, for each in a prompt of its own (one_prompt_per_expression=True), or for a shorter answer "
+            "(max_new_tokens)."
+        )
+
+
 def check_method(method: str, answer_ids: torch.Tensor | None, generate_kwargs: dict) -> None:
     """Raise ValueError for an unknown method, or arguments that do not belong to it."""
     if method not in ("slots", "generate", "teacher_forced"):
@@ -100,11 +154,6 @@ def check_padding(attention_mask: torch.Tensor) -> None:
         )
 
 
-def common_length(rows: list[list[int]]) -> int:
-    """Return how many tokens at the beginning are the same in all rows."""
-    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows)))
-
-
 class PrefixCache:
     """
     Runs the language model over conversations piece by piece with a key-value cache.
@@ -125,6 +174,29 @@ class PrefixCache:
         self.images: dict[str, Any] = {"image_index": batch.image_index, "vision_features": batch.vision_features}
         self.cache = DynamicCache(config=model.config.text_config)
         self.cached = batch.attention_mask[:, :0]  # the attention mask of the cache's columns
+        self.ids = batch.sequences[:, :0]  # and their tokens
+
+    def resume(self, key_values: DynamicCache, ids: torch.LongTensor, mask: torch.Tensor) -> "PrefixCache":
+        """
+        Go on behind a cache whose columns hold the beginnings of our prompts: `ids` and `mask`, (conversations, columns).
+        """
+        self.cache, self.ids, self.cached = key_values, ids, mask.to(self.cached)
+        lengths = mask.sum(1).tolist()
+        self.begins = [begin + length for begin, length in zip(self.begins, lengths)]
+        if (ids.masked_fill(mask == 0, -1) == self.model.config.image_token_id).any():
+            self.images = {}
+        return self
+
+    def prompts(self) -> list[list[int]]:
+        """Return the tokens of each prompt, without padding."""
+        return [row[begin : self.start] for row, begin in zip(self.sequences.tolist(), self.begins)]
+
+    def behind_cache(self) -> tuple[torch.LongTensor, torch.Tensor]:
+        """Return prompts and attention mask, (conversations, length), whose first columns are those of the cache."""
+        width = max(self.start - begin for begin in self.begins)
+        is_rest = torch.arange(self.start - width, self.start) >= torch.tensor(self.begins)[:, None]
+        rest, mask = self.sequences[:, self.start - width : self.start], is_rest.to(self.cached)
+        return torch.cat([self.ids, rest], 1), torch.cat([self.cached, mask], 1)
 
     def read_common(self) -> "PrefixCache":
         """
@@ -164,8 +236,9 @@ class PrefixCache:
         return self
 
     def _continue(self, other: "PrefixCache", rows: list[int]) -> None:
-        """Continue from what `other` has run: our n-th row follows its row `rows[n]`."""
+        """Continue after `other`: row n of this object follows row `rows[n]` of `other`."""
         self.cache, self.cached, self.images = other.cache, other.cached[rows], {}
+        self.ids = other.ids[rows]
         self.cache.batch_select_indices(torch.tensor(rows, device=self.cached.device))
 
     def read(self, ends: list[int] | None = None) -> torch.Tensor:
@@ -173,7 +246,7 @@ class PrefixCache:
         Run each row from where it stopped up to its column of `ends`, by default to its end.
 
         Returns:
-            (conversations, width, hidden) states; column p of row r of the sequences is at p - ends[r].
+            (conversations, width, hidden) states; column p of row r of the sequences is at index p - ends[r].
         """
         ends = [self.sequences.shape[1]] * len(self.begins) if ends is None else ends
         width = max(end - begin for begin, end in zip(self.begins, ends))
@@ -184,6 +257,7 @@ class PrefixCache:
                 mask[row, begin - end :] = self.attention_mask[row, begin:end]
                 position_ids[row, begin - end :] = self.positions[row, begin:end]
         self.cached = torch.cat([self.cached, mask.to(self.cached)], 1)
+        self.ids = torch.cat([self.ids, ids], 1)
         outputs = self.model(
             ids, self.cached, position_ids=position_ids, past_key_values=self.cache, use_cache=True, **self.images
         )
@@ -191,10 +265,10 @@ class PrefixCache:
         return outputs.last_hidden_state
 
     def go_back(self, rows: list[int], column: int, sequences: torch.LongTensor) -> None:
-        """After reading to the end: keep only these rows, and run them from `column` on with their other `sequences`."""
+        """Keep only these rows after all were read, and run them again from `column` on with other `sequences`."""
         forgotten = self.sequences.shape[1] - column
         self.cache.crop(-forgotten)
-        self.cached = self.cached[:, :-forgotten]
+        self.cached, self.ids = self.cached[:, :-forgotten], self.ids[:, :-forgotten]
         self._continue(self, rows)
         self.sequences, self.attention_mask = sequences[rows], self.attention_mask[rows]
         self.positions = self.positions[rows]
@@ -210,6 +284,10 @@ class SegmentationMixin(_Base):
     and the masks' parts ([`GsvaForConditionalGeneration`]).
     """
 
+    def new_cache(self) -> ConversationCache:
+        """Return the cache of a new conversation, for `segment`."""
+        return ConversationCache()
+
     @torch.no_grad()
     def segment(
         self,
@@ -223,10 +301,11 @@ class SegmentationMixin(_Base):
         vision_features: torch.Tensor | None = None,
         sam_embeddings: torch.Tensor | None = None,
         method: str = "slots",
-        threshold: float = 0.0,
+        threshold: float | None = None,
         original_sizes=None,
         reshaped_input_sizes=None,
         expressions=None,
+        cache: ConversationCache | None = None,
         **generate_kwargs,
     ) -> GsvaSegmentationOutput:
         """
@@ -235,51 +314,128 @@ class SegmentationMixin(_Base):
         Args:
             input_ids, attention_mask: (conversations, length) prompts, padded on the left.
             answer_ids, answer_attention_mask: (conversations, length) the answers' wording, padded on the right, with
-                `[SEG]` or `[REJ]` at each slot. `slots` only reads where the slots are.
+                `[SEG]` or `[REJ]` at each slot. `slots` only uses the positions of the slots.
             pixel_values, sam_pixel_values, image_index: see `forward`. Every image is encoded once.
             method: "slots": the answer's wording is given, each slot is the model's own choice and later slots see that
                 choice. "generate": the answer is generated from the question alone, `generate_kwargs` go to `generate`.
                 "teacher_forced", the original's published protocol: the slots of `answer_ids` (the gold ones) are in the
                 input when later ones are decided, and masks come from a second pass in which every slot is `[SEG]`.
-            threshold: a slot is rejected when its log-odds of `[SEG]` against `[REJ]` are below it ("slots"). Later slots
-                see the likelier token of earlier ones whatever the threshold, so that no score depends on it.
-            original_sizes, reshaped_input_sizes, expressions: not used here, for `post_process_segmentation`.
+            threshold: a slot is rejected when its log-odds of `[SEG]` against `[REJ]` are below it ("slots"); by default
+                the calibrated threshold in the configuration (`rejection`), or 0. Later slots see the likelier token of
+                earlier ones whatever the threshold, so that no score depends on it.
+            original_sizes, reshaped_input_sizes, expressions: ignored; `post_process_segmentation` uses them.
+            cache: of the turns before, see [`ConversationCache`] ("slots" and "generate").
 
         Raises:
-            ValueError: unknown method, answers missing where the method needs them, prompts padded on the right.
+            ValueError: unknown method, answers missing where the method needs them, prompts padded on the right, a prompt
+                that does not fit the language model's context with its answer, a threshold that is not a finite number.
         """
         check_method(method, answer_ids, generate_kwargs)
+        if threshold is not None:
+            check_threshold(threshold)
+        if cache is not None and method == "teacher_forced":
+            raise ValueError("A cache only applies to method='slots' and 'generate', not to 'teacher_forced'.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         check_padding(attention_mask)
-        if sam_embeddings is None and sam_pixel_values is not None:
-            sam_embeddings = self.get_sam_embeddings(sam_pixel_values)
-        if vision_features is None and pixel_values is not None:
-            vision_features = self.model.get_vision_features(pixel_values)
-        if image_index is None:
-            image_index = self._one_image_each(input_ids, sam_embeddings)
-
+        if answer_ids is not None and method != "generate":
+            answers = torch.ones_like(answer_ids) if answer_attention_mask is None else answer_attention_mask
+            for prompt, answer in zip(attention_mask.sum(1).tolist(), answers.sum(1).tolist()):
+                check_context(self.config, prompt, answer)
         if method == "generate":
-            if vision_features is not None:
-                image_features = self.get_image_features(None, image_index, vision_features, return_dict=True)
-                generate_kwargs["mm_encoder_outputs"] = {"image": image_features}
-            sequences = self.generate(input_ids, attention_mask=attention_mask, **generate_kwargs)
-            sequences = sequences if isinstance(sequences, torch.Tensor) else sequences.sequences
-            return self.segment_sequences(sequences, attention_mask, image_index, vision_features, sam_embeddings)
-        assert answer_ids is not None  # checked above
-        if answer_attention_mask is None:
-            answer_attention_mask = torch.ones_like(answer_ids)
-        batch = AnsweredBatch(
-            torch.cat([input_ids, answer_ids.to(input_ids)], 1),
-            torch.cat([attention_mask, answer_attention_mask.to(attention_mask)], 1),
-            input_ids.shape[1],
-            image_index,
-            vision_features,
-            sam_embeddings,
-        )
-        if method == "slots":
-            return self._segment_slots(batch, threshold)
-        return self._segment_teacher_forced(batch)
+            self.check_generation(attention_mask, generate_kwargs)
+        with nullcontext() if cache is None else cache.in_use():
+            if cache is not None:
+                has_image = bool((input_ids == self.config.image_token_id).any())
+                given = pixel_values, vision_features, sam_embeddings
+                vision_features, sam_embeddings = cache.images(self, has_image, *given)
+            if sam_embeddings is None and sam_pixel_values is not None:
+                sam_embeddings = self.get_sam_embeddings(sam_pixel_values)
+            if vision_features is None and pixel_values is not None:
+                vision_features = self.model.get_vision_features(pixel_values)
+            if image_index is None:
+                image_index = self._one_image_each(input_ids, sam_embeddings)
+
+            images = vision_features, sam_embeddings
+            if method == "generate":
+                return self._segment_generated(
+                    input_ids, attention_mask, image_index, *images, generate_kwargs, cache, pixel_values
+                )
+            assert answer_ids is not None  # checked above
+            if answer_attention_mask is None:
+                answer_attention_mask = torch.ones_like(answer_ids)
+            batch = AnsweredBatch(
+                torch.cat([input_ids, answer_ids.to(input_ids)], 1),
+                torch.cat([attention_mask, answer_attention_mask.to(attention_mask)], 1),
+                input_ids.shape[1],
+                image_index,
+                vision_features,
+                sam_embeddings,
+            )
+            if method == "teacher_forced":
+                return self._segment_teacher_forced(batch)
+            reader = PrefixCache(self.model, batch)
+            if cache is not None and (
+                columns := cache.match(reader.prompts(), image_index, self.config.image_token_id)
+            ):
+                reader.resume(cache.key_values, cache.ids, cache.mask)
+            else:
+                columns = 0
+            if threshold is None:
+                threshold = self.config.rejection_values["threshold"]
+            outputs = self._segment_slots(batch, threshold, reader if columns else reader.read_common())
+            if cache is not None:
+                cache.keep(self, reader, pixel_values, *images, image_index)
+            return outputs
+
+    def _segment_generated(
+        self, input_ids, attention_mask, image_index, vision_features, sam_embeddings, options, cache, pixel_values
+    ) -> GsvaSegmentationOutput:
+        """Generate answers behind what `cache` holds of the prompts, and make their masks."""
+        columns = 0
+        if cache is not None and self._takes_cache(options):
+            batch = AnsweredBatch(input_ids, attention_mask, input_ids.shape[1], image_index)
+            reader = PrefixCache(self.model, batch)
+            columns = cache.match(reader.prompts(), image_index, self.config.image_token_id)
+        if columns:
+            reader.resume(cache.key_values, cache.ids, cache.mask)
+            options["past_key_values"] = cache.key_values
+            copies = max(self._option(options, name) or 1 for name in ("num_beams", "num_return_sequences"))
+            if copies > 1:  # `generate` expands its other inputs alone
+                cache.key_values.batch_repeat_interleave(copies)
+            input_ids, attention_mask = reader.behind_cache()
+        in_cache = columns and (input_ids[:, :columns] == self.config.image_token_id).any()
+        if vision_features is not None and not in_cache:
+            image_features = self.get_image_features(None, image_index, vision_features, return_dict=True)
+            options["mm_encoder_outputs"] = {"image": image_features}
+        options["return_dict_in_generate"] = True
+        generated = self.generate(input_ids, attention_mask=attention_mask, **options)
+        outputs, reader = self._read_generated(
+            generated.sequences, attention_mask, image_index, vision_features, sam_embeddings,
+            generated.get("past_key_values"),
+        )  # fmt: skip
+        if cache is not None and outputs.num_candidates == 1:
+            cache.keep(self, reader, pixel_values, vision_features, sam_embeddings, image_index)
+        elif cache is not None:
+            cache.clear()
+        return outputs
+
+    def _option(self, options: dict, name: str):
+        """Return an option of `generate`, from where it takes it."""
+        config = options.get("generation_config") or self.generation_config
+        return options[name] if name in options else getattr(config, name, None)
+
+    def check_generation(self, attention_mask: torch.Tensor, options: dict) -> None:
+        """Raise ValueError if prompts do not fit the context with the `max_new_tokens` asked for, before images are encoded."""
+        prompts = attention_mask.sum(1).tolist()
+        check_context(self.config, max(prompts, default=0), self._option(options, "max_new_tokens") or 1)
+
+    def _takes_cache(self, options: dict) -> bool:
+        """Return whether `generate` can begin behind a cache: no other was asked for, and no draft model rewinds it."""
+        others = ("cache_implementation", "prompt_lookup_num_tokens", "assistant_early_exit")
+        is_other = any(self._option(options, name) for name in others)
+        given = options.get("past_key_values") is not None or options.get("assistant_model") is not None
+        return self._option(options, "use_cache") is not False and not is_other and not given
 
     @torch.no_grad()
     def segment_sequences(
@@ -300,6 +456,12 @@ class SegmentationMixin(_Base):
             image_index: (conversations,) the image of each, -1 for none.
             vision_features, sam_embeddings: from `model.get_vision_features` and `get_sam_embeddings`.
         """
+        return self._read_generated(sequences, attention_mask, image_index, vision_features, sam_embeddings)[0]
+
+    def _read_generated(
+        self, sequences, attention_mask, image_index, vision_features, sam_embeddings, past_key_values=None
+    ) -> tuple[GsvaSegmentationOutput, PrefixCache]:
+        """Do as `segment_sequences`, from the prompts in the cache that `generate` returned; return the reader as well."""
         copies, start = len(sequences) // len(attention_mask), attention_mask.shape[1]  # num_return_sequences
         attention_mask = attention_mask.repeat_interleave(copies, 0)
         pad, eos = self.generation_config.pad_token_id, self.generation_config.eos_token_id
@@ -317,12 +479,25 @@ class SegmentationMixin(_Base):
             sam_embeddings,
         )
         places = self._answer_slots(batch)
-        hidden = PrefixCache(self.model, batch).read_common().read()
+        reader = PrefixCache(self.model, batch)
+        ends_in_image = (sequences[:, start - 1] == self.config.image_token_id).any()
+        if can_crop(past_key_values) and past_key_values.get_seq_length() >= start > 1 and not ends_in_image:
+            # The beams of a prompt have it in common; after the end of a row the cache holds padding, which is cut here.
+            beams = len(past_key_values.layers[0].keys) // (len(sequences) // copies)
+            crop_to(past_key_values, start - 1)
+            rows = [row // copies * beams for row in range(len(sequences))]
+            if rows != list(range(len(past_key_values.layers[0].keys))):
+                past_key_values.batch_select_indices(torch.tensor(rows, device=sequences.device))
+            reader.resume(past_key_values, sequences[:, : start - 1], batch.attention_mask[:, : start - 1])
+        else:
+            reader.read_common()
+        hidden = reader.read()
         states = hidden[places[:, 0], places[:, 1] - 1 - sequences.shape[1]]
         rejected = sequences[places[:, 0], places[:, 1]] == self.config.rej_token_id
-        return self._output(
-            "generate", batch, SlotAnswers(places, states, rejected, ~rejected, self._slot_scores(states))
-        )
+        answers = SlotAnswers(places, states, rejected, ~rejected, self._slot_scores(states))
+        outputs = self._output("generate", batch, answers)
+        outputs.num_candidates = copies
+        return outputs, reader
 
     def _segment_teacher_forced(self, batch: AnsweredBatch) -> GsvaSegmentationOutput:
         """
@@ -353,7 +528,7 @@ class SegmentationMixin(_Base):
         answers = SlotAnswers(slots, states, rejected, torch.ones_like(rejected), scores)
         return self._output("teacher_forced", batch, answers)
 
-    def _segment_slots(self, batch: AnsweredBatch, threshold: float) -> GsvaSegmentationOutput:
+    def _segment_slots(self, batch: AnsweredBatch, threshold: float, reader: PrefixCache) -> GsvaSegmentationOutput:
         """
         Decide slot by slot with a key-value cache. Step k runs for every conversation the tokens between its slots k-1
         and k, beginning with the chosen token of slot k-1, and reads the choice for slot k at the last position. The
@@ -366,9 +541,8 @@ class SegmentationMixin(_Base):
         states = sequences.new_zeros(len(slots), self.config.text_config.hidden_size, dtype=self.dtype)
         scores = torch.zeros(len(slots), device=states.device)
         order = {place: n for n, place in enumerate(map(tuple, slots.tolist()))}
-        reader = PrefixCache(self.model, batch).read_common()
         for step in range(max(map(len, per_row), default=0)):
-            # A conversation without a slot left runs nothing, except its prompt: the first step takes in all images.
+            # A conversation without a further slot runs nothing, except its prompt: the first step needs all images.
             ends = [
                 places[step] if step < len(places) else max(begin, batch.start)
                 for places, begin in zip(per_row, reader.begins)
@@ -396,13 +570,17 @@ class SegmentationMixin(_Base):
     def _output(self, method: str, batch: AnsweredBatch, slots: SlotAnswers) -> GsvaSegmentationOutput:
         sequences = batch.sequences
         counts = torch.bincount(slots.places[:, 0], minlength=len(sequences)).tolist()
+        rejection = self.config.rejection_values
+        probabilities = torch.sigmoid(slots.scores.float() / rejection["temperature"] + rejection["offset"])
         result = GsvaSegmentationOutput(
             method=method,
             sequences=sequences,
             answer_starts=torch.full((len(sequences),), batch.start, device=sequences.device),
             scores=slots.scores.split(counts),
+            probabilities=probabilities.split(counts),
             is_rejected=slots.rejected.split(counts),
             image_index=batch.image_index,
+            num_candidates=1,
         )
         if batch.sam_embeddings is not None:
             # A free answer may hold [SEG] where there is no image to segment.
@@ -413,4 +591,4 @@ class SegmentationMixin(_Base):
         return result
 
 
-__all__ = ["GsvaSegmentationOutput", "SegmentationMixin"]
+__all__ = ["ConversationCache", "GsvaSegmentationOutput", "SegmentationMixin"]

@@ -1,4 +1,4 @@
-"""A tiny random GSVA (real code paths, seeded weights) and pictures drawn by seed, for the tests of modeling_gsva."""
+"""Fixtures of all tests: a tiny GSVA with seeded random weights and real code paths, and images drawn by seed."""
 
 import numpy as np
 import pytest

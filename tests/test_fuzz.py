@@ -1,5 +1,5 @@
-"""Malformed input to every reader: data sets, metric, processor, converter. Each ends in an error that names what is wrong,
-or, where the change did no harm, in a valid result; never in a bare KeyError, a crash or a hang.
+"""Malformed input to every reader: data sets, metric, processor, converter. Each ends in an error that names the fault,
+or, if the change did no harm, in a valid result; never in a bare KeyError, a crash or a hang.
 
 Examples are drawn by hypothesis from a fixed seed, so that every run sees the same ones; `EXAMPLES` are drawn per reader,
 and a change that leaves the input as it was is drawn again.
@@ -149,7 +149,8 @@ def own(root):
     trees.label_map(root / "mask.png", trees.full(1))
     masks = [trees.SQUARE, [trees.SQUARE], {"size": [30, 40], "counts": [5 * 30, 30, 30 * 34]}, "mask.png", None]
     entries = [
-        {"text": f"cat {n}", "mask": mask, "num_targets": 1, "is_sentence": False} for n, mask in enumerate(masks)
+        {"text": f"cat {n}", "mask": mask, "num_targets": int(mask is not None), "is_sentence": False}
+        for n, mask in enumerate(masks)
     ]
     trees.write(
         root / "train.jsonl", to_json_lines([{"image": "cats/1.jpg", "image_id": "7", "expressions": entries}] * 2)

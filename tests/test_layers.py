@@ -1,4 +1,4 @@
-"""The shape of the project: who imports whom, what lies at the top level, and calls that run what a file says."""
+"""The structure of the project: imports, names at the top level, and calls that would execute the content of a file."""
 
 import ast
 import subprocess
@@ -19,7 +19,7 @@ PARTS = (
     "convert_checkpoint",
     "tests",
 )
-# Part -> what of the project it may import, itself aside. The metric module is copied alone by `evaluate.load`.
+# The parts that each part may import, beside itself. `evaluate.load` copies the metric module alone.
 # Every part but modeling_gsva may also import EVERYWHERE, which needs nothing of the project.
 EVERYWHERE = "data_scripts.files"
 MAY_IMPORT = {
@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "data_scripts": (),
     "metrics": (),
     "evaluation": ("modeling_gsva", "data_scripts", "metrics"),
-    "trainers": ("evaluation", "modeling_gsva", "data_scripts", "metrics"),
+    "trainers": ("evaluation", "conversion", "modeling_gsva", "data_scripts", "metrics"),
     "run_gres": ("trainers", "evaluation", "modeling_gsva", "data_scripts", "metrics"),
     "conversion": ("modeling_gsva",),
     "convert_checkpoint": ("conversion",),

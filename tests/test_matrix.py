@@ -1,4 +1,4 @@
-"""What `make matrix` installs: the ends of the ranges in setup.cfg, and the rest as it is known to work."""
+"""`make matrix` installs the ends of the ranges in setup.cfg, and other libraries as in configs/constraints.txt."""
 
 import re
 

@@ -1,9 +1,9 @@
-"""Equality with the original, from a compact set of its golden numbers (tests/tools/make_parity_fixture.py makes it).
+"""Equality with the original, by a compact set of its golden numbers (tests/tools/make_parity_fixture.py makes it).
 
-Golden here: conversations, pixels, CLIP and SAM features, hidden states of both passes, slot embeddings, decisions. SAM's
-mask decoder is too large to commit, so masks, losses, gradients and optimizer steps are compared with the specification
-written out once more (plain_gsva.py), and with the golden numbers themselves where the folder is there: the slow test runs
-tests/tools/parity.py over it.
+The compact set holds conversations, pixels, CLIP and SAM features, hidden states of both passes, slot embeddings and decisions.
+SAM's mask decoder is too large to commit. Masks, losses, gradients and optimizer steps are therefore compared with a plain
+implementation of the specification (plain_gsva.py). If the folder of golden numbers is available, the slow test compares them
+with tests/tools/parity.py.
 """
 
 import io
@@ -239,6 +239,21 @@ def test_losses_and_gradients_equal_the_plain_composition(training):
         ours = dict(model.named_parameters())[name].grad
         scale = float(gradient.square().mean().sqrt())
         assert parity.rms(ours, gradient) <= PLAIN_GRADIENT_RELATIVE_RMS * scale + 1e-9, name
+
+
+def test_losses_with_a_seg_cut_off_equal_the_plain_composition(training):
+    """Conversation 0 loses its second [SEG]: its mask counts with zero logits."""
+    model, inputs, batch = training
+    second = (inputs["input_ids"][0] == model.config.seg_token_id).nonzero()[1, 0]
+    for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
+        inputs[name][0, second:] = fill
+    place = [n for n, token in enumerate(batch[0]["ids"]) if token == model.config.seg_token_id][1]
+    batch[0] |= {"ids": batch[0]["ids"][:place], "labels": batch[0]["labels"][:place]}
+    assert batch[0]["truth"][2].any()
+    outputs, wanted = model(**inputs), Plain(model).losses(batch)
+    assert [len(masks) for masks in outputs.mask_logits] == [2, 2, 1, 0]
+    for name in ("loss", "ce_loss", "mask_bce_loss", "mask_dice_loss"):
+        assert float(outputs[name].detach()) == pytest.approx(float(wanted[name].detach()), rel=5e-6), name
 
 
 def test_five_adamw_steps_equal_the_plain_composition(training):

@@ -1,4 +1,4 @@
-"""The command line from end to end, on a tiny random model: what it writes, what it resumes, and how it refuses."""
+"""run_gres.py from end to end on a tiny random model: its files, resumed runs, refused input."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import data_trees as trees
 import markupsafe
 import numpy as np
 import pytest
@@ -344,3 +345,37 @@ def test_an_error_ends_the_command_with_1_and_no_traceback(tmp_path):
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "protocols='slot' is not known; choose one of teacher_forced, slots, generate" in done.stderr
+
+
+def test_bad_images_are_errors_or_are_left_out_and_listed(model_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    pets = tmp_path / "pets"
+    for name in ("a", "b", "c"):
+        trees.picture(pets / f"{name}.jpg", size=(64, 48))
+    line = '{{"image": "{}.jpg", "expressions": [{{"text": "a cat", "mask": [5, 5, 25, 5, 25, 25]}}]}}\n'
+    trees.write(pets / "val.jsonl", "".join(map(line.format, "abc")))
+    content = (pets / "b.jpg").read_bytes()
+    (pets / "b.jpg").write_bytes(content[: len(content) * 3 // 4])  # its header is whole
+    words = ["--do_eval", "--model", model_dir, "--dataset", "own", "--data_dir", pets, "--eval_split", "val"]
+    assert in_process(*words, "--output_dir", tmp_path / "out") == 1
+    assert "b.jpg cannot be read" in capsys.readouterr().err
+    assert in_process(*words, "--on_bad_image", "skip", "--output_dir", tmp_path / "skip") == 0
+    printed = capsys.readouterr().out
+    assert "skipped 1 images:\n  The image " in printed and printed.count("b.jpg cannot be read") == 1
+    (file,) = (tmp_path / "skip").glob("rows_*.jsonl")
+    assert [json.loads(line)["image_id"] for line in file.read_text().splitlines()] == ["a.jpg", "c.jpg"]
+    files = ["--image", pets / "a.jpg", pets / "b.jpg", pets / "c.jpg", "--expressions", "a cat"]
+    words = [
+        "--do_predict",
+        "--model",
+        model_dir,
+        *files,
+        "--on_bad_image",
+        "skip",
+        "--output_dir",
+        tmp_path / "files",
+    ]
+    assert in_process(*words) == 0
+    assert "skipped 1 images" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "files/predictions.json").read_text())) == 2
+    assert in_process("--do_eval", "--on_bad_image", "ignore") == 1

@@ -1,4 +1,4 @@
-"""Files from strangers: names that lead out of their folder, and pictures that would fill the memory."""
+"""Untrusted files: names that lead out of their folder, and images that would fill the memory."""
 
 import io
 import os

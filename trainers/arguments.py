@@ -117,8 +117,11 @@ class DataArguments:
     conventions: list[str] = field(
         default_factory=lambda: ["rela"], metadata={"help": f"Metric conventions: {', '.join(CONVENTIONS)}."}
     )
-    threshold: float = field(
-        default=0.0, metadata={"help": "Reject an expression whose log-odds of [SEG] are lower (slots)."}
+    threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Reject an expression whose log-odds of [SEG] are lower (slots). Default: the calibrated threshold of the model, or 0."
+        },
     )
     one_prompt_per_expression: bool = field(
         default=False, metadata={"help": "Ask for each expression in a prompt by itself."}
@@ -145,6 +148,12 @@ class DataArguments:
     eval_before_training: bool = field(
         default=True, metadata={"help": "With --do_train and --do_eval: also evaluate before training."}
     )
+    on_bad_image: str = field(
+        default="error",
+        metadata={
+            "help": "An image that cannot be read is an 'error', or is left out and listed at the end ('skip')."
+        },
+    )
     num_pictures: int = field(default=24, metadata={"help": "Images on the page of predictions."})
     image: list[str] = field(default_factory=list, metadata={"help": "--do_predict: image files."})
     expressions: list[str] = field(
@@ -159,8 +168,9 @@ class DataArguments:
         check_choice("ignore_region", self.ignore_region, IGNORE_REGIONS)
         if self.eval_task is not None:
             check_choice("eval_task", self.eval_task, TASKS)
+        check_choice("on_bad_image", self.on_bad_image, ("error", "skip"))
         check_choice("wording", self.wording, ("gsva", "processor"))
-        if not math.isfinite(self.threshold):
+        if self.threshold is not None and not math.isfinite(self.threshold):
             raise ValueError(
                 f"threshold={self.threshold} is not a finite number, so no score can be compared with it; give say 0 or -1.5."
             )
@@ -182,7 +192,7 @@ class DataArguments:
 
     @property
     def evaluated(self) -> str:
-        """Name of the data set to evaluate on."""
+        """Return the name of the data set to evaluate on."""
         if (name := self.eval_dataset or self.dataset) == "mixture":
             raise ValueError("A mixture can only be trained on; name an eval_dataset to evaluate on, say grefcoco.")
         return name
@@ -214,7 +224,7 @@ class GsvaTrainingArguments(TrainingArguments):
             "help": "Instead of training: save the consolidated weights of a sharded checkpoint as training does."
         },
     )
-    resume: bool = field(default=True, metadata={"help": "Go on from the last complete checkpoint in output_dir."})
+    resume: bool = field(default=True, metadata={"help": "Continue at the last complete checkpoint in output_dir."})
     divergence: str = field(
         default="stop",
         metadata={

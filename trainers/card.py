@@ -23,7 +23,7 @@ FACTS = ("dataset", "split", "stage", "protocol", "convention", "samples")
 
 
 def markdown(text: Any) -> Markup:
-    """Return text that stands in a line or table cell of Markdown as it is.
+    """Return text escaped for a line or a table cell of Markdown.
 
     >>> markdown("a|b <script> it's")
     Markup("a\\\\|b &lt;script&gt; it's")
@@ -44,7 +44,7 @@ def licence_of(base: str) -> str | None:
 
 
 def public_name(base: str) -> str:
-    """Return a Hub id or a relative path as it is, and of an absolute path the last part."""
+    """Return a Hub id or a relative path unchanged, and only the last part of an absolute path."""
     return Path(base).name if Path(base).is_absolute() else base
 
 

@@ -2,23 +2,29 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from datasets import Image
 from transformers import BatchFeature, ProcessorMixin
 
 import data_scripts
 from data_scripts.mixture import Mixture, TrainingDataset, load_mixture
+from data_scripts.skipped import SkipList
 from data_scripts.transforms import (
     ConversationTransform,
+    PictureError,
     ReasoningTransform,
     ReferringTransform,
     SemanticTransform,
     Wording,
+    read_image,
 )
 from evaluation.config import EvaluationConfig, conventions_for
 from modeling_gsva import GsvaProcessor
 
 from .arguments import DataArguments, GsvaTrainingArguments
+from .output_folder import SKIPPED
 
 MIXTURE = "mixture"
 
@@ -44,7 +50,7 @@ def training_data(args: DataArguments, training: GsvaTrainingArguments, wording:
     if args.dataset != MIXTURE:
         rows = load_rows(args, args.train_split, args.max_train_samples)
         transform = ConversationTransform() if "conversation" in rows.column_names else referring
-        return TrainingDataset(rows, transform, training.seed)
+        return TrainingDataset(rows, transform, training.seed, **bad_images(args, training))
     if args.data_dir is None:
         raise ValueError("dataset='mixture' needs data_dir, the folder that holds the data sets' files.")
     per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
@@ -55,12 +61,44 @@ def training_data(args: DataArguments, training: GsvaTrainingArguments, wording:
         length=args.steps_per_epoch * per_step,
         seed=training.seed,
         split=args.train_split,
+        **bad_images(args, training),
         transforms={
             "refer_seg": referring,
             "sem_seg": SemanticTransform(num_expressions=args.num_expressions),
             "reason_seg": ReasoningTransform(num_expressions=args.num_expressions),
         },
     )
+
+
+def skip_list(args: DataArguments, training: GsvaTrainingArguments) -> SkipList | None:
+    """Return the list of skipped images of a run; None if a bad image is an error."""
+    return SkipList(Path(training.output_dir) / SKIPPED) if args.on_bad_image == "skip" else None
+
+
+def skipped_images(output_dir: str | Path) -> str:
+    """Return the images that a run has skipped with their number, or "" if there are none."""
+    return SkipList(Path(output_dir) / SKIPPED).summary()
+
+
+def bad_images(args: DataArguments, training: GsvaTrainingArguments) -> dict[str, Any]:
+    """Return what a training set does with images that cannot be read, as its options."""
+    skipped = skip_list(args, training)
+    return {"on_bad_image": "raise" if skipped is None else "skip", "skip_list": skipped}
+
+
+def readable_rows(rows: Any, skipped: SkipList | None) -> Any:
+    """Return the rows whose images can be read. Every image is decoded once for that; the others are listed."""
+    if skipped is None:
+        return rows
+    undecoded = rows.cast_column("image", Image(decode=False)) if hasattr(rows, "cast_column") else rows
+    readable = []
+    for index, row in enumerate(undecoded):
+        try:
+            read_image(row["image"], (row["height"], row["width"]) if "height" in row else None)
+            readable.append(index)
+        except PictureError as error:
+            skipped.add(error)
+    return rows if len(readable) == len(rows) else rows.select(readable)
 
 
 def load_training_data(
@@ -147,8 +185,12 @@ def evaluation_config(
         limit: Evaluate at most this number of images, beside `max_eval_samples`.
     """
     limit = min((n for n in (limit, args.max_eval_samples) if n is not None), default=None)
+    evaluated_rows: Any = rows
+    if rows is None:
+        evaluated_rows = load_rows(args, args.eval_split, limit, args.evaluated)
+        evaluated_rows = readable_rows(evaluated_rows, skip_list(args, training))
     return EvaluationConfig(
-        rows=load_rows(args, args.eval_split, limit, args.evaluated) if rows is None else rows,
+        rows=evaluated_rows,
         dataset=args.evaluated,
         split=args.eval_split,
         protocol=protocol,

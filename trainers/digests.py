@@ -1,4 +1,4 @@
-"""Digests of models and data, to tell whether a run is resumed with the same ones."""
+"""Compute digests of models and data, to check that a run is resumed with the same ones."""
 
 from __future__ import annotations
 

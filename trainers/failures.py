@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
+import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -25,6 +28,22 @@ REPORT = (
     "This failure is unexpected: please report it with the lines above, the command, and the versions that "
     "`transformers env` prints."
 )
+
+
+def allow_any_file_name_in_output() -> None:
+    """Escape characters that the terminal cannot show, so that no file name ends the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def report_failure(error: BaseException, output_dir: Path | None) -> None:
+    """Print an expected failure as one line, and any other one as a traceback with a hint what to report."""
+    if isinstance(error, CANNOT_GO_ON):
+        print(f"run_gres.py: {explain(error, output_dir)}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+        print(f"run_gres.py: {REPORT}", file=sys.stderr)
 
 
 def explain(error: BaseException, output_dir: Path | None) -> str:

@@ -77,7 +77,7 @@ class FeatureCache:
 
     @property
     def bytes_per_image(self) -> int:
-        """Size of one image's features in bytes."""
+        """Return the size of one image's features in bytes."""
         vision, sam = self.model.config.vision_config, self.model.config.sam_config.vision_config
         numbers = self.model.config.image_seq_length * vision.hidden_size
         numbers += sam.output_channels * (sam.image_size // sam.patch_size) ** 2

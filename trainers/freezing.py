@@ -1,4 +1,4 @@
-"""Decide which parts of GSVA are trained and how: frozen, with LoRA, or in full."""
+"""Decide which parts of GSVA are trained: frozen, with LoRA, or in full."""
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model

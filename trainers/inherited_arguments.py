@@ -1,4 +1,4 @@
-"""How training treats each argument that [`GsvaTrainingArguments`] inherits from transformers, and each of its own.
+"""The treatment of each argument of [`GsvaTrainingArguments`], inherited from transformers or defined here.
 
 Four kinds, for a run that is resumed and for one that begins:
 

@@ -47,7 +47,7 @@ def is_adapter(name: str | Path) -> bool:
 
 
 def base_of(directory: str | Path) -> str:
-    """Return the base model that an adapter names. An adapter that names none lies in the folder of its base."""
+    """Return the base model that an adapter names. An adapter without a name is in the folder of its base."""
     return PeftConfig.from_pretrained(str(directory)).base_model_name_or_path or str(Path(directory).resolve().parent)
 
 

@@ -19,6 +19,7 @@ fragmentation of the allocator, and temporaries inside fused kernels; `MARGIN` a
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,7 +39,7 @@ from transformers import AutoConfig
 from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration
 from modeling_gsva.modeling_gsva import upscaled_mask_losses
 from modeling_gsva.sam_attention_gsva import BIAS_ELEMENTS
-from modeling_gsva.sam_decoder_gsva import SLOTS_AT_A_TIME
+from modeling_gsva.sam_decoder_gsva import MAP_BYTES
 
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
 from .freezing import cast_trained, prepare_for_training
@@ -50,36 +51,16 @@ IMAGE_SIDE = 640
 CARDS = {"24 GiB": 24, "40 GiB": 40, "48 GiB": 48, "80 GiB": 80}
 PLANNED = ("one_gpu", "ddp", "zero2", "zero3", "fsdp2")
 
-# LLaMA's published sizes (arXiv 2302.13971, table 2; the widths of the feed-forward layers from its config.json).
-_TEXT = {
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-}
-
 
 def architecture(name: str) -> GsvaConfig:
     """
-    The paper's model in size "7b" or "13b": LLaMA with 32,004 rows, CLIP ViT-L/14 at 224 px, SAM ViT-H at 1024 px.
+    Return the paper's model in size "7b" or "13b": LLaMA with 32,004 rows, CLIP ViT-L/14 at 224 px, SAM ViT-H at 1024 px.
 
     >>> architecture("7b").image_seq_length
     256
     """
-    return GsvaConfig(
-        text_config={"model_type": "llama", "vocab_size": 32004, **_TEXT[name]},
-        # openai/clip-vit-large-patch14
-        vision_config={
-            "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-            "num_attention_heads": 16, "image_size": 224, "patch_size": 14, "projection_dim": 768,
-        },
-        # segment_anything/build_sam.py: build_sam_vit_h
-        sam_config={
-            "model_type": "sam",
-            "vision_config": {
-                "hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "mlp_dim": 5120,
-                "global_attn_indexes": [7, 15, 23, 31], "window_size": 14, "image_size": 1024, "patch_size": 16,
-            },
-        },
-    )  # fmt: skip
+    path = Path(__file__).resolve().parent.parent / "configs" / "architectures" / f"{name}.json"
+    return GsvaConfig(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def planned_config(args: ModelArguments) -> GsvaConfig:
@@ -125,7 +106,7 @@ class Strategy:
         Return the strategy of an accelerate config, with `processes` instead of its number of processes.
 
         Raises:
-            ValueError: There is no such file, or it is no accelerate config.
+            ValueError: There is no such file, or it is not an accelerate config.
         """
         path = Path(path)
         content = yaml.safe_load(path.read_text()) if path.is_file() else None
@@ -161,7 +142,7 @@ class Sizes:
 
     @property
     def weights(self) -> int:
-        """Bytes of all weights."""
+        """Return the bytes of all weights."""
         return self.frozen_bytes + self.trained_bytes
 
 
@@ -177,7 +158,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Bytes of everything."""
+        """Return the bytes of all parts together."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
 
 
@@ -246,7 +227,7 @@ def sizes_of(model: nn.Module, quantization: str | None) -> Sizes:
 @contextmanager
 def pieces_as_on_a_card() -> Iterator[None]:
     """Let SAM's attention and mask decoder work in pieces of the size that they have on a GPU, not on a CPU."""
-    sizes = BIAS_ELEMENTS, SLOTS_AT_A_TIME
+    sizes = BIAS_ELEMENTS, MAP_BYTES
     usual = [table["cpu"] for table in sizes]
     for table in sizes:
         table["cpu"] = table["default"]

@@ -8,6 +8,7 @@ EARLIER = "earlier"  # with a number: an earlier run that --resume false has mov
 LOCK = ".lock"  # held while a run writes to the folder
 LOG_HISTORY = "log_history.json"
 RUN = "run.json"  # there and in each checkpoint: digests and arguments that made the weights
+SKIPPED = "skipped_images.txt"  # images that --on_bad_image skip has left out
 TENSORBOARD = "runs"
 TRAINING = "training.json"  # number of training images and seconds, for the model card
 VALIDATION = "validation"  # pictures of the evaluations during training

@@ -1,4 +1,4 @@
-"""Checks that are made before anything takes long."""
+"""Check the needs of a run before its long work begins."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from .output_folder import (
     LOCK,
     LOG_HISTORY,
     RUN,
+    SKIPPED,
     TENSORBOARD,
     TRAINING,
     VALIDATION,
@@ -38,7 +39,7 @@ WRITTEN = (
 
 def check_before_run(args: GsvaTrainingArguments) -> None:
     """
-    Check on the main process what a run needs at its end. Every process must call this.
+    Check on the main process that the run can save and report its results. Every process must call this.
 
     Raises:
         ValueError: A reporter is not installed, or the Hub cannot be reached or written.
@@ -53,6 +54,7 @@ def _check(args: GsvaTrainingArguments) -> None:
     with replacing(output_dir / f"{LOCK}.written") as temporary:
         temporary.write_text("")
     (output_dir / f"{LOCK}.written").unlink()
+    (output_dir / SKIPPED).unlink(missing_ok=True)  # of an earlier start
     if args.do_train and not args.resume and args.resume_from_checkpoint is None:
         set_earlier_run_aside(output_dir)
     if args.push_to_hub:
@@ -94,7 +96,7 @@ def check_hub(args: GsvaTrainingArguments) -> None:
 
 
 def set_earlier_run_aside(output_dir: Path) -> None:
-    """Move what an earlier run has left into a subfolder, so that a new run can begin. Nothing is deleted."""
+    """Move the files of an earlier run to a subfolder, so that a new run can begin. Nothing is deleted."""
     if not (output_dir / RUN).exists() and not any(output_dir.glob("checkpoint-*")):
         return
     number = 1 + sum(1 for _ in output_dir.glob(f"{EARLIER}-*"))

@@ -1,4 +1,4 @@
-"""What only the main process does, with the same outcome in all processes."""
+"""Work that only the main process does, with the same outcome in all processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which run a checkpoint belongs to: what made its weights is kept with it and compared when a run is resumed."""
+"""The record of a run: the facts that determine its weights. Checkpoints keep it, and a resumed run is compared with it."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def refuse_what_shards_cannot(model_args: ModelArguments, args: GsvaTrainingArgu
 
 def untie_weights(model: torch.nn.Module) -> None:
     """
-    Give each tied parameter a tensor of its own, in place. `tie_weights()` ties them again.
+    Give each tied parameter a separate tensor, in place. `tie_weights()` ties them again.
 
     DeepSpeed's `zero_to_fp32.py --safe_serialization` fails for tied parameters (SAM's positional embeddings).
     """

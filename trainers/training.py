@@ -130,10 +130,10 @@ def begin_run(
 
 def check_optimizer(checkpoint: str | None, args: GsvaTrainingArguments) -> None:
     """
-    Say that the optimizer begins anew if the checkpoint holds the model only.
+    Warn that the optimizer starts from zero if the checkpoint holds the model only.
 
     Raises:
-        ValueError: It does, and `save_only_model` is not set, so that exact continuation is expected.
+        ValueError: The checkpoint holds the model only, although `save_only_model` is not set.
     """
     if checkpoint is None or any(
         next(Path(checkpoint).glob(pattern), None) for pattern in ("optimizer*", "global_step*")

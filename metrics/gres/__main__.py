@@ -1,4 +1,4 @@
-"""`python -m metrics.gres rows.jsonl --convention rela --json`: metrics from saved rows, without the model."""
+"""Compute metrics from saved rows, without the model: `python -m metrics.gres rows.jsonl --convention rela --json`."""
 
 import argparse
 import math

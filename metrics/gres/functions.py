@@ -389,7 +389,7 @@ def rejection_curve(rows: Iterable[Mapping[str, Any]], max_points: int = 201) ->
         is chance. `balance` is `{"threshold", "N_acc", "T_acc"}` at the threshold where N-acc and T-acc are closest (of
         several, where their sum is largest, then the lowest). `points` is `{"threshold", "N_acc", "T_acc"}` with lists of
         one length, in order of threshold. Without scores, no-targets or targets, area is NaN and balance None, and `note`
-        gives the reason. `note` also tells if `is_rejected` differs from `score < 0`.
+        gives the reason. `note` also says whether `is_rejected` differs from `score < 0`.
     """
     return _curve(_columns(rows), max_points)
 
@@ -493,36 +493,97 @@ def to_json(value: Any, **kwargs: Any) -> str:
     return json.dumps(clean(value), allow_nan=False, **kwargs)
 
 
-def _is_whole_rle(size: Any, counts: Any) -> bool:
-    """Return whether pycocotools can decode an encoding. It crashes or hangs if one is empty, cut or of another length.
+def _run_lengths(counts: str) -> np.ndarray:
+    """Return the run lengths of a compressed encoding, or [-1] if it is not one.
 
     Run lengths are little-endian numbers of 5 bits per character, from the fourth on the difference to the run length
     two places before (maskApi.c: rleToString). `data_scripts.masks.check_rle` has the same check for files;
     `evaluate.load` copies this module without that package.
     """
-    if not isinstance(counts, str) or len(size) != 2 or not all(_is_whole(side, 1) for side in size):
-        return False
     codes = np.frombuffer(counts.encode("ascii", "replace"), np.uint8) - np.uint8(48)
     ends = np.flatnonzero(codes < 32)
     starts = np.append(0, ends + 1)
     digits = np.diff(starts)
     if not len(ends) or starts[-1] != len(codes) or codes.max() > 63 or digits.max() > 7:
-        return False
+        return np.array([-1])
     runs = np.where(codes & 48 == 16, codes.astype(np.int64) - 32, codes & 31)
     runs = np.add.reduceat(runs << 5 * (np.arange(len(codes)) - np.repeat(starts[:-1], digits)), starts[:-1])
     runs[1::2] = runs[1::2].cumsum()
     runs[2::2] = runs[2::2].cumsum()
-    return bool(runs.min() >= 0 and runs.max() < 2**32 and runs.sum() == size[0] * size[1])
+    return runs
 
 
-def row_from_masks(
-    prediction: Mapping[str, Any], reference: Mapping[str, Any], is_rejected: bool, where: str = "row"
-) -> dict[str, Any]:
-    """Return one row from two masks in COCO run-length encoding.
+def encode_mask(mask: Any, where: str = "mask") -> dict[str, Any]:
+    """Return a mask in any form that people have as `{"size": [height, width], "counts": str}`.
 
     Args:
-        prediction: `{"size": [height, width], "counts": str}`, without any pixel if there is no predicted mask.
-        reference: The true mask in the same form. Without any pixel, the expression is a no-target.
+        mask: A COCO run-length encoding, compressed (counts are a string or pycocotools' bytes) or not (a list), or an
+            array or tensor (height, width) of booleans or of 0 and 1.
+        where: The mask's name in errors.
+
+    Raises:
+        ValueError: It is none of these, or its run lengths do not fill its size. pycocotools would crash or hang.
+
+    Example:
+        >>> encode_mask({"size": [3, 3], "counts": [0, 1, 3, 1, 3, 1]}) == encode_mask(np.eye(3)) == encode_mask(np.eye(3) > 0)
+        True
+    """
+    from pycocotools import mask as coco  # imported here, since rows without masks do not need it
+
+    if hasattr(mask, "__array__"):
+        array = np.asarray(mask.detach().cpu() if hasattr(mask, "detach") else mask)
+        if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "buif" or not np.isin(array, (0, 1)).all():
+            raise ValueError(
+                f"{where} is an array of shape {array.shape} and type {array.dtype}, expected (height, width) of "
+                f"booleans or of 0 and 1"
+            )
+        rle = coco.encode(np.asfortranarray(array.astype(np.uint8)))
+        return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+    size, counts = (mask.get("size"), mask.get("counts")) if isinstance(mask, Mapping) else (None, None)
+    size, counts = (value.tolist() if isinstance(value, np.ndarray) else value for value in (size, counts))
+    counts = counts.decode("ascii", "replace") if isinstance(counts, bytes) else counts
+    if isinstance(size, (list, tuple)) and len(size) == 2 and all(_is_whole(side, 1) for side in size):
+        height, width = int(size[0]), int(size[1])
+        runs: Any = [-1]
+        if isinstance(counts, str):
+            runs = _run_lengths(counts).tolist()
+        elif isinstance(counts, (list, tuple)) and all(_is_whole(run, 0) for run in counts):
+            runs = [int(run) for run in counts]
+        if runs and min(runs) >= 0 and sum(runs) == height * width < 2**32:
+            if not isinstance(counts, str):
+                rle = coco.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+                counts = rle["counts"].decode("ascii")
+            return {"size": [height, width], "counts": counts}
+    raise ValueError(
+        f"{where} is {short_repr(mask)}, expected {{'size': [height, width], 'counts': str}}, a COCO run-length encoding "
+        f"of that size (counts may also be bytes or a list), or an array of booleans"
+    )
+
+
+def encode_pair(prediction: Any, reference: Any, where: str = "row") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a predicted and a true mask in the form of `encode_mask`; None stands for a mask without any pixel.
+
+    Raises:
+        ValueError: One of the two is not a mask, or their sizes differ.
+    """
+    masks = {"prediction": prediction, "reference": reference}
+    encoded = {name: encode_mask(mask, f"{where}: {name}") for name, mask in masks.items() if mask is not None}
+    sizes = [mask["size"] for mask in encoded.values()] or [[1, 1]]
+    if sizes[0] != sizes[-1]:
+        raise ValueError(
+            f"{where}: the prediction's size is {sizes[0]}, the reference's {sizes[-1]}; "
+            "bring the prediction to the image's own (height, width) first"
+        )
+    empty = encode_mask(np.zeros(sizes[0], np.uint8))
+    return encoded.get("prediction", empty), encoded.get("reference", empty)
+
+
+def row_from_masks(prediction: Any, reference: Any, is_rejected: bool, where: str = "row") -> dict[str, Any]:
+    """Return one row from two masks.
+
+    Args:
+        prediction: The predicted mask in a form of `encode_mask`, without any pixel if there is none.
+        reference: The true mask in such a form. Without any pixel, the expression is a no-target.
         is_rejected: The model's decision.
         where: The row's name in errors.
 
@@ -531,19 +592,10 @@ def row_from_masks(
     """
     from pycocotools import mask as coco  # imported here, since rows without masks do not need it
 
-    for name, rle in {"prediction": prediction, "reference": reference}.items():
-        size = rle.get("size") if isinstance(rle, Mapping) else None
-        if not isinstance(size, (list, tuple)) or not _is_whole_rle(size, rle.get("counts")):
-            raise ValueError(
-                f"{where}: {name} is {short_repr(rle)}, expected {{'size': [height, width], 'counts': str}}, a COCO run-length "
-                "encoding of that size"
-            )
-    if list(prediction["size"]) != list(reference["size"]):
-        raise ValueError(
-            f"{where}: the prediction's size is {list(prediction['size'])}, the reference's {list(reference['size'])}; "
-            "bring the prediction to the image's own (height, width) first"
-        )
-    pair = [{"size": list(rle["size"]), "counts": rle["counts"].encode()} for rle in (prediction, reference)]
+    for name, mask in {"prediction": prediction, "reference": reference}.items():
+        if mask is None:  # a column that was forgotten; the evaluate module takes None, by `encode_pair`
+            encode_mask(mask, f"{where}: {name}")
+    pair = [{**mask, "counts": mask["counts"].encode()} for mask in encode_pair(prediction, reference, where)]
     return {
         "is_no_target": int(coco.area(pair[1])) == 0,
         "is_rejected": is_rejected,

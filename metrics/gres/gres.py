@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from .functions import check_row, gres_metrics, row_from_masks, undefined_notes
+from .functions import check_row, encode_pair, gres_metrics, row_from_masks, undefined_notes
 
 _DESCRIPTION = """\
 gIoU, cIoU, N-acc, T-acc and Pr@0.7/0.8/0.9 of generalized referring expression segmentation, as the benchmark counts
@@ -37,7 +37,8 @@ Args:
     is_rejected: list of bool, the model's decision for each expression.
     is_malformed: optional list of bool.
     config "rows" (default): is_no_target (bool), intersection, union (pixels), one entry per expression.
-    config "masks": predictions and references, COCO run-length encodings {"size": [height, width], "counts": str}.
+    config "masks": predictions and references, COCO run-length encodings {"size": [height, width], "counts"} (counts a
+        string, bytes or a list), arrays (height, width) of booleans, or None for no mask.
     convention: "rela" (default), "gsva" or "gsva_validate"; an argument of compute.
 
 Returns:
@@ -80,7 +81,7 @@ class Gres(evaluate.Metric):
     def _row(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
         row = dict(values)
         if self.config_name == "masks":
-            pair = row.pop("predictions"), row.pop("references")
+            pair = encode_pair(row.pop("predictions"), row.pop("references"), where)
             row.update(row_from_masks(*pair, row["is_rejected"], where))
         check_row(row, where)
         return row
@@ -93,8 +94,9 @@ class Gres(evaluate.Metric):
         Raises:
             ValueError: A column is missing or unknown, lengths differ, or an entry is wrong.
         """
-        columns = {"predictions": predictions, "references": references, **columns}
-        columns = {
+        masks = {"predictions": predictions, "references": references}
+        masks = {name: list(values) for name, values in masks.items() if values is not None}
+        columns = masks | {
             name: values.tolist() if hasattr(values, "tolist") else list(values)
             for name, values in columns.items()
             if values is not None
@@ -115,12 +117,20 @@ class Gres(evaluate.Metric):
         columns.setdefault("is_malformed", [None] * count)
         for index, values in enumerate(zip(*columns.values())):
             self._row(dict(zip(columns, values)), f"entry {index} of the batch")
+        if self.config_name == "masks":  # the columns hold one form only
+            pairs = [encode_pair(*pair) for pair in zip(columns["predictions"], columns["references"])]
+            columns["predictions"], columns["references"] = (
+                (list(column) for column in zip(*pairs)) if pairs else ([], [])
+            )
         super().add_batch(**columns)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **values: Any) -> None:
         """Add one expression, like `add_batch` with single values."""
-        values = {"predictions": prediction, "references": reference, **values}
-        self.add_batch(**{name: [value] for name, value in values.items() if value is not None})
+        pair = {"predictions": prediction, "references": reference}
+        if self.config_name != "masks":  # where None is a value: no mask
+            pair = {name: value for name, value in pair.items() if value is not None}
+        values = {name: value for name, value in values.items() if value is not None}
+        self.add_batch(**{name: [value] for name, value in {**pair, **values}.items()})
 
     def compute(self, *, is_malformed: Any = None, **kwargs: Any) -> dict[str, Any] | None:
         """Compute the metrics of everything added and of the columns given here; None except on the first process."""

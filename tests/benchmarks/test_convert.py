@@ -1,4 +1,4 @@
-"""The parts of the conversion benchmark that are not the measurement itself."""
+"""The conversion benchmark: the shapes of its checkpoint, the peak memory of a process, the names of benchmarks."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ def test_the_7b_shape_is_the_published_one():
 
 
 def test_peak_of_a_process_is_its_own():
-    held = bytearray(300 * 2**20)  # what the parent holds must not count
+    held = bytearray(300 * 2**20)  # the parent's memory must not count
     code = "import time; x = bytearray(b'1' * 100 * 2**20); time.sleep(0.5)"
     assert 100 * 2**20 < run_and_watch([sys.executable, "-c", code]) < len(held)
     with pytest.raises(subprocess.CalledProcessError):

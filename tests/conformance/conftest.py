@@ -1,4 +1,4 @@
-"""Keeps what ran and what was skipped, for test_lists.py."""
+"""Collect the tests that ran and that were skipped, for test_lists.py."""
 
 import re
 from pathlib import Path

@@ -1,9 +1,9 @@
 """
-Takes the common tests of the installed transformers from its source distribution, and prints the folder they lie in.
+Unpack the common tests of the installed transformers from its source distribution, and print their folder.
 
     python tests/conformance/fetch.py FOLDER
 
-pip asks the configured package index and checks the file against the index's hash. Only `tests/*.py` is unpacked.
+pip downloads from the configured package index and checks the index's hash. Only `tests/*.py` is unpacked.
 """
 
 import os

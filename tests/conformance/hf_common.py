@@ -1,4 +1,4 @@
-"""Imports the common tests of transformers from the folder that TRANSFORMERS_TESTS names (see README.md)."""
+"""Import the common tests of transformers from the folder that TRANSFORMERS_TESTS names (see README.md)."""
 
 import importlib
 import os

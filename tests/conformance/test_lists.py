@@ -1,4 +1,4 @@
-"""Every test of transformers that is skipped or overridden here stands in README.md with its reason, and no other does."""
+"""README.md lists every test of transformers that is skipped or overridden here with its reason, and no other test."""
 
 import inspect
 import os
@@ -17,7 +17,7 @@ def section(title: str) -> str:
 
 
 def rows(title: str) -> list[list[str]]:
-    """The cells of a section's table, without its head."""
+    """Return the cells of a section's table, without its head."""
     lines = re.findall(r"^\| (.+) \|$", section(title), re.MULTILINE)
     return [line.split(" | ") for line in lines][1:]
 
@@ -27,7 +27,7 @@ def names(cell: str) -> set[str]:
 
 
 def write_skips(skipped: dict[str, set[str]]):
-    """The table anew; what is said about a reason stays."""
+    """Write the table again, and keep the reasons that people gave."""
     why = {reason: said for reason, said, _ in rows("Skipped")}
     lines = [
         f"| {reason} | {why.get(reason, UNKNOWN)} | {', '.join(f'`{name}`' for name in sorted(tests))} |"
@@ -53,7 +53,7 @@ def skipped(what_ran) -> dict[str, set[str]]:
 
 
 def test_every_skip_is_listed_with_its_reason(skipped, what_ran):
-    """`WRITE_LISTS=1 make conformance` writes the table; why a reason holds here is for a person to say."""
+    """`WRITE_LISTS=1 make conformance` writes the table; a person adds why a reason holds here."""
     from transformers.testing_utils import torch_device
 
     if os.environ.get("WRITE_LISTS"):

@@ -1,12 +1,13 @@
-"""Bases: deltas, the start of training, and what they fill in."""
+"""Bases: deltas, the start of training, and the parts that a base supplies."""
 
+import json
 import re
 import shutil
 
 import pytest
 import torch
 from conversions import FROZEN, assert_equal, expected, load, peft_names, run, sample_inputs, start
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conversion import to_ours
 from convert_checkpoint import main
@@ -143,3 +144,145 @@ def test_what_a_trained_checkpoint_lacks_is_named_with_its_option(original, tmp_
                 str(original / "llava"),
             ]
         )
+
+
+SAM_MATRIX = "model.visual_model.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+PEFT = "base_model.model."
+
+
+def trained_parts(original) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in peft_names(original).items()
+            if "lora_" in key or not key.removeprefix(PEFT).startswith(FROZEN)}  # fmt: skip
+
+
+def without(state: dict, *words: str) -> dict:
+    return {key: value for key, value in state.items() if not all(word in key for word in words)}
+
+
+# What a checkpoint lacks that bases could fill in, by its form, and words of the message.
+HOLES = {
+    "a bias of a whole model": (peft_names, ["mask_decoder.output_upscaling.3.bias"], r"whole model\) has holes.*upscaling\.3\.bias"),
+    "CLIP of a whole model": (peft_names, ["vision_tower"], r"39 that --clip supplies"),
+    "SAM's encoder of a whole model": (peft_names, ["image_encoder"], r"51 that --sam supplies"),
+    "the projector of a whole model": (peft_names, ["mm_projector"], r"2 that --llava \(or --llava_delta\) supplies"),
+    "a layer of a whole model": (peft_names, ["model.layers.1.mlp"], r"3 that --llava .*model\.layers\.1\.mlp\.down_proj"),
+    "the trained mask decoder": (trained_parts, ["mask_decoder"], r"trained parts only\) has holes.*120 that --sam supplies"),
+    "half of the mask decoder": (trained_parts, ["mask_decoder.transformer"], r"82 that --sam supplies"),
+    "the trained embedding": (trained_parts, ["embed_tokens"], r"embed_tokens\.weight of --llava has 320 rows"),
+    "LoRA of a layer": (trained_parts, ["layers.1", "lora_"], r"lacks model\.layers\.1\.self_attn\.q_proj\.weight"),
+    "LoRA of one weight": (trained_parts, ["layers.0.self_attn.v_proj.lora_"], r"lacks model\.layers\.0\.self_attn\.v_proj"),
+    "one matrix of all weights": (trained_parts, ["lora_B"], r"lora_A without lora_B"),
+    "LoRA of a layer of a whole model": (peft_names, ["layers.0", "lora_"], r"lacks model\.layers\.0\.self_attn\.q_proj"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOLES)
+def test_bases_do_not_fill_holes(case, original, tmp_path):
+    form, words, message = HOLES[case]
+    state = form(original)
+    holes = without(state, *words)
+    assert len(holes) < len(state)
+    torch.save(holes, tmp_path / "gsva.bin")
+    with pytest.raises(SystemExit) as error:
+        run(original, tmp_path / "gsva.bin", tmp_path / "out", "--sam", str(original / "sam.pth"))
+    assert re.search(message, str(error.value)), error.value
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_whole_model_that_lost_a_part_is_not_told_to_take_it_from_a_base(original, tmp_path):
+    torch.save(without(peft_names(original), "image_encoder"), tmp_path / "gsva.bin")
+    with pytest.raises(
+        SystemExit, match="not all parameters of a whole model, model.visual_model.image_encoder"
+    ) as error:
+        run(original, tmp_path / "gsva.bin", tmp_path / "out")
+    assert "--sam" not in str(error.value)
+
+
+def test_the_summary_lists_what_the_bases_fill_in(original, tmp_path, capsys):
+    torch.save(trained_parts(original), tmp_path / "trained.bin")
+    run(original, tmp_path / "trained.bin", tmp_path / "out", "--sam", str(original / "sam.pth"))
+    run(original, original / "full.pt", tmp_path / "whole", "--sam", str(original / "sam.pth"))
+    trained, whole = capsys.readouterr().out.split("Wrote ")[1:]
+    assert "checkpoint: trained parts only" in trained and "checkpoint: whole model" in whole
+    filled = {"--clip: CLIP's vision tower": 39, "--llava: projector": 2, "--llava: language model": 19,
+              "--sam: SAM's positional matrix": 1, "--sam: SAM's image encoder": 51, "--sam: SAM's prompt encoder": 16}  # fmt: skip
+    assert f"filled in from the bases: {filled}" in trained and "filled in" not in whole
+    assert "| checkpoint | trained parts only |" in (tmp_path / "out/README.md").read_text()
+
+
+def test_lora_alone_takes_the_rest_from_a_whole_gsva(original, tmp_path):
+    torch.save({key: value for key, value in peft_names(original).items() if "lora_" in key}, tmp_path / "lora.bin")
+    with pytest.raises(SystemExit, match="has only LoRA; missing are .*--llava, as the directory of a whole GSVA"):
+        run(original, tmp_path / "lora.bin", tmp_path / "out", "--sam", str(original / "sam.pth"))
+    base = tmp_path / "base"
+    shutil.copytree(original / "llava", base)
+    shutil.copyfile(original / "full.pt", base / "pytorch_model.bin")
+    main(["--checkpoint", str(tmp_path / "lora.bin"), "--llava", str(base), "--clip", str(original / "clip"), "--output",
+          str(tmp_path / "out")])  # fmt: skip
+    assert_equal(load_file(tmp_path / "out/model.safetensors"), expected(original))
+
+
+@pytest.mark.parametrize("with_buffers", [False, True])
+def test_another_sam_than_that_of_the_training_is_refused(with_buffers, original, tmp_path):
+    state = trained_parts(original)
+    if with_buffers:
+        state[PEFT + SAM_MATRIX] = peft_names(original)[PEFT + SAM_MATRIX]
+    sam = torch.load(original / "sam.pth", weights_only=True)
+    generator = torch.Generator().manual_seed(5)
+    torch.save(
+        {key: value.std() * torch.randn(value.shape, generator=generator) for key, value in sam.items()},
+        tmp_path / "b.pth",
+    )
+    torch.save(state, tmp_path / "trained.bin")
+    with pytest.raises(SystemExit, match=r"--sam .*b\.pth is another model than the one that the trained parts"):
+        run(original, tmp_path / "trained.bin", tmp_path / "out", "--sam", str(tmp_path / "b.pth"))
+    # Rounding, weight decay and training of what is trained leave the base recognisable.
+    state = {key: (value * 0.9).bfloat16() for key, value in state.items()}
+    for key in state:
+        if "mask_decoder.transformer" in key:
+            state[key] = torch.randn(state[key].shape, generator=generator).bfloat16()
+    torch.save(state, tmp_path / "rounded.bin")
+    run(original, tmp_path / "rounded.bin", tmp_path / "rounded", "--sam", str(original / "sam.pth"))
+
+
+def test_another_language_model_than_that_of_the_training_is_refused(original, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(original / "llava", base)
+    llava = torch.load(base / "pytorch_model.bin", weights_only=True)
+    llava["model.embed_tokens.weight"] = torch.randn(320, 32, generator=torch.Generator().manual_seed(1))
+    torch.save(llava, base / "pytorch_model.bin")
+    torch.save(trained_parts(original), tmp_path / "trained.bin")
+    with pytest.raises(SystemExit, match="another model.*model.embed_tokens.weight of the two have nothing in common"):
+        main(["--checkpoint", str(tmp_path / "trained.bin"), "--llava", str(base), "--clip", str(original / "clip"), "--sam",
+              str(original / "sam.pth"), "--output", str(tmp_path / "out")])  # fmt: skip
+
+
+def zero_to_fp32(state: dict, target, shards: int, safetensors: bool) -> None:
+    """Write a state dict in the layouts of DeepSpeed's zero_to_fp32.py: float32, one file or shards with an index."""
+    names, suffix = list(state), "safetensors" if safetensors else "bin"
+    stem = "model" if safetensors else "pytorch_model"
+    write = save_file if safetensors else torch.save
+    target.mkdir()
+    parts = {f"{stem}-{i + 1:05d}-of-{shards:05d}.{suffix}": names[i::shards] for i in range(shards)}
+    if shards == 1:
+        parts = {f"{stem}.{suffix}": names}
+    for file, keys in parts.items():
+        write({key: state[key].contiguous() for key in keys}, target / file)
+    if shards > 1:
+        weight_map = {key: file for file, keys in parts.items() for key in keys}
+        text = json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map})
+        (target / f"{stem}.{suffix}.index.json").write_text(text)
+
+
+@pytest.mark.parametrize("safetensors", [False, True])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("form", ["whole", "exclude_frozen_parameters"])
+def test_what_zero_to_fp32_writes_of_the_original_s_training(form, shards, safetensors, original, tmp_path):
+    """Buffers are in both forms: SAM's positional matrix, rotary frequencies, CLIP's position ids."""
+    whole = peft_names(original)
+    state = whole if form == "whole" else trained_parts(original) | {PEFT + SAM_MATRIX: whole[PEFT + SAM_MATRIX]}
+    state |= {f"{PEFT}model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
+    state[f"{PEFT}model.vision_tower.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+    zero_to_fp32(state, tmp_path / "consolidated", shards, safetensors)
+    ours = run(original, tmp_path / "consolidated", tmp_path / "out", "--sam", str(original / "sam.pth"))
+    assert_equal(ours, expected(original))

@@ -1,4 +1,4 @@
-"""Whole conversions through the real command line: what is refused, what loads, what is uploaded."""
+"""Whole conversions through the real command line: refused input, loading of results, uploads."""
 
 import re
 from pathlib import Path
@@ -76,3 +76,33 @@ def test_push_to_hub_uploads_the_finished_directory(original, tmp_path, monkeypa
         ("upload", repo_id, (Path(folder_path) / "model.safetensors").is_file())))  # fmt: skip
     run(original, original / "full.pt", tmp_path / "out", "--push_to_hub", "someone/gsva-tiny")
     assert calls == [("create", "someone/gsva-tiny"), ("upload", "someone/gsva-tiny", True)]
+
+
+def test_a_push_that_fails_says_how_to_go_on(original, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def refuse(self, repo, **options):
+        raise OSError("401 Unauthorized")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    with pytest.raises(
+        SystemExit, match="--push_to_hub someone/gsva cannot be written, so nothing was converted .*401"
+    ):
+        run(original, original / "full.pt", tmp_path / "out", "--push_to_hub", "someone/gsva")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo, **options: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **options: refuse(self, ""))
+    with pytest.raises(SystemExit, match="is written and whole, but .*hf upload someone/gsva") as error:
+        run(original, original / "full.pt", tmp_path / "out", "--push_to_hub", "someone/gsva")
+    assert str(tmp_path / "out") in str(error.value)
+    load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "option, file", [("--llava", "llava/pytorch_model.bin"), ("--clip", "clip/pytorch_model.bin")]
+)
+def test_bases_are_directories(option, file, original, tmp_path):
+    with pytest.raises(SystemExit, match=rf"{option} .*pytorch_model.bin is a file: pass the directory"):
+        run(original, original / "full.pt", tmp_path / "out", option, str(original / file))
+    with pytest.raises(SystemExit, match=rf"{option} .*nowhere does not exist"):
+        run(original, original / "full.pt", tmp_path / "out", option, str(tmp_path / "nowhere"))

@@ -1,6 +1,9 @@
-"""Types, shards, merged and kept LoRA of what is written."""
+"""Written models: types, shards, and LoRA merged or kept."""
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,7 +61,7 @@ def test_kept_lora_gives_the_outputs_of_merged_lora(original, tmp_path):
     models += [load_model(ModelArguments(model=str(tmp_path / name)))[1] for name in ("moved", "moved/adapter")]
     for model in models:
         torch.testing.assert_close(model.eval().segment(**inputs).scores[0], wanted.scores[0], atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="keeps its LoRA apart"):
+    with pytest.raises(ValueError, match="keeps its LoRA in"):
         load_model(ModelArguments(model=str(tmp_path / "moved"), quantization="8bit"))
 
 
@@ -88,3 +91,48 @@ def test_shards_have_an_index_and_the_asked_size(original, tmp_path):
     assert_equal({key: value for key, value in model.state_dict().items() if key in ours}, ours, 0.0)
     modes = {p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()}
     assert len(modes) == 1, "every file has the same, usual permissions"
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_anything_is_read(original, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    monkeypatch.setattr("conversion.reading.WeightFile.tensors", lambda self: pytest.fail("read"))
+    for output, message in {
+        tmp_path / "file": "exists already and is not overwritten",
+        tmp_path / "link": "exists already and is not overwritten",
+        tmp_path / "file/in/it": r"cannot be written \(Not a directory\)",
+        tmp_path / ("n" * 256): r"cannot be written \(File name too long\)",
+        Path("/dev/full"): "exists already and is not overwritten",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            run(original, original / "full.pt", output)
+    real = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path) != tmp_path and real(path, mode)
+    )  # as a read-only disk
+    with pytest.raises(SystemExit, match=f"{tmp_path} is read-only"):
+        run(original, original / "full.pt", tmp_path / "new/out")
+    assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_name_of_255_bytes_is_written(original, tmp_path):
+    name = "gsva-" + "x" * 250
+    assert_equal(run(original, original / "full.pt", tmp_path / name), expected(original, merged=False))
+
+
+def test_a_full_disk_is_noticed_before_the_work(original, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=500_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    torch.save(peft_names(original), tmp_path / "gsva.bin")
+    with pytest.raises(SystemExit, match=r"out needs 0.00 GB and .* has 0.00 GB free: nothing was written"):
+        run(original, tmp_path / "gsva.bin", tmp_path / "out")
+    run(original, tmp_path / "gsva.bin", tmp_path / "half", "--dtype", "bfloat16")  # 252,056 bytes
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(original, tmp_path):
+    torch.save(peft_names(original), tmp_path / "gsva.bin")
+    folders = [tmp_path / name / "gsva" for name in "ab"]
+    for folder in folders:
+        run(original, tmp_path / "gsva.bin", folder, "--keep_lora")
+    files = [{path.relative_to(f): path.read_bytes() for path in f.rglob("*") if path.is_file()} for f in folders]
+    assert files[0] == files[1] and Path("adapter/adapter_config.json") in files[0]

@@ -1,4 +1,4 @@
-"""The data pipeline against recorded outputs of the original (tests/fixtures/golden_data: a part, without token ids)."""
+"""The data pipeline gives the recorded outputs of the original (tests/fixtures/golden_data holds a part, without token ids)."""
 
 import json
 

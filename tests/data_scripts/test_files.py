@@ -1,4 +1,4 @@
-"""Files and folders are written whole or not at all, readable as the umask says, and templates escape what they are given."""
+"""Files and folders are written whole or not at all, with the permissions of the umask, and templates escape their values."""
 
 import json
 import os

@@ -6,6 +6,7 @@ from data_trees import MINI, words
 
 import data_scripts
 from data_scripts.mixture import FAMILIES, Mixture, TrainingDataset, load_mixture
+from data_scripts.skipped import SkipList
 from data_scripts.transforms import ReferringTransform, SemanticTransform
 
 
@@ -94,3 +95,16 @@ def test_a_mixture_of_nothing_is_refused(families):
 def test_an_unknown_family_is_refused(root):
     with pytest.raises(ValueError, match="sem_seg, refer_seg, vqa, reason_seg"):
         load_mixture(root, {"semantic": ["ade20k"]})
+
+
+def test_skipped_images_are_listed_once_however_often_they_are_met(root, tmp_path):
+    trees.ade20k(root, trees.full(1), trees.full(2))
+    rows = data_scripts.load("ade20k", root)
+    (root / "ade20k/images/training/0.jpg").write_bytes(b"no image")
+    skipped = SkipList(tmp_path / "out/skipped.txt")
+    dataset = TrainingDataset(rows, SemanticTransform(), on_bad_image="skip", skip_list=skipped)
+    assert {dataset[i]["image_id"] for i in range(6)} == {"1"} and dataset.skipped >= 3
+    (line,) = skipped.read()
+    assert "training/0.jpg cannot be read" in line
+    assert skipped.summary().startswith("\nskipped 1 images:\n  The image ")
+    assert SkipList(tmp_path / "none").summary() == ""

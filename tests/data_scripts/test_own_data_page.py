@@ -1,4 +1,4 @@
-"""The page about one's own data, "Your own data" in data_scripts/README.md: its files made, its commands run as written."""
+"""Make the files and run the commands of "Your own data" in data_scripts/README.md as they are written there."""
 
 import json
 import os
@@ -66,8 +66,8 @@ def test_the_page_as_written(shell, tmp_path):
     assert [(entry["stage"], entry["dataset"], entry["split"], entry["samples"]) for entry in records] == [
         ("before", "own", "val", 2), ("after", "own", "val", 2)]  # fmt: skip
     shell(predict)
-    (told,) = json.loads((tmp_path / "runs/told/predictions.json").read_text())
-    assert [entry["text"] for entry in told["expressions"]] == ["the left cat", "a unicorn"]
+    (answers,) = json.loads((tmp_path / "runs/answers/predictions.json").read_text())
+    assert [entry["text"] for entry in answers["expressions"]] == ["the left cat", "a unicorn"]
     assert "trained 2 steps" in shell(rehearsal)
     assert (tmp_path / "runs/rehearsal/adapter/adapter_model.safetensors").is_file()
     (python,) = blocks("python")

@@ -2,6 +2,7 @@
 
 import data_trees as trees
 import pytest
+from data_trees import SQUARE
 
 import data_scripts
 from data_scripts import publish
@@ -12,7 +13,8 @@ from data_scripts.transforms import ReferringTransform
 def test_publish_writes_a_folder_that_load_dataset_opens(root, tmp_path):
     from datasets import load_dataset
 
-    trees.referring(root, "refcoco", [trees.ref(), trees.ref(1, split="testA", image_id=2)], images=(1, 2))
+    refs = [trees.ref(), trees.ref(1, ann_id=2, split="testA", image_id=2)]
+    trees.referring(root, "refcoco", refs, {1: [SQUARE], 2: [SQUARE]}, images=(1, 2))
     out = tmp_path / "published"
     assert publish.main(["refcoco", str(root), str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "data"]

@@ -1,4 +1,6 @@
-"""The referring sets: splits, every form of a mask, records that are wrong, expressions as questions."""
+"""The referring sets: splits, every form of a mask, wrong records, expressions as questions."""
+
+import json
 
 import data_trees as trees
 import pytest
@@ -146,14 +148,15 @@ def test_nothing_to_ask_for_anywhere_says_so(root):
 
 
 def test_refs_without_sentences_give_their_place_to_another_picture(root):
-    trees.referring(root, "refcoco", [trees.ref(0, texts=[]), trees.ref(1, image_id=2)], images=(1, 2))
+    refs = [trees.ref(0, texts=[]), trees.ref(1, ann_id=2, image_id=2)]
+    trees.referring(root, "refcoco", refs, {1: [SQUARE], 2: [SQUARE]}, images=(1, 2))
     dataset = TrainingDataset(data_scripts.load("refcoco", root), ReferringTransform())
     assert [example["image_id"] for example in dataset] == ["2", "2"]
 
 
 def test_pictures_with_absent_things_only_give_their_place_to_others(root):
-    refs = [trees.ref(0, ann_id=[-1]), *(trees.ref(i, image_id=i + 1, ann_id=[1]) for i in range(1, 5))]
-    trees.referring(root, "grefcoco", refs, images=(1, 2, 3, 4, 5))
+    refs = [trees.ref(0, ann_id=[-1]), *(trees.ref(i, image_id=i + 1, ann_id=[i]) for i in range(1, 5))]
+    trees.referring(root, "grefcoco", refs, {i: [SQUARE] for i in range(1, 5)}, images=(1, 2, 3, 4, 5))
     rows = data_scripts.load("grefcoco", root)
     taken = {TrainingDataset(rows, ReferringTransform())[epoch * 5]["image_id"] for epoch in range(40)}
     assert taken == {"2", "3", "4", "5"}  # not one of them again and again
@@ -176,3 +179,89 @@ def test_expressions_that_look_like_markup(root, text, asked):
     question, answer = talk(worded(root, [text]))
     assert asked.lower() in question and question.count("<image>") == 1
     assert asked in answer and answer.count("[SEG]") == 1 and "</s>" not in answer
+
+
+# ---- annotations that are not what a ref needs ---------------------------------------------------------------------------
+def changed(root, name, change):
+    """Change the content of a set's instances.json in place."""
+    path = root / "refer_seg" / name / "instances.json"
+    content = json.loads(path.read_text())
+    change(content)
+    trees.write(path, content)
+    return root
+
+
+@pytest.mark.parametrize("name", ["grefcoco", "refcoco", "refzom"])
+@pytest.mark.parametrize("value", [None, [], [[]], "", {}, float("nan"), "missing"], ids=repr)
+@pytest.mark.parametrize("ann_id", [[1], [2, 1]])
+def test_an_annotation_with_a_box_and_no_mask_is_not_absent(root, name, value, ann_id):
+    trees.referring(root, name, [trees.ref(ann_id=ann_id)], {1: [SQUARE], 2: [SQUARE]})
+
+    def change(content):
+        content["annotations"][0].update(bbox=[5, 5, 10, 10], area=100, segmentation=value)
+        if value == "missing":
+            del content["annotations"][0]["segmentation"]
+
+    changed(root, name, change)
+    with pytest.raises(
+        ValueError, match=r"annotation 1: it has bbox .* but no mask|annotations\[0\] lacks segmentation"
+    ):
+        data_scripts.load(name, root)
+
+
+@pytest.mark.parametrize("kind", ["images", "annotations"])
+@pytest.mark.parametrize("other", [1, "1"])
+def test_an_id_that_stands_twice(root, kind, other):
+    trees.referring(root, "grefcoco", [trees.ref(ann_id=[1])])
+    changed(
+        root,
+        "grefcoco",
+        lambda content: content[kind].append({**content[kind][0], "id": other, "file_name": "2.jpg", "image_id": 2}),
+    )
+    with pytest.raises(ValueError, match=rf"{kind}\[1\]: id '?1'? stands twice"):
+        data_scripts.load("grefcoco", root)
+
+
+def test_a_record_that_stands_twice_word_for_word_counts_once(root):
+    trees.referring(root, "grefcoco", [trees.ref(ann_id=[1])])
+    changed(root, "grefcoco", lambda content: content["annotations"].append(content["annotations"][0]))
+    assert areas(data_scripts.load("grefcoco", root)) == [100]
+
+
+def test_an_annotation_of_another_image(root):
+    trees.referring(root, "grefcoco", [trees.ref(7, ann_id=[1]), trees.ref(8, image_id=2, ann_id=[1])], images=(1, 2))
+    with pytest.raises(ValueError, match="annotation 1: it is of image 1, but ref 8 names it for image 2"):
+        data_scripts.load("grefcoco", root)
+
+
+def test_no_target_and_a_target_at_once(root):
+    trees.referring(root, "grefcoco", [trees.ref(7, ann_id=[-1, 1])])
+    with pytest.raises(ValueError, match=r"ref 7 names no target \(-1\) and annotations \[1\]"):
+        data_scripts.load("grefcoco", root)
+
+
+def test_run_lengths_of_another_size_are_named_when_rows_are_built(root):
+    trees.referring(root, "grefcoco", [trees.ref(ann_id=[1])], {1: {"size": [40, 30], "counts": [100, 50, 1050]}})
+    with pytest.raises(ValueError, match=r"annotation 1: its mask is \[40, 30\] .*its image \[30, 40\] .*swapped"):
+        data_scripts.load("grefcoco", root)
+
+
+def test_parts_of_the_image_instead_of_pixels(root):
+    trees.referring(root, "grefcoco", [trees.ref(ann_id=[1])], {1: [[0.1, 0.1, 0.9, 0.1, 0.9, 0.9]]})
+    with pytest.raises(ValueError, match="annotation 1: .*between 0 and 1"):
+        data_scripts.load("grefcoco", root)
+
+
+def test_a_size_that_is_not_the_images_is_named_when_rows_are_built(root):
+    trees.referring(root, "refcoco", [trees.ref()])
+    trees.picture(root / "refer_seg/images/mscoco/images/train2014/1.jpg", size=(30, 40))
+    with pytest.raises(
+        PictureError, match=r"image 1: .*1\.jpg is 40 x 30 .*for 30 x 40; height and width are swapped"
+    ):
+        data_scripts.load("refcoco", root)
+
+
+def test_refs_without_an_entry(root):
+    trees.referring(root, "grefcoco", [])
+    with pytest.raises(ValueError, match=r"grefs\(unc\)\.json has no refs"):
+        data_scripts.load("grefcoco", root)

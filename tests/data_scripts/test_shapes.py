@@ -1,4 +1,4 @@
-"""The embedded data set: a pure function of its numbers, masks that are what the words say, true answers, bad options."""
+"""The data set `shapes`: rows depend on seed and index alone, masks and answers are correct, bad options are refused."""
 
 import hashlib
 import io

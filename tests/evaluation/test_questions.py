@@ -1,7 +1,5 @@
 """One question per expression: ReasonSeg's rules, blank expressions, and the same IoU on pictures and in rows."""
 
-import math
-
 import numpy as np
 import pytest
 from evaluations import config_of
@@ -45,7 +43,7 @@ def test_ignored_pixels_are_foreground_or_left_out_by_name(model, processor, rea
         name: evaluate_rows(
             model,
             processor,
-            config_of(reasoning, dataset="ReasonSeg", ignore_region=name, threshold=-math.inf),
+            config_of(reasoning, dataset="ReasonSeg", ignore_region=name, threshold=-1e9),
             keep_masks=True,
         )
         for name in ("foreground", "ignored")
@@ -76,7 +74,7 @@ def test_blank_expressions_are_not_asked_for(model, processor, rows):
 @pytest.mark.parametrize("ignore_region", ["foreground", "ignored"])
 def test_the_iou_on_a_picture_is_that_of_its_row(model, processor, reasoning, ignore_region):
     """Verdicts on pages and validation sheets, and the metric rows, read the same truth and the same counted pixels."""
-    config = config_of(reasoning, dataset="ReasonSeg", ignore_region=ignore_region, threshold=-math.inf)
+    config = config_of(reasoning, dataset="ReasonSeg", ignore_region=ignore_region, threshold=-1e9)
     verdicts = []
     result = evaluate_rows(
         model,

@@ -1,4 +1,4 @@
-"""The page about evaluations: what it says, what it shows, that it stands alone, and which runs it refuses."""
+"""The report page: its facts and images, no need of a network, and the runs that it refuses."""
 
 import base64
 import io

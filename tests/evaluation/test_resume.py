@@ -1,4 +1,4 @@
-"""A killed evaluation goes on, a complete one is not repeated, and a change since is named."""
+"""A killed evaluation continues, a complete one is not repeated, and a change since then is named."""
 
 import copy
 

@@ -120,3 +120,25 @@ for split in (2, 3):
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert [stdout.split() for stdout, _ in outputs] == [[str(RELA_GIOU)] * 2, ["None"] * 2]
+
+
+def test_masks_as_pycocotools_and_numpy_give_them(load):
+    coco = pytest.importorskip("pycocotools.mask")
+    mask = np.zeros((4, 6), np.uint8)
+    mask[1:3, 1:4] = 1
+    raw = coco.encode(np.asfortranarray(mask))
+    metric = load("masks")
+    metric.add_batch(
+        predictions=[raw, mask > 0, {"size": [4, 6], "counts": [5, 2, 2, 2, 2, 2, 9]}, None],
+        references=[mask > 0, raw, raw, None],
+        is_rejected=[False, False, False, True],
+    )
+    metric.add(prediction=None, reference=raw, is_rejected=True)
+    metric.add(prediction=raw, reference=None, is_rejected=False)
+    metrics = metric.compute()
+    assert metrics["gIoU"] == pytest.approx(4 / 6) and metrics["cIoU"] == pytest.approx(18 / 30)
+    assert (metrics["N_acc"], metrics["T_acc"]) == (0.5, 0.75)
+    batch = np.stack([mask > 0] * 2)
+    assert load("masks").compute(predictions=batch, references=[raw, None], is_rejected=[False, True])["gIoU"] == 1.0
+    with pytest.raises(ValueError, match="entry 0 of the batch: prediction is"):
+        load("masks").add(prediction="a.png", reference=raw, is_rejected=False)

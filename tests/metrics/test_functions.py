@@ -515,3 +515,27 @@ def test_a_plot_goes_to_a_path_or_an_open_file(tmp_path):
     with pytest.raises(ValueError, match="no picture can be written as 'xyz'"):
         plot_rejection_curves(curves, tmp_path / "curve.xyz")
     assert not (tmp_path / "curve.xyz").exists()
+
+
+def test_masks_in_every_form_that_people_have():
+    coco = pytest.importorskip("pycocotools.mask")
+    mask = np.zeros((4, 6), np.uint8)
+    mask[1:3, 1:4] = 1
+    raw = coco.encode(np.asfortranarray(mask))
+    forms = [
+        raw,  # bytes
+        {**raw, "counts": raw["counts"].decode()},
+        {"size": (4, 6), "counts": [5, 2, 2, 2, 2, 2, 9]},
+        {"size": np.array([4, 6]), "counts": np.array([5, 2, 2, 2, 2, 2, 9], np.uint32)},
+        mask,
+        mask > 0,
+        mask.astype(np.float32),
+    ]
+    expected = {"is_no_target": False, "is_rejected": False, "intersection": 6, "union": 6}
+    for form in forms:
+        assert row_from_masks(form, forms[0], False) == row_from_masks(forms[0], form, False) == expected
+    for wrong in ({"size": [4, 6], "counts": [5, 2]}, {"size": [4, 6], "counts": [-1, 25]}, mask * 255, mask[0],
+                  np.full((2, 2), NAN), "masks/1.png", [[1, 1, 3, 1, 3, 3]], {"size": [4, 6], "counts": [5.5, 18.5]},
+                  {"size": [4, 6], "counts": []}, {"size": [4, 6], "counts": b""}):  # fmt: skip
+        with pytest.raises(ValueError, match="row: prediction is"):
+            row_from_masks(wrong, raw, False)

@@ -1,5 +1,7 @@
-"""Chat: templates that refuse what they cannot place, batches, prefilled answers, the stock pipeline, streamed text with masks."""
+"""Chat: content that templates refuse, batches, prefilled answers, the stock pipeline, streamed text with masks."""
 
+import gc
+import io
 import threading
 
 import numpy as np
@@ -7,7 +9,14 @@ import pytest
 import torch
 from jinja2.exceptions import TemplateError
 from paths import BASE
-from transformers import TextIteratorStreamer, pipeline
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    pipeline,
+)
 
 import data_scripts
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
@@ -55,7 +64,10 @@ def test_what_the_assistant_says_is_masked_as_it_is_trained(make_processor, make
         ([user("a"), user("b")], "Message 2 is by user"),
         ([user("a"), assistant("b"), {"role": "system", "content": "c"}], "Message 3 is by system"),
         ([{"role": "tool", "content": "a"}], "Message 1 is by tool"),
-        ([{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}], "part of type video"),
+        (
+            [{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}],
+            "part of type 'video'|part of type video",
+        ),
         ([{"role": "user", "content": None}], "instead of text"),
         ([{"role": "user"}], "instead of text"),
         ([{"role": "user", "content": [{"type": "text"}]}], "instead of text"),
@@ -191,3 +203,133 @@ def test_a_failing_stream_ends_with_its_error(base):
         _ = answer.results
     with pytest.raises(ValueError, match="2 conversations cannot be streamed"):
         processor.stream(model, {**inputs, "input_ids": inputs["input_ids"].repeat(2, 1)})
+
+
+def answer_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("answer")]
+
+
+@pytest.fixture
+def endless(base):
+    """The embedded base, which never ends its answer by itself; and how often it was called."""
+    processor, model, inputs = base
+    calls = []
+    hook = model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    yield processor, model, inputs, {"max_new_tokens": 400, "eos_token_id": -1}, calls
+    hook.remove()
+
+
+def test_a_closed_answer_ends_with_its_thread(endless):
+    processor, model, inputs, options, calls = endless
+    answer = processor.stream(model, inputs, **options)
+    next(iter(answer))
+    answer.close()
+    assert answer_threads() == [] and 0 < len(calls) < 400
+    made = len(calls)
+    list(answer)  # neither waits nor fails
+    with pytest.raises(ValueError, match="closed before it was finished"):
+        _ = answer.results
+    answer.close()  # again
+    assert len(calls) == made
+
+
+def test_leaving_a_with_ends_the_writing(endless):
+    processor, model, inputs, options, calls = endless
+    with pytest.raises(KeyboardInterrupt), processor.stream(model, inputs, **options) as answer:
+        for _ in answer:
+            raise KeyboardInterrupt
+    assert answer_threads() == [] and len(calls) < 400
+
+
+def test_an_answer_that_nobody_holds_is_not_written_on(endless):
+    processor, model, inputs, options, calls = endless
+    for _ in processor.stream(model, inputs, **options):
+        break
+    gc.collect()
+    for thread in answer_threads():
+        thread.join(timeout=60)
+    assert answer_threads() == [] and len(calls) < 400
+
+
+def test_a_finished_answer_keeps_its_results_when_closed(base):
+    processor, model, inputs = base
+    with processor.stream(model, inputs, max_new_tokens=32) as answer:
+        list(answer)
+        results = answer.results
+    assert answer.results is results and results[0][0]["mask"].any()
+
+
+def test_own_stopping_criteria_count_as_well(base):
+    processor, model, inputs = base
+    stop = StoppingCriteriaList([MaxLengthCriteria(inputs["input_ids"].shape[1] + 3)])
+    with processor.stream(model, inputs, max_new_tokens=32, stopping_criteria=stop) as answer:
+        assert len(processor.tokenizer("".join(answer), add_special_tokens=False)["input_ids"]) <= 3
+
+
+# --- what messages may hold -------------------------------------------------------------------------------------------
+
+WRONG_MESSAGES = [
+    (None, "conversation is None"),
+    (5, "conversation is 5"),
+    ("Hi?", "conversation is 'Hi\\?'"),
+    ([None], "Message 1 is None"),
+    ([5], "Message 1 is 5"),
+    (["Hi?"], "Message 1 is 'Hi\\?'"),
+    ([{"role": "user", "content": None}], "Message 1 holds None instead of text"),
+    ([{"role": "user", "content": 5}], "Message 1 holds 5 instead of text"),
+    ([{"role": "user", "content": {"type": "text"}}], "Message 1 holds .* instead of text"),
+    ([{"role": "user"}], "Message 1 holds None instead of text"),
+    ([{"role": "user", "content": [None]}], "Message 1 has the part None"),
+    ([{"role": "user", "content": [5]}], "Message 1 has the part 5"),
+    ([{"role": "user", "content": ["Hi?"]}], "Message 1 has the part 'Hi\\?'"),
+    ([{"role": "user", "content": [{"text": "Hi?"}]}], "part of type None"),
+    ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "holds 5 instead of text"),
+    ([{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}], "instead of text"),
+    ([{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}], "part of type 'audio'"),
+    ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}], "part of type 'image_url'"),
+    ([{"role": "user", "content": [{"type": "image", "image": None}]}], "an image that is None"),
+    ([user("Hi?"), {"role": "assistant", "content": None}], "Message 2 holds None"),
+    ([[user("Hi?")], [{"role": "user", "content": None}]], "Message 1 holds None"),
+    ([[user("Hi?")], None], "conversation is None"),
+]
+
+
+@pytest.mark.parametrize("tokenize", [False, True])
+@pytest.mark.parametrize(("messages", "complaint"), WRONG_MESSAGES, ids=lambda value: str(value)[:40])
+def test_messages_that_are_none_are_refused_in_words(processor, messages, complaint, tokenize):
+    with pytest.raises(ValueError, match=complaint):
+        processor.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize)
+
+
+@pytest.mark.parametrize("image", [5, 0.5, {"a": 1}, object()])
+def test_images_of_messages_that_are_none_are_refused_in_words(processor, image):
+    with pytest.raises(ValueError, match="not supported"):
+        tokenized(processor, [user("Hi?", image)])
+
+
+def test_bytes_of_a_picture_do_as_an_image(processor, make_picture):
+    file = io.BytesIO()
+    make_picture().save(file, "png")
+    expected = tokenized(processor, [user("Hi?", make_picture())])
+    made = tokenized(processor, [user("Hi?", file.getvalue())])
+    assert torch.equal(made["pixel_values"], expected["pixel_values"])
+
+
+# --- whose template ---------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_without_its_template_does_not_take_anothers(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    assert GsvaProcessor.from_pretrained(tmp_path).chat_template == CHAT_TEMPLATES["plain"]
+    (tmp_path / "chat_template.jinja").unlink()
+    for load in (GsvaProcessor, AutoProcessor):
+        with pytest.raises(ValueError, match="holds no chat template .chat_template.jinja"):
+            load.from_pretrained(tmp_path)
+    chosen = GsvaProcessor.from_pretrained(tmp_path, chat_template=CHAT_TEMPLATES["llava_llama_2"])
+    assert chosen.chat_template == CHAT_TEMPLATES["llava_llama_2"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = CHAT_TEMPLATES["plain"]
+    tokenizer.save_pretrained(tmp_path)
+    assert GsvaProcessor.from_pretrained(tmp_path).chat_template == CHAT_TEMPLATES["plain"]
+    made = GsvaProcessor(processor.image_processor, processor.tokenizer)  # by hand: the original's
+    assert made.chat_template == CHAT_TEMPLATES["llava_v1"]

@@ -1,4 +1,4 @@
-"""torch.compile: one graph each for the parts of the hot path, whole pictures and answers alike."""
+"""torch.compile: each part of the hot path compiles to one graph, and answers stay the same."""
 
 import pytest
 import torch

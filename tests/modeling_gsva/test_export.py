@@ -1,4 +1,4 @@
-"""The ONNX files, run by onnxruntime, give what the model gives."""
+"""The ONNX files, run by onnxruntime, give the outputs of the model."""
 
 import contextlib
 import copy

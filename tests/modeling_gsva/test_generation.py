@@ -1,4 +1,4 @@
-"""generate() as transformers' GenerationTesterMixin asks for it; the strategies themselves are in test_segment.py."""
+"""generate() has the properties that transformers' GenerationTesterMixin tests; test_segmentation.py tests its strategies."""
 
 import pytest
 import torch

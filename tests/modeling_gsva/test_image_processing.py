@@ -1,4 +1,4 @@
-"""GsvaImageProcessor against hand-computed sizes and a direct computation with Pillow and numpy; and masks back."""
+"""GsvaImageProcessor against hand-computed sizes and a direct computation with Pillow and numpy; masks at the original size."""
 
 import io
 
@@ -205,3 +205,93 @@ def test_upscale_takes_half_precision_tensors_sizes_and_no_slots():
     result = upscale_mask_logits(logits, torch.tensor([2, 2]), torch.tensor([2, 2]), 2)
     assert result.dtype == torch.float32 and result[0].tolist() == [[-1, 1], [-1, 1]]
     assert upscale_mask_logits(torch.zeros(0, 2, 2), (2, 2), (5, 7), 2).shape == (0, 5, 7)
+
+
+# ---- pixels of more or less than eight bits -----------------------------------------------------------------------------
+RAMP = np.arange(256, dtype=np.uint8)[None].repeat(32, 0)
+RAMP_RGB = np.stack([RAMP] * 3, axis=-1)
+
+
+def images_of_the_ramp():
+    """The same grey ramp as everything that people give."""
+    file = io.BytesIO()
+    Image.fromarray(RAMP_RGB).save(file, "PNG")
+    sixteen = RAMP.astype(np.uint16) * 257
+    png16 = io.BytesIO()
+    Image.fromarray(sixteen).save(png16, "PNG")
+    pgm = io.BytesIO(b"P5 256 32 65535\n" + sixteen.astype(">u2").tobytes())
+    fractions = RAMP_RGB.astype(np.float32) / 255
+    return {
+        "uint8": RAMP_RGB,
+        "grey array": RAMP,
+        "int64": RAMP_RGB.astype(np.int64),
+        "uint16": RAMP_RGB.astype(np.uint16) * 257,
+        "grey uint16": sixteen,
+        "float32 in 0 to 1": fractions,
+        "float64 in 0 to 1": fractions.astype(np.float64),
+        "float16 in 0 to 1": fractions.astype(np.float16),
+        "float in 0 to 255": RAMP_RGB.astype(np.float32),
+        "ToTensor": torch.from_numpy(fractions.transpose(2, 0, 1).copy()).requires_grad_(),
+        "uint8 tensor": torch.from_numpy(RAMP_RGB.transpose(2, 0, 1).copy()),
+        "bytes": file.getvalue(),
+        "bytearray": bytearray(file.getvalue()),
+        "file": io.BytesIO(file.getvalue()),
+        "16-bit PNG": png16.getvalue(),
+        "16-bit PGM": pgm.getvalue(),
+        "I;16": Image.fromarray(sixteen),
+        "I;16B": Image.frombytes("I;16B", (256, 32), sixteen.astype(">u2").tobytes()),
+        "I": Image.fromarray(RAMP.astype(np.int32)),
+        "L": Image.fromarray(RAMP),
+        "LA": Image.fromarray(RAMP).convert("LA"),
+        "P": Image.fromarray(RAMP).convert("P"),
+        "PA": Image.fromarray(RAMP).convert("P").convert("PA"),
+        "RGBA": Image.fromarray(RAMP_RGB).convert("RGBA"),
+        "RGBa": Image.fromarray(RAMP_RGB).convert("RGBa"),
+        "RGBX": Image.fromarray(RAMP_RGB).convert("RGBX"),
+    }
+
+
+@pytest.mark.parametrize("name", list(images_of_the_ramp()))
+def test_images_are_read_as_what_they_show(small, name):
+    expected = small(RAMP_RGB, return_tensors="np")
+    for images in (images_of_the_ramp()[name], [images_of_the_ramp()[name]]):
+        inputs = small(images, return_tensors="np")
+        assert np.abs(inputs["sam_pixel_values"] - expected["sam_pixel_values"]).max() < 1e-6
+        assert np.abs(inputs["pixel_values"] - expected["pixel_values"]).max() < 1e-6
+
+
+def test_booleans_are_black_and_white(small):
+    mask = RAMP > 127
+    expected = small(mask.astype(np.uint8) * 255, return_tensors="np")["sam_pixel_values"]
+    for image in (mask, torch.from_numpy(mask), Image.fromarray(mask)):
+        assert (small(image, return_tensors="np")["sam_pixel_values"] == expected).all()
+
+
+@pytest.mark.parametrize("convert", [lambda image: image, torch.from_numpy])
+def test_floats_of_0_to_1_are_rescaled_once(small, convert):
+    """do_rescale=False is what callers say of such images."""
+    image = convert(RAMP_RGB.astype(np.float32) / 255)
+    expected = small(RAMP_RGB, return_tensors="np")
+    for options in ({}, {"do_rescale": False}, {"do_rescale": True}):
+        inputs = small(image, return_tensors="np", **options)
+        assert np.abs(inputs["pixel_values"] - expected["pixel_values"]).max() < 1e-6
+        assert np.abs(inputs["sam_pixel_values"] - expected["sam_pixel_values"]).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "image",
+    [RAMP_RGB.astype(np.float32) / 127.5 - 1, RAMP_RGB.astype(np.int32) * 300, np.full((32, 32, 3), np.nan),
+     torch.randn(3, 32, 32), Image.fromarray(RAMP.astype(np.float32)), Image.fromarray(RAMP.astype(np.int32) * 300)],
+    ids=["normalized", "int32", "nan", "normal", "F", "I"],
+)  # fmt: skip
+def test_pixels_of_an_unknown_range_are_refused(small, image):
+    with pytest.raises(ValueError, match="pixels .*from"):
+        small(image)
+
+
+def test_heic_names_the_package_that_opens_it(small, tmp_path):
+    content = b"\0\0\0\x18ftypheic" + b"\0" * 40
+    (tmp_path / "a.heic").write_bytes(content)
+    for image in (content, str(tmp_path / "a.heic")):
+        with pytest.raises(ValueError, match="HEIC.*pillow-heif"):
+            small(image)

@@ -1,4 +1,4 @@
-"""Half-loaded models are an error with names: missing, unexpected and mis-shaped weights, by every road of loading."""
+"""Missing, unexpected and mis-shaped weights are an error with names, by every way of loading."""
 
 import json
 import os

@@ -1,5 +1,7 @@
 """GsvaForConditionalGeneration.forward: outputs, loss parts against plain numpy, batches, gradients, bad input."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -262,9 +264,9 @@ def numpy_losses(outputs, batch, skip_empty=False):
         height, width = batch["original_sizes"][image].tolist()
         inner_height, inner_width = batch["reshaped_input_sizes"][image].tolist()
         for slot, truth in enumerate(truths.double().numpy()):
-            if truth.any():
-                if slot >= len(outputs.mask_logits[row]):
-                    continue  # cut off
+            if truth.any() and slot >= len(outputs.mask_logits[row]):
+                x = np.zeros((height, width))  # cut off
+            elif truth.any():
                 square = resized(outputs.mask_logits[row][slot].double().numpy(), 64, 64)
                 x = resized(square[:inner_height, :inner_width], height, width)
             elif skip_empty:
@@ -317,9 +319,11 @@ def test_loss_weights(make_model, batch):
     np.testing.assert_allclose(parts(weighted), np.array(parts(plain)) / 2, rtol=1e-6)
 
 
+@pytest.mark.parametrize("choice", ["zero_logits", "ignore"])
 @pytest.mark.parametrize("empty", [True, False])
-def test_slots_that_truncation_cut_off(model, batch, empty):
-    """Conversation 0 loses its second slot; an empty mask still counts, a real one is left out."""
+def test_slots_that_truncation_cut_off(make_model, batch, empty, choice):
+    """Conversation 0 loses its second slot, which counts with zero logits; only an empty mask can be ignored."""
+    model = make_model(rejected_slot_loss=choice)
     cut = {k: v for k, v in batch.items()}
     second = (batch["input_ids"][0] == model.config.rej_token_id).nonzero()[0, 0]
     for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
@@ -330,11 +334,53 @@ def test_slots_that_truncation_cut_off(model, batch, empty):
     with torch.no_grad():
         outputs = model(**cut)
     assert [len(masks) for masks in outputs.mask_logits] == [1, 1, 2, 0]
-    np.testing.assert_allclose(parts(outputs), numpy_losses(outputs, cut), rtol=1e-5)
-    if not empty:
-        counted = dict(cut, mask_labels=[cut["mask_labels"][0][:1], *cut["mask_labels"][1:]])
-        with torch.no_grad():
-            assert parts(model(**counted)) == parts(outputs)
+    np.testing.assert_allclose(parts(outputs), numpy_losses(outputs, cut, skip_empty=choice == "ignore"), rtol=1e-5)
+    without = dict(cut, mask_labels=[cut["mask_labels"][0][:1], *cut["mask_labels"][1:]])
+    with torch.no_grad():
+        shorter = model(**without)
+    if choice == "ignore" and empty:
+        assert parts(shorter) == parts(outputs)
+    else:  # one mask more, with these losses
+        masks, area = sum(map(len, without["mask_labels"])), 0 if empty else 30 * 40
+        if choice == "ignore":
+            masks = sum(int(mask.flatten(1).any(1).sum()) for mask in without["mask_labels"] if len(mask))
+        dice = 1 - (area / 1000 + 1e-6) / ((0.5 * 30 * 40 + area) / 1000 + 1e-6)
+        expected = [(float(shorter.mask_bce_loss) * masks + 2 * np.log(2)) / (masks + 1)]
+        expected.append((float(shorter.mask_dice_loss) * masks + 0.5 * dice) / (masks + 1))
+        np.testing.assert_allclose(parts(outputs)[1:], expected, rtol=5e-6)
+    assert torch.equal(shorter.mask_ious, outputs.mask_ious)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_the_processors_max_length_cuts_slots_but_no_masks(make_model, processor, examples, keep):
+    """Of three slots, two of them [SEG], the first `keep` stay; the losses by hand from the masks that are left."""
+    messages = [talk("<image>\nred, blue, green?", "Sure,red:[SEG], blue:[SEG], green:[REJ].")]
+    masks = np.zeros((3, 30, 40), np.uint8)
+    masks[0, 3:20, 5:30], masks[1, 10:, :7] = 1, 1
+    options = {"conversations": messages, "masks": [masks], "return_tensors": "pt"}
+    whole = processor(examples["images"][:1], **options)
+    slots = [
+        n for n, token in enumerate(whole["input_ids"][0]) if token in (processor.seg_token_id, processor.rej_token_id)
+    ]
+    cut = processor(examples["images"][:1], max_length=slots[keep], **options)
+    assert cut["mask_labels"][0].shape == (3, 30, 40) and cut["input_ids"].shape[1] == slots[keep]
+    model = make_model()
+    with torch.no_grad():
+        outputs = model(**cut)
+        given = model(**whole)
+    assert [len(logits) for logits in outputs.mask_logits] == [keep]
+    # What comes later changes nothing before.
+    torch.testing.assert_close(outputs.mask_logits[0], given.mask_logits[0][:keep], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(parts(outputs), numpy_losses(outputs, cut), rtol=5e-6)
+    constant = [0.5 * (1 - (a / 1000 + 1e-6) / ((600 + a) / 1000 + 1e-6)) for a in masks.sum((1, 2)).tolist()]
+    if keep == 0:
+        expected = [2 * np.log(2) / (1 + 1e-8 / 3), sum(constant) / (3 + 1e-8)]
+        np.testing.assert_allclose(parts(outputs)[1:], expected, rtol=5e-6)
+    assert len(outputs.mask_ious) == keep
+    training = model.train()(**cut, num_masks_in_batch=3)
+    training.loss.backward()  # also where no mask is left
+    with torch.no_grad():
+        np.testing.assert_allclose(parts(model(**cut, num_masks_in_batch=3)), parts(outputs), rtol=5e-6)
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -525,3 +571,12 @@ def test_config_names_bad_token_ids(options, message):
                 **options,
             }
         )
+
+
+def test_a_rejection_that_is_no_number_is_refused(make_model):
+    config = make_model(rejection={"threshold": 1.5, "temperature": 2.0, "offset": -1.0}).config
+    assert config.rejection_values == {"threshold": 1.5, "temperature": 2.0, "offset": -1.0}
+    assert make_model().config.rejection_values == {"threshold": 0.0, "temperature": 1.0, "offset": 0.0}
+    for name, value in (("threshold", math.inf), ("temperature", 0.0), ("temperature", -1.0), ("offset", "much")):
+        with pytest.raises(ValueError, match=rf"rejection\['{name}'\]={value!r} is not a finite"):
+            make_model(rejection={name: value})

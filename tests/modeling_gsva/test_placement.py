@@ -1,4 +1,4 @@
-"""Where the weights lie and in which precision: the same masks, on a CPU and, where there is one, on a GPU."""
+"""Precision, quantization, device maps and offloading give the same masks, on a CPU and, if there is one, on a GPU."""
 
 import copy
 

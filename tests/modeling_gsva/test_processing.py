@@ -1,4 +1,4 @@
-"""GsvaProcessor: strings to the letter, tokens and labels, answers back to results, and every bad input by its message."""
+"""GsvaProcessor: exact strings, tokens and labels, results from answers, and the message for every bad input."""
 
 import math
 from types import SimpleNamespace
@@ -506,7 +506,7 @@ BAD_CONVERSATIONS = {
     ),
     "mask of another size": (
         {"images": [PICTURE], "conversations": [TWO_ROUNDS], "masks": [np.zeros((2, 40, 30))]},
-        r"masks\[0\] has shape \(2, 40, 30\), but its picture is \(30, 40\) \(height, width\); give",
+        r"masks\[0\] has shape \(2, 40, 30\), but its image is \(30, 40\) \(height, width\); give",
     ),
     "mask without slots": (
         {"images": [PICTURE], "conversations": [TWO_ROUNDS], "masks": [np.zeros((30, 40))]},

@@ -1,4 +1,4 @@
-"""SAM's attention in pieces against transformers' eager and sdpa ones."""
+"""SAM's attention in chunks against transformers' eager and sdpa attention."""
 
 import pytest
 import torch

@@ -9,6 +9,7 @@ from transformers import SamConfig, SamModel
 import modeling_gsva.sam_decoder_gsva as shared
 
 IMAGES, SLOTS = 3, [2, 0, 2, 2, 1]  # slots by image, in no order, one image with a single one
+MAP = 6 * 5 * 32 * 8  # bytes of a slot's map below, in float64
 
 
 def make_sam() -> SamModel:
@@ -52,7 +53,7 @@ def of_transformers(sam, embeddings, positions, prompts, no_mask, multimask):
 @pytest.mark.parametrize("step", [1, 2, 64])
 @pytest.mark.parametrize("multimask", [False, True])
 def test_equals_transformers(inputs, monkeypatch, step, multimask):
-    monkeypatch.setitem(shared.SLOTS_AT_A_TIME, "cpu", step)
+    monkeypatch.setitem(shared.MAP_BYTES, "cpu", step * MAP)
     plain = make_sam()
     ours = copy.deepcopy(plain)
     shared.share_images(ours)
@@ -65,9 +66,42 @@ def test_equals_transformers(inputs, monkeypatch, step, multimask):
     torch.testing.assert_close(again, wanted, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("side", "channels", "dtype", "device", "slots"),
+    [
+        (64, 256, torch.float32, "cpu", 1),  # SAM's own
+        (64, 256, torch.bfloat16, "cpu", 2),
+        (8, 64, torch.float32, "cpu", 256),  # assets/tiny_gsva: more than a batch of 192 has
+        (128, 256, torch.float32, "cpu", 1),  # larger than the budget: one all the same
+        (64, 256, torch.float32, "meta", 64),  # any other device
+        (64, 256, torch.bfloat16, "meta", 128),
+    ],
+)
+def test_the_bytes_of_their_maps_decide_how_many_slots_are_decoded_at_a_time(side, channels, dtype, device, slots):
+    pixels = torch.empty(3, side * side, channels, dtype=dtype, device=device)
+    assert shared.slots_at_a_time(pixels) == slots
+
+
+def test_pieces_are_as_large_as_the_budget_allows(inputs, monkeypatch):
+    """Seven slots at two at a time and a half: three pieces of two, and one."""
+    widths, sam = [], make_sam()
+    shared.share_images(sam)
+    decode = shared.SharedImageMaskDecoder._decode
+    monkeypatch.setattr(
+        shared.SharedImageMaskDecoder,
+        "_decode",
+        lambda self, tokens, *rest: widths.append(len(tokens)) or decode(self, tokens, *rest),
+    )
+    monkeypatch.setitem(shared.MAP_BYTES, "cpu", 5 * MAP // 2)
+    embeddings, positions, prompts, no_mask = inputs
+    prompts, images = prompts[[0, 1, 2, 3, 4, 0, 1]], torch.tensor([*SLOTS, 0, 1])
+    masks, _ = sam.mask_decoder(embeddings, positions, prompts, no_mask, False, images)
+    assert widths == [2, 2, 2, 1] and len(masks) == 7
+
+
 def test_gradients_equal(inputs, monkeypatch):
     """Of every parameter and of the image, which several slots share."""
-    monkeypatch.setitem(shared.SLOTS_AT_A_TIME, "cpu", 2)
+    monkeypatch.setitem(shared.MAP_BYTES, "cpu", 2 * MAP)
     gradients = []
     for kind in ("plain", "ours"):
         sam, (embeddings, *others) = make_sam(), inputs

@@ -1,4 +1,4 @@
-"""What the prompts of one image share is read once, and the second pass of teacher_forced only where it matters."""
+"""The common prefix of the prompts about an image is run once, and the second pass of teacher_forced only if it matters."""
 
 import pytest
 import torch
@@ -43,9 +43,18 @@ def test_shared_prefix_equals_reading_each_prompt_alone(
         options["threshold"] = float(torch.cat(double_model.segment(**inputs).scores).mean())
     widths.clear()
     shared = double_model.segment(**inputs, method=method, **options)
-    read = widths[-2:] if method == "generate" else list(widths)  # there: what reads the finished answers
+    read = list(widths)
     prompt, answer = inputs["input_ids"].shape[1], shared.sequences.shape[1] - inputs["input_ids"].shape[1]
     image_end = 1 + int((inputs["input_ids"] == processor.image_token_id).nonzero()[:, 1].min()) + 15
+    if method == "generate":  # its prompts are in the cache; sequences from elsewhere are read as a whole
+        assert read[-1] == (7, answer + 1)
+        widths.clear()
+        features = double_model.model.get_vision_features(inputs["pixel_values"])
+        embeddings = double_model.get_sam_embeddings(inputs["sam_pixel_values"])
+        given = inputs["attention_mask"], inputs["image_index"], features, embeddings
+        again, read = double_model.segment_sequences(shared.sequences, *given), list(widths)
+        for one, other in zip(again.mask_logits, shared.mask_logits, strict=True):
+            torch.testing.assert_close(one, other, **TOLERANCE)
     # three images with what comes before them, then the seven prompts' own words
     assert [count for count, _ in read] == [3, 7]
     assert image_end <= read[0][1] <= image_end + 20 and read[1][1] <= prompt + answer - image_end

@@ -7,8 +7,8 @@ GOLDEN_DATA_DIR holds `mini/` (a small tree of every data set) and `golden/{val,
 exits with 1 when a value is above its limit.
 
 The random choices of the original are replayed through `data_scripts.transforms.Draws`' interface, or enumerated. Where
-this project puts a quirk of the original right, a sample that differs must equal the original's once that quirk is
-put back (`QUIRKS`), and the number of such samples may not exceed the number that has the cause for it.
+this project fixes a quirk of the original, a sample that differs must equal the original's after the quirk is applied to it
+(`QUIRKS`), and there may be no more such samples than samples with the quirk's cause.
 """
 
 from __future__ import annotations

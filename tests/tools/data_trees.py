@@ -55,8 +55,13 @@ def referring(root: Path, name: str, refs, segmentations=None, images=(1,), pict
     segmentations = {1: [SQUARE]} if segmentations is None else segmentations
     folder = root / "refer_seg" / name
     records = [{"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in images]
+    named = {
+        number: one["image_id"]
+        for one in reversed(refs)
+        for number in (one["ann_id"] if isinstance(one["ann_id"], list) else [one["ann_id"]])
+    }
     annotations = [
-        {"id": i, "image_id": images[0], "category_id": 1, "segmentation": segmentation, "iscrowd": 0}
+        {"id": i, "image_id": named.get(i, images[0]), "category_id": 1, "segmentation": segmentation, "iscrowd": 0}
         for i, segmentation in segmentations.items()
     ]
     write(folder / "instances.json", {"images": records, "annotations": annotations, "categories": []})
@@ -149,3 +154,81 @@ def words(example):
     return [turn["content"] for turns in example["conversations"] for turn in turns], [
         mask.sum(axis=(1, 2)).tolist() for mask in example["masks"]
     ]
+
+
+# ---- own data, as annotation tools write it ------------------------------------------------------------------------------
+SMALL = [20, 20, 30, 20, 30, 25, 20, 25]  # 10 x 5 pixels, beside SQUARE
+
+
+def shape(label: str, points, **more) -> dict:
+    return {"label": label, "points": points, "group_id": None, "shape_type": "polygon", "flags": {}, **more}
+
+
+def corners(polygon) -> list:
+    return [polygon[i : i + 2] for i in range(0, len(polygon), 2)]
+
+
+def labelme(root: Path, *shapes, stem="a", folder=".", **more) -> Path:
+    """A folder of labelme: an image and a .json of its name."""
+    picture(root / folder / f"{stem}.jpg")
+    content = {"version": "5.5.0", "flags": {}, "shapes": list(shapes), "imagePath": f"{stem}.jpg", "imageData": None}
+    write(root / folder / f"{stem}.json", {**content, "imageHeight": HEIGHT, "imageWidth": WIDTH, **more})
+    return root
+
+
+def coco(*annotations, images=("a.jpg",), categories=("cat", "dog"), **more) -> dict:
+    """A COCO file with categories; annotations are (image, category, segmentation) by number from 1."""
+    return {
+        "info": {},
+        "images": [{"id": i, "file_name": name, "height": HEIGHT, "width": WIDTH} for i, name in enumerate(images, 1)],
+        "categories": [{"id": i, "name": name, "supercategory": ""} for i, name in enumerate(categories, 1)],
+        "annotations": [
+            {"id": i, "image_id": image, "category_id": category, "segmentation": segmentation, "iscrowd": 0,
+             "area": 1.0, "bbox": [1, 1, 1, 1]}
+            for i, (image, category, segmentation) in enumerate(annotations, 1)
+        ],
+        **more,
+    }  # fmt: skip
+
+
+def roboflow(root: Path, content: dict, split="train") -> Path:
+    """Roboflow's COCO export: a folder per split, with images and the annotations beside them."""
+    for image in content["images"]:
+        picture(root / split / image["file_name"])
+    write(root / split / "_annotations.coco.json", content)
+    return root
+
+
+def cvat(root: Path, content: dict, subset="default", folder="images") -> Path:
+    """CVAT's COCO export: annotations/instances_SUBSET.json, and images in images/ or images/SUBSET/."""
+    for image in content["images"]:
+        picture(root / folder / image["file_name"])
+    write(root / "annotations" / f"instances_{subset}.json", content)
+    return root
+
+
+def yolo(
+    root: Path, lines, names=("cat", "dog"), split="train", images="images/train", place="images/train", **more
+) -> Path:
+    """YOLO segmentation: data.yaml, an image, and its label file of `lines`; None for no label file."""
+    text = "".join(f"  {i}: {name}\n" for i, name in enumerate(names))
+    extra = "".join(f"{key}: {value}\n" for key, value in more.items())
+    write(root / "data.yaml", f"{extra}{split}: {place}\nnc: {len(names)}\nnames:\n{text}")
+    picture(root / images / "a.jpg")
+    if lines is not None:
+        write(root / images.replace("images", "labels") / "a.txt", "\n".join(lines) + "\n")
+    return root
+
+
+def yolo_line(number: int, polygon) -> str:
+    return " ".join([str(number), *(f"{value / (HEIGHT if i % 2 else WIDTH):.6f}" for i, value in enumerate(polygon))])
+
+
+def index_maps(
+    root: Path, values, classes=("background", "cat", "dog"), images="images/train", masks="masks/train"
+) -> Path:
+    """Label maps with a class list."""
+    write(root / "classes.txt", "\n".join(classes) + "\n")
+    picture(root / images / "a.jpg")
+    label_map(root / masks / "a.png", values)
+    return root

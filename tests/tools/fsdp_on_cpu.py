@@ -1,8 +1,8 @@
 """
-`run_gres.py` under FSDP2 without a card: `torchrun --nproc_per_node 2 tests/tools/fsdp_on_cpu.py ...` and so on.
+Run `run_gres.py` with FSDP2 on CPUs: `torchrun --nproc_per_node 2 tests/tools/fsdp_on_cpu.py ARGUMENTS`.
 
-PyTorch shards parameters on processors, over gloo, as it does on cards. accelerate asks for that on cards only and trains data
-parallel elsewhere, without a word; here it is made to ask. All the rest is its own code and the program's.
+PyTorch shards parameters on CPUs, over gloo, as on cards. accelerate only uses this on cards and silently trains data parallel
+elsewhere. This script makes it shard on CPUs too; all other code is that of accelerate and the program.
 """
 
 import sys

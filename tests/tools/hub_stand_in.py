@@ -1,12 +1,12 @@
 """
-A stand-in for the Hub on loopback: as much of its API as `push_to_hub`, `upload_folder` and `from_pretrained` need.
+A server on loopback with the part of the Hub's API that `push_to_hub`, `upload_folder` and `from_pretrained` need.
 
     with HubStandIn() as hub:
         subprocess.run([...], env={**os.environ, **hub.environment(cache_folder)})
         hub.files("model", "someone/gsva")  # {path: bytes} of the newest commit
 
-Repositories live in memory with one branch. Weights and tables go by LFS, as on the Hub; Xet is switched off. Whoever
-writes has to bring the token.
+Repositories are in memory and have one branch. Weights and tables are uploaded by LFS, as on the Hub; Xet is switched off.
+Writing requires the token.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""For scripts that run in a process of their own, as if this project had never been installed."""
+"""Run scripts in a separate process that cannot import this project."""
 
 # Also where `make` has installed the project: its packages are refused like any that does not exist.
 WITHOUT_PROJECT = """

@@ -1,7 +1,7 @@
 """
-Starts the program again and again in one folder, each time until SIGKILL ends it at another moment, and then to its end.
+Start the program repeatedly in one folder, kill it by SIGKILL at another moment each time, and then let it finish.
 
-Run by `test_exact.py`: `python killed_runs.py every_moment|several REPORT.json WORDS...`. Each start is a fork, so that imports are made once.
+`test_exact.py` runs `python killed_runs.py every_moment|several REPORT.json WORDS...`. Each start is a fork, which saves the imports.
 """
 
 import json

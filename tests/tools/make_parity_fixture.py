@@ -1,12 +1,12 @@
-"""Makes tests/fixtures/golden_model from a folder of golden_model's layout.
+"""Make tests/fixtures/golden_model from a folder with the layout of golden_model.
 
     python tests/tools/make_parity_fixture.py GOLDEN_DIR
 
-Kept, bit for bit: the weights of CLIP, projector, LLaMA, LoRA, the slots' projection and SAM's encoders, of embedding and
-language head the rows that the kept pictures need (tokens are numbered anew, see `token_ids`), three evaluated pictures
-with their ids, hashes and golden tensors, and every conversation of the training batches with its supervised text. Left
-out: SAM's mask decoder, whose 4 million 16-bit weights alone weigh 8 MB, and LLaMA's sentencepiece model, which is not ours
-to give; tests/test_parity.py says what stands in for them.
+The fixture holds bit-exact copies of: the weights of CLIP, projector, LLaMA, LoRA, mask projector and SAM's encoders; the rows
+of embedding and language head for the tokens of its images (with new token ids, see `token_ids`); three evaluated images with
+their ids, hashes and golden tensors; and every conversation of the training batches with its supervised text. It leaves out
+SAM's mask decoder, whose 4 million 16-bit weights take 8 MB, and LLaMA's sentencepiece model, which may not be distributed.
+tests/test_parity.py says what replaces them.
 """
 
 import argparse

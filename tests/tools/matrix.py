@@ -1,7 +1,7 @@
-"""pip install at one end of the declared ranges; tox calls it (pyproject.toml): `python tests/tools/matrix.py oldest|newest ARGUMENTS`.
+"""Run pip install at one end of the declared ranges, for tox (pyproject.toml): `python tests/tools/matrix.py oldest|newest ARGUMENTS`.
 
-The ranges are those of setup.cfg. "oldest" pins each library of LIBRARIES to its lower bound, "newest" leaves it to pip; the
-rest stands as in configs/constraints.txt, but for what those libraries themselves bound to versions of their time.
+The ranges are those of setup.cfg. "oldest" pins each library of LIBRARIES to its lower bound, "newest" lets pip choose. Other
+packages have the versions of configs/constraints.txt, except those that the old libraries restrict themselves.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Rows of token ids as a batch, by the tokenizer's own padding."""
+"""Make a batch of rows of token ids, with the tokenizer's padding."""
 
 import torch
 

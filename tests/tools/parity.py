@@ -1,9 +1,9 @@
-"""Compares this port with golden numbers of the original, on any folder of golden_model's layout.
+"""Compare this port with golden numbers of the original, in any folder with the layout of golden_model.
 
     python tests/tools/parity.py GOLDEN_DIR --tokenizer tokenizer.model [--only eval train ...] [--work DIR]
 
-Unpacks the checkpoints, converts them through the command line, loads the results through the Auto classes and prints one
-JSON line per comparison; exits with 1 when one fails. Sizes, vocabulary, ranks and templates are read from the folder.
+The script unpacks the checkpoints, converts them through the command line, loads the results through the Auto classes and
+prints one JSON line per comparison. It exits with 1 if one fails. The folder gives sizes, vocabulary, ranks and templates.
 """
 
 import argparse

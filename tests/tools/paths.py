@@ -1,4 +1,4 @@
-"""Where the tests find the project, their fixtures, and the specification folder."""
+"""Paths of the project, the fixtures and the specification folder, for tests."""
 
 import os
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""GSVA's forward pass and losses once more, written out step by step from their specification.
+"""A plain second implementation of GSVA's forward pass and losses, step by step from their specification.
 
-One conversation at a time, without padding, placeholders or batching, and with every formula in the open: what the model
-in modeling_gsva does at once must give the same. Takes from that model only its weights, inside transformers' own modules.
+It takes one conversation at a time, without padding, placeholders or batches, and writes out every formula. The model in
+modeling_gsva must give the same results. Only the weights are taken from that model, inside modules of transformers.
 """
 
 import torch
@@ -65,12 +65,12 @@ class Plain:
                     logits = self.head(states[position(p) - 1])
                     entropy, tokens = entropy + logits.logsumexp(0) - logits[label], tokens + 1
             slots = [p for p, token in enumerate(ids) if token in (config.seg_token_id, config.rej_token_id)]
-            for p, truth in zip(slots, item["truth"]):
+            for number, truth in enumerate(item["truth"]):
                 count += 1
                 truth = truth.to(states.dtype)
-                logits = torch.zeros_like(truth)  # what stands for a [REJ]
-                if truth.any():
-                    low_res = self.low_res(states[position(p) - 1][None], item["sam_pixels"])
+                logits = torch.zeros_like(truth)  # for a [REJ], and for a slot that truncation cut off
+                if truth.any() and number < len(slots):
+                    low_res = self.low_res(states[position(slots[number]) - 1][None], item["sam_pixels"])
                     logits = self.masks(low_res, item["reshaped"], item["original"])[0]
                 p_true = logits.sigmoid()
                 bce = bce - (truth * F.logsigmoid(logits) + (1 - truth) * F.logsigmoid(-logits)).mean()

@@ -1,4 +1,4 @@
-"""A sentencepiece model small enough to train in a test, of LLaMA's kind."""
+"""Train a sentencepiece model of LLaMA's kind that is small enough for a test."""
 
 from pathlib import Path
 

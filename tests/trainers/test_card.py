@@ -1,4 +1,4 @@
-"""The model card tells what the run's files tell, and nothing that they do not."""
+"""The model card holds the facts of the run's files, and no others."""
 
 import json
 

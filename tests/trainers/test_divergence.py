@@ -1,4 +1,4 @@
-"""Training that goes wrong is said at once, and its batch lies aside."""
+"""Training that goes wrong is reported at once, and its batch is saved."""
 
 import json
 import logging

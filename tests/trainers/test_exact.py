@@ -1,4 +1,4 @@
-"""Exact continuation with the real program: killed at every kind of moment, and on several processes."""
+"""Exact continuation of the real program, killed at every kind of moment, and on several processes."""
 
 import json
 import os

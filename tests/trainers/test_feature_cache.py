@@ -1,4 +1,4 @@
-"""Kept features give the losses of fresh ones, and are never those of another picture or other weights."""
+"""Stored features give the losses of fresh ones, and never belong to another image or other weights."""
 
 import multiprocessing
 

@@ -1,4 +1,4 @@
-"""The counted memory against real tensors, real quantized weights, and arithmetic by hand."""
+"""The memory plan against real tensors, real quantized weights, and arithmetic by hand."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every preset is understood, holds the original's figures, and every accelerate config is accepted by accelerate."""
+"""Every preset can be parsed and has the original's figures, and accelerate accepts every accelerate config."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run with LoRA publishes: the merged model, the adapter alone, and a card for each, as a stranger loads them."""
+"""A run with LoRA publishes the merged model, the adapter alone, and a card for each, and both load elsewhere."""
 
 import json
 import os

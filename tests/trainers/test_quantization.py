@@ -1,4 +1,4 @@
-"""LoRA, QLoRA, half precision and activation checkpointing: what is trained, what is quantized, what autograd keeps."""
+"""LoRA, QLoRA, half precision and activation checkpointing: trained weights, quantized weights, tensors that autograd keeps."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""Training with the weights shared out: what cannot be is refused at the start, and the shards become a whole model."""
+"""Training with sharded weights: options that need whole weights are refused at the start, and the shards become a model."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What a training step keeps: masks at the pictures' size one picture at a time, logits where labels are."""
+"""Memory of a training step: masks at the images' size for one conversation at a time, logits only where labels are."""
 
 import numpy as np
 import pytest
