@@ -90,7 +90,7 @@ class GsvaImageProcessor(PilBackend):
             return [self.fetch_images(image, timeout) for image in image_url_or_urls]
         if image_url_or_urls is None:
             raise ValueError("An image is None: give a PIL image, an array, a path or a URL.")
-        if isinstance(image_url_or_urls, Mapping) and image_url_or_urls.keys() <= {"bytes", "path"}:
+        if isinstance(image_url_or_urls, Mapping) and image_url_or_urls.keys() & {"bytes", "path"}:
             # datasets' image that is not decoded: its bytes, or else the path of its file
             return self.fetch_images(image_url_or_urls.get("bytes") or image_url_or_urls.get("path"), timeout)
         if isinstance(image_url_or_urls, (bytes, bytearray, memoryview)):
