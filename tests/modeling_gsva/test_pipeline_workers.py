@@ -51,17 +51,16 @@ def numbers(results):
     return [[(entry["text"], entry["score"], entry["mask"].sum()) for entry in image] for image in results]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_workers_prepare_what_the_process_itself_does(pipe, start_method, batch_size):
-    expected = numbers(pipe(Rows(), batch_size=batch_size))
+def test_workers_prepare_what_the_process_itself_does(pipe, start_method):
+    expected = numbers(pipe(Rows()))
     assert len(expected) == len(COLORS) and len({str(image) for image in expected}) == len(COLORS)
-    for rows in (Rows(), Stream(), [Rows()[number] for number in range(len(COLORS))]):
-        assert numbers(pipe(rows, num_workers=1, batch_size=batch_size)) == expected
-    assert numbers(pipe(Rows(), num_workers=2, batch_size=batch_size)) == expected  # in the same order
+    assert numbers(pipe(Stream(), num_workers=1)) == expected
+    expected = numbers(pipe(Rows(), batch_size=2))
+    assert numbers(pipe(Rows(), num_workers=2, batch_size=2)) == expected  # in the same order
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_a_generator_is_read_where_it_is(pipe, start_method, batch_size, caplog):
+def test_a_generator_is_read_where_it_is(pipe, batch_size):
     expected = numbers(pipe(Rows(), batch_size=batch_size))
     assert numbers(pipe(iter(Stream()), num_workers=2, batch_size=batch_size)) == expected
 
