@@ -295,3 +295,33 @@ def test_heic_names_the_package_that_opens_it(small, tmp_path):
     for image in (content, str(tmp_path / "a.heic")):
         with pytest.raises(ValueError, match="HEIC.*pillow-heif"):
             small(image)
+
+
+# --- files that are not on the disk ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda content, path: content,
+        lambda content, path: bytearray(content),
+        lambda content, path: memoryview(content),
+        lambda content, path: io.BytesIO(content),
+        lambda content, path: path.open("rb"),
+        lambda content, path: {"bytes": content, "path": None},
+        lambda content, path: {"bytes": None, "path": str(path)},
+    ],
+    ids=["bytes", "bytearray", "memoryview", "buffer", "file", "bytes of datasets", "path of datasets"],
+)
+def test_bytes_of_a_file_do_as_an_image(processor, make_picture, tmp_path, given):
+    make_picture().save(tmp_path / "a.png")
+    expected = processor.image_processor([make_picture()], return_tensors="pt")
+    image = given((tmp_path / "a.png").read_bytes(), tmp_path / "a.png")
+    (fetched,) = processor.image_processor.fetch_images([image])
+    made = processor.image_processor([fetched], return_tensors="pt")
+    assert all((made[name] == expected[name]).all() for name in expected)
+
+
+def test_bytes_that_are_no_picture_are_refused_without_printing_them(processor):
+    with pytest.raises(ValueError, match="'4000 bytes' cannot be read as an image"):
+        processor.image_processor.fetch_images(b"\0x" * 2000)
