@@ -1,6 +1,6 @@
 """SegmentationMixin: `model.segment`, which answers expressions with masks by one of three methods."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +8,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import ModelOutput
+
+from .language_gsva import LanguageAdapter
 
 
 @dataclass
@@ -46,16 +48,29 @@ class AnsweredBatch:
         attention_mask: (conversations, length), 0 at padding.
         start: the column in which every answer begins.
         image_index: (conversations,) the image of each, -1 for none.
-        vision_features: (images, positions, vision hidden), or None without images.
-        sam_embeddings: (images, channels, height, width), or None where no masks are made.
+        vision_features: the images from `language.encode`, or None without images.
+        sam_embeddings: the images from `get_sam_embeddings`, or None where no masks are made.
     """
 
     sequences: torch.LongTensor
     attention_mask: torch.Tensor
     start: int
     image_index: torch.LongTensor
-    vision_features: torch.Tensor | None = None
-    sam_embeddings: torch.Tensor | None = None
+    vision_features: Any = None
+    sam_embeddings: torch.Tensor | list[torch.Tensor] | None = None
+
+    def rows(self, rows: list[int]) -> "AnsweredBatch":
+        """Return some of the conversations, with all images."""
+        kept = {name: getattr(self, name)[rows] for name in ("sequences", "attention_mask", "image_index")}
+        return replace(self, **kept)
+
+    def inputs(self, language: LanguageAdapter) -> dict[str, Any]:
+        """Return the arguments of a forward pass over the whole conversations."""
+        is_answer = torch.zeros_like(self.sequences, dtype=torch.bool)
+        is_answer[:, self.start :] = True
+        return language.whole_inputs(
+            self.sequences, self.attention_mask, is_answer, self.vision_features, self.image_index
+        )
 
 
 @dataclass
@@ -113,18 +128,22 @@ class PrefixCache:
     masked in all later pieces.
 
     Args:
-        model: the language model with its vision tower, [`GsvaModel`].
+        language: the interface to the language model.
         batch: the conversations. Tokens may still be changed until they are read.
     """
 
-    def __init__(self, model: PreTrainedModel, batch: AnsweredBatch):
-        self.model, self.start = model, batch.start
+    def __init__(self, language: LanguageAdapter, batch: AnsweredBatch):
+        self.language, self.batch, self.start = language, batch, batch.start
         self.sequences, self.attention_mask = batch.sequences, batch.attention_mask
-        self.positions = (batch.attention_mask.long().cumsum(1) - 1).clamp(min=0)
         self.begins = [batch.start - length for length in batch.attention_mask[:, : batch.start].sum(1).tolist()]
-        self.images: dict[str, Any] = {"image_index": batch.image_index, "vision_features": batch.vision_features}
-        self.cache = DynamicCache(config=model.config.text_config)
+        whole = batch.inputs(language)
+        self.positions = whole.pop("position_ids")  # (B, L) or (axes, B, L)
+        del whole["input_ids"], whole["attention_mask"]
+        self.types = {name: whole.pop(name) for name in list(whole) if name.endswith("token_type_ids")}
+        self.images = whole
+        self.cache = DynamicCache() if language.has_windows else DynamicCache(config=language.text_config)
         self.cached = batch.attention_mask[:, :0]  # the attention mask of the cache's columns
+        self.cached_columns = batch.sequences[:, :0]  # and their places in the conversation
 
     def read_common(self) -> "PrefixCache":
         """
@@ -132,7 +151,7 @@ class PrefixCache:
 
         The last token of a prompt is never shared, as it predicts the answer's first one. Returns the cache itself.
         """
-        image_id, image_index = self.model.config.image_token_id, self.images["image_index"]
+        image_id, image_index = self.language.image_token_id, self.batch.image_index
         prompts = [row[begin : self.start - 1] for row, begin in zip(self.sequences.tolist(), self.begins)]
         groups: dict[tuple, list[int]] = {}  # rows of the same image whose prompts agree up to the end of the image
         for row, (prompt, image) in enumerate(zip(prompts, image_index.tolist())):
@@ -147,16 +166,7 @@ class PrefixCache:
         if len(groups) == len(self.sequences) or not any(common) or ends_in_image:
             return self
         firsts = [rows[0] for rows in groups.values()]
-        shared = PrefixCache(
-            self.model,
-            AnsweredBatch(
-                self.sequences[firsts],
-                self.attention_mask[firsts],
-                self.start,
-                image_index[firsts],
-                self.images["vision_features"],
-            ),
-        )
+        shared = PrefixCache(self.language, self.batch.rows(firsts))
         shared.read([begin + length for begin, length in zip(shared.begins, common)])
         group_of = dict(sorted((row, n) for n, rows in enumerate(groups.values()) for row in rows))
         self._continue(shared, list(group_of.values()))
@@ -165,7 +175,8 @@ class PrefixCache:
 
     def _continue(self, other: "PrefixCache", rows: list[int]) -> None:
         """Continue from what `other` has run: our n-th row follows its row `rows[n]`."""
-        self.cache, self.cached, self.images = other.cache, other.cached[rows], {}
+        self.cache, self.cached, self.cached_columns = other.cache, other.cached[rows], other.cached_columns[rows]
+        self.images = {}
         self.cache.batch_select_indices(torch.tensor(rows, device=self.cached.device))
 
     def read(self, ends: list[int] | None = None) -> torch.Tensor:
@@ -176,17 +187,23 @@ class PrefixCache:
             (conversations, width, hidden) states; column p of row r of the sequences is at p - ends[r].
         """
         ends = [self.sequences.shape[1]] * len(self.begins) if ends is None else ends
-        width = max(end - begin for begin, end in zip(self.begins, ends))
-        ids, mask, position_ids = (self.positions.new_zeros(len(ends), width) for _ in range(3))
-        for row, (begin, end) in enumerate(zip(self.begins, ends)):
-            if end > begin:
-                ids[row, begin - end :] = self.sequences[row, begin:end]
-                mask[row, begin - end :] = self.attention_mask[row, begin:end]
-                position_ids[row, begin - end :] = self.positions[row, begin:end]
+        pieces = list(zip(self.begins, ends))
+        ids, mask = align_right(self.sequences, pieces), align_right(self.attention_mask, pieces)
         self.cached = torch.cat([self.cached, mask.to(self.cached)], 1)
-        outputs = self.model(
-            ids, self.cached, position_ids=position_ids, past_key_values=self.cache, use_cache=True, **self.images
-        )
+        inputs = {
+            "position_ids": align_right(self.positions, pieces),
+            "past_key_values": self.cache,
+            "use_cache": True,
+        }
+        types = {name: align_right(value, pieces) for name, value in self.types.items()} if self.images else {}
+        attention_mask: Any = self.cached
+        if self.language.has_windows:
+            columns = (self.attention_mask.long().cumsum(1) - 1).clamp(min=0)
+            columns = align_right(columns, pieces)
+            self.cached_columns = torch.cat([self.cached_columns, columns], 1)
+            is_image = types.get("token_type_ids")
+            attention_mask = self.language.window_masks(self.cached, self.cached_columns, ids.shape[1], is_image)
+        outputs = self.language.hidden(input_ids=ids, attention_mask=attention_mask, **inputs, **types, **self.images)
         self.images, self.begins = {}, ends
         return outputs.last_hidden_state
 
@@ -194,11 +211,64 @@ class PrefixCache:
         """After reading to the end: keep only these rows, and run them from `column` on with their other `sequences`."""
         forgotten = self.sequences.shape[1] - column
         self.cache.crop(-forgotten)
-        self.cached = self.cached[:, :-forgotten]
+        self.cached, self.cached_columns = self.cached[:, :-forgotten], self.cached_columns[:, :-forgotten]
         self._continue(self, rows)
         self.sequences, self.attention_mask = sequences[rows], self.attention_mask[rows]
-        self.positions = self.positions[rows]
+        self.positions = self.positions[..., rows, :]
         self.begins = [column] * len(rows)
+
+
+class WholePasses:
+    """
+    Does the same without a cache, for models in which no prefix can be shared: runs conversations whole, up to a column.
+
+    Args:
+        language, batch: see [`PrefixCache`].
+    """
+
+    def __init__(self, language: LanguageAdapter, batch: AnsweredBatch):
+        self.language, self.batch = language, batch
+        lengths = batch.attention_mask[:, : batch.start].sum(1).tolist()
+        self.firsts = [batch.start - length for length in lengths]
+        self.begins = list(self.firsts)
+
+    def read_common(self) -> "WholePasses":
+        return self
+
+    def read(self, ends: list[int] | None = None) -> torch.Tensor:
+        """See `PrefixCache.read`; the states of earlier columns are returned as well."""
+        ends = [self.batch.sequences.shape[1]] * len(self.firsts) if ends is None else ends
+        pieces = list(zip(self.firsts, ends))
+        is_answer = torch.zeros_like(self.batch.sequences)
+        is_answer[:, self.batch.start :] = 1
+        ids, mask, answer = (
+            align_right(value, pieces) for value in (self.batch.sequences, self.batch.attention_mask, is_answer)
+        )
+        images = self.batch.vision_features, self.batch.image_index
+        inputs = self.language.whole_inputs(ids, mask, answer.bool(), *images)
+        self.begins = ends
+        return self.language.hidden(**inputs, use_cache=False).last_hidden_state
+
+    def go_back(self, rows: list[int], column: int, sequences: torch.LongTensor) -> None:
+        """See `PrefixCache.go_back`."""
+        self.batch = replace(self.batch.rows(rows), sequences=sequences[rows])
+        self.firsts = [self.firsts[row] for row in rows]
+        self.begins = [column] * len(rows)
+
+
+def align_right(values: torch.Tensor, pieces: list[tuple[int, int]]) -> torch.Tensor:
+    """Cut the columns `begin` to `end` out of each row of (..., rows, columns); padded with 0 on the left."""
+    width = max(end - begin for begin, end in pieces)
+    aligned = values.new_zeros(*values.shape[:-1], width)
+    for row, (begin, end) in enumerate(pieces):
+        if end > begin:
+            aligned[..., row, begin - end :] = values[..., row, begin:end]
+    return aligned
+
+
+def reader_for(language: LanguageAdapter, batch: AnsweredBatch) -> PrefixCache | WholePasses:
+    """Return the reader of a batch, with the prompts' common prefixes read."""
+    return (PrefixCache if language.shares_prefix else WholePasses)(language, batch).read_common()
 
 
 _Base: Any = PreTrainedModel if TYPE_CHECKING else object  # a mixin, whose other attributes type checkers would miss
@@ -206,8 +276,8 @@ _Base: Any = PreTrainedModel if TYPE_CHECKING else object  # a mixin, whose othe
 
 class SegmentationMixin(_Base):
     """
-    `segment` and `segment_sequences`, for the class that has `model` ([`GsvaModel`]), `lm_head`, `generate`, `find_slots`
-    and the masks' parts ([`GsvaForConditionalGeneration`]).
+    `segment` and `segment_sequences`, for the class that has `language`, `generate`, `find_slots` and the masks' parts
+    ([`GsvaForConditionalGeneration`]).
     """
 
     @torch.no_grad()
@@ -220,8 +290,8 @@ class SegmentationMixin(_Base):
         pixel_values: torch.Tensor | None = None,
         sam_pixel_values: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
-        vision_features: torch.Tensor | None = None,
-        sam_embeddings: torch.Tensor | None = None,
+        vision_features: Any = None,
+        sam_embeddings: torch.Tensor | list[torch.Tensor] | None = None,
         method: str = "slots",
         threshold: float = 0.0,
         original_sizes=None,
@@ -248,21 +318,21 @@ class SegmentationMixin(_Base):
         Raises:
             ValueError: unknown method, answers missing where the method needs them, prompts padded on the right.
         """
+        language = self.language
+        images = {name: generate_kwargs.pop(name) for name in language.other_inputs if name in generate_kwargs}
         check_method(method, answer_ids, generate_kwargs)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         check_padding(attention_mask)
         if sam_embeddings is None and sam_pixel_values is not None:
             sam_embeddings = self.get_sam_embeddings(sam_pixel_values)
-        if vision_features is None and pixel_values is not None:
-            vision_features = self.model.get_vision_features(pixel_values)
+        if vision_features is None:
+            vision_features = language.encode({**images, "pixel_values": pixel_values})
         if image_index is None:
             image_index = self._one_image_each(input_ids, sam_embeddings)
 
         if method == "generate":
-            if vision_features is not None:
-                image_features = self.get_image_features(None, image_index, vision_features, return_dict=True)
-                generate_kwargs["mm_encoder_outputs"] = {"image": image_features}
+            generate_kwargs |= language.generate_inputs(input_ids, vision_features, image_index)
             sequences = self.generate(input_ids, attention_mask=attention_mask, **generate_kwargs)
             sequences = sequences if isinstance(sequences, torch.Tensor) else sequences.sequences
             return self.segment_sequences(sequences, attention_mask, image_index, vision_features, sam_embeddings)
@@ -287,8 +357,8 @@ class SegmentationMixin(_Base):
         sequences: torch.LongTensor,
         attention_mask: torch.Tensor,
         image_index: torch.LongTensor,
-        vision_features: torch.Tensor | None = None,
-        sam_embeddings: torch.Tensor | None = None,
+        vision_features: Any = None,
+        sam_embeddings: torch.Tensor | list[torch.Tensor] | None = None,
     ) -> GsvaSegmentationOutput:
         """
         Make the masks of sequences that `generate` returned, whatever its strategy, in one pass over the finished
@@ -298,7 +368,7 @@ class SegmentationMixin(_Base):
             sequences: (conversations × returned, prompt + new) ids.
             attention_mask: (conversations, prompt) of the prompts.
             image_index: (conversations,) the image of each, -1 for none.
-            vision_features, sam_embeddings: from `model.get_vision_features` and `get_sam_embeddings`.
+            vision_features, sam_embeddings: from `language.encode` and `get_sam_embeddings`.
         """
         copies, start = len(sequences) // len(attention_mask), attention_mask.shape[1]  # num_return_sequences
         attention_mask = attention_mask.repeat_interleave(copies, 0)
@@ -317,7 +387,7 @@ class SegmentationMixin(_Base):
             sam_embeddings,
         )
         places = self._answer_slots(batch)
-        hidden = PrefixCache(self.model, batch).read_common().read()
+        hidden = reader_for(self.language, batch).read()
         states = hidden[places[:, 0], places[:, 1] - 1 - sequences.shape[1]]
         rejected = sequences[places[:, 0], places[:, 1]] == self.config.rej_token_id
         return self._output(
@@ -333,9 +403,9 @@ class SegmentationMixin(_Base):
         seg_id, rej_id = self.config.seg_token_id, self.config.rej_token_id
         sequences, slots = batch.sequences, self._answer_slots(batch)
         rows, columns = slots[:, 0], slots[:, 1] - 1 - sequences.shape[1]
-        reader = PrefixCache(self.model, batch).read_common()
+        reader = reader_for(self.language, batch)
         states = reader.read()[rows, columns]
-        gold, likeliest = sequences[rows, slots[:, 1]], self.lm_head(states).argmax(-1)
+        gold, likeliest = sequences[rows, slots[:, 1]], self.language.logits(states).argmax(-1)
         rejected = torch.where(gold == rej_id, likeliest == rej_id, likeliest != seg_id)
         scores = self._slot_scores(states)
         # The second pass differs only after a gold [REJ], which matters where another slot follows it.
@@ -366,7 +436,7 @@ class SegmentationMixin(_Base):
         states = sequences.new_zeros(len(slots), self.config.text_config.hidden_size, dtype=self.dtype)
         scores = torch.zeros(len(slots), device=states.device)
         order = {place: n for n, place in enumerate(map(tuple, slots.tolist()))}
-        reader = PrefixCache(self.model, batch).read_common()
+        reader = reader_for(self.language, batch)
         for step in range(max(map(len, per_row), default=0)):
             # A conversation without a slot left runs nothing, except its prompt: the first step takes in all images.
             ends = [
