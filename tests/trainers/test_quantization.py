@@ -101,11 +101,11 @@ def test_only_the_language_models_layers_are_quantized(base, kind):
     linears = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name.startswith("model.language_model.layers.")
+        if isinstance(module, torch.nn.Linear) and name.startswith("vlm.model.language_model.layers.")
     }
     assert kinds == linears and len(kinds) == 2 * 7
     for name, parameter in model.named_parameters():
-        if not name.startswith("model.language_model.layers."):
+        if not name.startswith("vlm.model.language_model.layers."):
             assert parameter.dtype == torch.float32, name
 
 
