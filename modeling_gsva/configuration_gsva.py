@@ -148,6 +148,12 @@ class GsvaConfig(PreTrainedConfig):
         PreTrainedConfig._attn_implementation.fset(self, value)
 
     @property
+    def mask_input_size(self) -> int:
+        """Side of the mask model's square input in pixels."""
+        size = getattr(self.sam_config.vision_config, "image_size", None)
+        return self.sam_config.prompt_encoder_config.image_size if size is None else size
+
+    @property
     def image_seq_length(self) -> int:
         """Number of placeholder positions of one image in the text (256 for ViT-L/14 at 224 px)."""
         return self.vlm_config.image_seq_length

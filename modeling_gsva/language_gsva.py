@@ -134,8 +134,8 @@ class LanguageAdapter:
             return additive(near)
         return {"full_attention": additive(allowed), "sliding_attention": additive(near)}
 
-    def encode(self, inputs: dict[str, Any]) -> EncodedImages | None:
-        """Encode each image once; None without images. `inputs` are those of the model's processor."""
+    def encode(self, inputs: dict[str, Any]) -> Any:
+        """Encode each image once, as [`EncodedImages`]; None without images. `inputs` are the model's processor's."""
         given = {name: inputs[name] for name in self.image_inputs if inputs.get(name) is not None}
         if not any(name.startswith("pixel_values") for name in given):
             return None
@@ -143,9 +143,7 @@ class LanguageAdapter:
         features = self.base.get_image_features(**given, return_dict=True)
         return EncodedImages(features, {name: given[name] for name in PER_IMAGE_INPUTS if name in given})
 
-    def select(
-        self, images: EncodedImages | None, image_index: torch.LongTensor, input_ids: torch.LongTensor
-    ) -> dict[str, Any]:
+    def select(self, images: Any, image_index: torch.LongTensor, input_ids: torch.LongTensor) -> dict[str, Any]:
         """
         Return the arguments of the forward pass that carry the images of these conversations.
 
@@ -283,14 +281,17 @@ class LlavaV1Adapter(LanguageAdapter):
     come from a cache.
     """
 
-    shares_prefix = True  # type: ignore[assignment]
+    shares_prefix = True
     images_are_alike = True
 
-    def run(self, labels=None, **inputs) -> ModelOutput:
+    def run(
+        self, image_index=None, vision_features=None, mm_encoder_outputs=None, labels=None, **inputs
+    ) -> ModelOutput:
         """Run `GsvaModel`, which takes images, kept features and `image_index` itself."""
-        return self.hidden(**inputs)
+        images = {"image_index": image_index, "vision_features": vision_features}
+        return self.hidden(**images, mm_encoder_outputs=mm_encoder_outputs, **inputs)
 
-    def encode(self, inputs: dict[str, Any]) -> torch.Tensor | None:  # type: ignore[override]
+    def encode(self, inputs: dict[str, Any]) -> torch.Tensor | None:
         """Return (images, positions, vision hidden), the projector's input."""
         if inputs.get("vision_features") is not None or inputs.get("pixel_values") is None:
             return inputs.get("vision_features")

@@ -119,7 +119,7 @@ class GsvaModel(LlavaV1PreTrainedModel):
     """Vision tower, projector and language model: from images and text to hidden states."""
 
     def __init__(self, config: LlavaV1Config):
-        config = getattr(config, "vlm_config", config)  # of a whole GSVA
+        config = getattr(config, "vlm_config", None) or config  # of a whole GSVA
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         # LLaVA v1's projector is a single linear layer.

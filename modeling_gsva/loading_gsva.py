@@ -16,8 +16,8 @@ _VISION = (
     "multi_modal_projector",
     "connector",
     "language_model.embed_tokens",
+    "text_model.embed_tokens",
 )
-_VISION += ("text_model.embed_tokens",)
 NOT_QUANTIZED = (
     *(f"{prefix}{name}" for prefix in ("", "model.", "vlm.model.") for name in _VISION),
     "lm_head",

@@ -1,6 +1,7 @@
 """The mask side of a GSVA: one interface over SAM, SAM-HQ, SAM 2 and SAM 3's tracker."""
 
 from contextlib import ExitStack
+from typing import TypeAlias
 
 import torch
 from accelerate.utils import align_module_device
@@ -12,7 +13,7 @@ from .sam_decoder_gsva import share_images, used_by_weight
 
 # An encoded image: SAM has one map, (images, channels, height, width); the others several, the one of lowest resolution, on
 # which the decoder attends, first.
-Maps = torch.Tensor | list[torch.Tensor]
+Maps: TypeAlias = torch.Tensor | list[torch.Tensor]
 
 
 def main_map(maps: Maps) -> torch.Tensor:

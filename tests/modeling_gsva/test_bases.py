@@ -3,39 +3,11 @@
 import pytest
 import tiny_bases as bases
 import torch
-from tiny_bases import IMAGE, REJ, SEG
+from tiny_bases import IMAGE, INDEX, REJ, SEG, conversation, images_in, make_gsva, padded_rows, rms
 
-from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration
+from modeling_gsva import GsvaForConditionalGeneration
 
 FAMILIES = (*bases.FIRST_RANK, *bases.SECOND_RANK)
-SAM = {
-    "model_type": "sam",
-    "vision_config": {
-        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 16,
-        "output_channels": 32, "mlp_dim": 16, "window_size": 2, "global_attn_indexes": [1], "num_pos_feats": 16,
-    },
-    "prompt_encoder_config": {"hidden_size": 32, "image_size": 64, "patch_size": 16, "mask_input_channels": 4},
-    "mask_decoder_config": {
-        "hidden_size": 32, "mlp_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "iou_head_hidden_dim": 32,
-    },
-}  # fmt: skip
-INDEX = [0, 0, 1]  # the images of three conversations
-
-
-def rms(given: torch.Tensor, expected: torch.Tensor) -> float:
-    """Root mean square of the difference relative to the expected values."""
-    difference = (given.double() - expected.double()).pow(2).mean().sqrt()
-    return float(difference / expected.double().pow(2).mean().sqrt())
-
-
-def make_gsva(family: str, sam: dict = SAM) -> GsvaForConditionalGeneration:
-    base = bases.make_base(family)
-    config = GsvaConfig(vlm_config=base.config.to_dict(), sam_config=sam, seg_token_id=SEG, rej_token_id=REJ)
-    torch.manual_seed(1)
-    model = bases.randomize(GsvaForConditionalGeneration(config))
-    model.vlm.load_state_dict(base.state_dict())
-    model.tie_weights()
-    return model
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, *bases.WINDOWED])
@@ -73,15 +45,6 @@ def inputs(model, family) -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-def padded_rows(rows: list[list[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, rows))
-    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
-    for row, tokens in enumerate(rows):
-        place = slice(width - len(tokens), width) if left else slice(0, len(tokens))
-        ids[row, place], mask[row, place] = torch.tensor(tokens), 1
-    return ids, mask
-
-
 def types_of(model, ids: torch.Tensor, start: int) -> dict[str, torch.Tensor]:
     """Token types written out from the families' documentation: 1 at images, or from the answer on in PaliGemma."""
     kind = model.config.vlm_config.model_type
@@ -100,18 +63,6 @@ def alone(model, ids: torch.Tensor, start: int, image: int, images: dict) -> tor
             **own, **types_of(model, ids[None], start),
         )  # fmt: skip
     return outputs.hidden_states[-1][0]
-
-
-def images_in(inputs: dict) -> dict[str, torch.Tensor]:
-    texts = ("input_ids", "attention_mask", "answer_ids", "answer_attention_mask", "image_index", "sam_pixel_values")
-    return {name: value for name, value in inputs.items() if name not in texts}
-
-
-def conversation(inputs: dict, row: int) -> tuple[torch.Tensor, int]:
-    """Tokens of a conversation without padding, and where its answer begins."""
-    prompt = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
-    answer = inputs["answer_ids"][row][inputs["answer_attention_mask"][row].bool()]
-    return torch.cat([prompt, answer]), len(prompt)
 
 
 def test_hidden_states_and_logits_are_the_bases_own(model, inputs):

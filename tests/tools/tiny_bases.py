@@ -3,6 +3,8 @@
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration
+
 VOCABULARY, IMAGE, SEG, REJ, VIDEO, VISION_START, VISION_END = 320, 290, 291, 292, 293, 288, 289
 HIDDEN, PIXELS, PATCH = 32, 28, 7
 TEXT = {
@@ -157,3 +159,88 @@ def images_of(images: dict[str, torch.Tensor], index: list[int]) -> dict[str, to
             "image_grid_thw": images["image_grid_thw"][index],
         }
     return {name: value[index] for name, value in images.items()}
+
+
+# ---- mask models ------------------------------------------------------------------------------------------------------
+PROMPTS = {"hidden_size": 32, "image_size": 64, "patch_size": 16, "mask_input_channels": 4}
+DECODER = {
+    "hidden_size": 32, "mlp_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "iou_head_hidden_dim": 32,
+}  # fmt: skip
+SIZES = [[16, 16], [8, 8], [4, 4]]
+MASK_MODELS = ("sam", "sam_hq", "sam2", "sam3_tracker")
+SIDES = {"sam": 64, "sam_hq": 64, "sam2": 64, "sam3_tracker": 56}  # of their inputs in pixels
+
+
+def mask_config(kind: str) -> dict:
+    """Return the configuration of a tiny mask model as a dict."""
+    vit = {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 16,
+        "output_channels": 32, "mlp_dim": 16, "window_size": 2, "global_attn_indexes": [1], "num_pos_feats": 16,
+    }  # fmt: skip
+    hiera = {
+        "model_type": "sam2_hiera_det_model", "hidden_size": 8, "num_attention_heads": 1, "image_size": [64, 64],
+        "blocks_per_stage": [1, 1, 2, 1], "embed_dim_per_stage": [8, 16, 32, 64],
+        "num_attention_heads_per_stage": [1, 1, 2, 2], "window_size_per_stage": [4, 2, 4, 2], "global_attention_blocks": [3],
+    }  # fmt: skip
+    sam3 = {
+        "model_type": "sam3_vit_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": 56, "patch_size": 14, "window_size": 2, "global_attn_indexes": [1],
+        "pretrain_image_size": 56,
+    }  # fmt: skip
+    neck = {"fpn_hidden_size": 32, "backbone_feature_sizes": SIZES}
+    vision = {
+        "sam": vit,
+        "sam_hq": {**vit, "num_hidden_layers": 4, "global_attn_indexes": [0, 1, 2, 3]},
+        "sam2": {
+            "model_type": "sam2_vision_model", "backbone_config": hiera, "backbone_channel_list": [64, 32, 16, 8], **neck,
+        },
+        "sam3_tracker": {"backbone_config": sam3, "scale_factors": [4.0, 2.0, 1.0, 0.5], **neck},
+    }[kind]  # fmt: skip
+    prompts = {**PROMPTS, "image_size": 56, "patch_size": 14} if kind == "sam3_tracker" else PROMPTS
+    decoder = {**DECODER, "vit_dim": 16} if kind == "sam_hq" else DECODER
+    config = AutoConfig.for_model(
+        kind, vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder
+    )
+    return config.to_dict()
+
+
+# ---- whole models and their inputs ----
+INDEX = [0, 0, 1]  # the images of three conversations
+
+
+def rms(given: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square of the difference relative to the expected values."""
+    difference = (given.double() - expected.double()).pow(2).mean().sqrt()
+    return float(difference / expected.double().pow(2).mean().sqrt())
+
+
+def make_gsva(family: str, sam: dict | None = None) -> GsvaForConditionalGeneration:
+    """Return a GSVA over a tiny base, with SAM's masks unless another mask model's configuration is given."""
+    base, sam = make_base(family), sam or mask_config("sam")
+    config = GsvaConfig(vlm_config=base.config.to_dict(), sam_config=sam, seg_token_id=SEG, rej_token_id=REJ)
+    torch.manual_seed(1)
+    model = randomize(GsvaForConditionalGeneration(config))
+    model.vlm.load_state_dict(base.state_dict())
+    model.tie_weights()
+    return model
+
+
+def padded_rows(rows: list[list[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
+    for row, tokens in enumerate(rows):
+        place = slice(width - len(tokens), width) if left else slice(0, len(tokens))
+        ids[row, place], mask[row, place] = torch.tensor(tokens), 1
+    return ids, mask
+
+
+def images_in(inputs: dict) -> dict[str, torch.Tensor]:
+    texts = ("input_ids", "attention_mask", "answer_ids", "answer_attention_mask", "image_index", "sam_pixel_values")
+    return {name: value for name, value in inputs.items() if name not in texts}
+
+
+def conversation(inputs: dict, row: int) -> tuple[torch.Tensor, int]:
+    """Tokens of a conversation without padding, and where its answer begins."""
+    prompt = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+    answer = inputs["answer_ids"][row][inputs["answer_attention_mask"][row].bool()]
+    return torch.cat([prompt, answer]), len(prompt)
