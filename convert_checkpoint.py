@@ -1081,7 +1081,8 @@ def convert(args: argparse.Namespace) -> dict:
     with _naming(described), torch.device("meta"), no_init_weights():
         model = GsvaForConditionalGeneration(config)
     tied = set(model.all_tied_weights_keys)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+    weights = {model.saved_name(name): value for name, value in model.state_dict().items() if name not in tied}
+    expected = {name: tuple(value.shape) for name, value in weights.items()}
     _check_filled(expected, tensors, [f"{source.option} {source.path}" for source in sources if source.path])
     for source in sources[1:]:
         if source.lora:

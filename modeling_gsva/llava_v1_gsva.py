@@ -76,6 +76,8 @@ class LlavaV1Config(PreTrainedConfig):
         return patches + (self.vision_feature_select_strategy == "full")
 
 
+AutoConfig.register(LlavaV1Config.model_type, LlavaV1Config, exist_ok=True)
+
 # The fields that GsvaConfig held itself when LLaVA v1 was the only base.
 V1_FIELDS = (
     "vision_config",

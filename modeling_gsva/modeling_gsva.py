@@ -1,5 +1,6 @@
 """GSVA: a LLaVA-like model that prompts SAM's mask decoder with the hidden state of each `[SEG]`, and rejects with `[REJ]`."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -99,6 +100,13 @@ class GsvaPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
         """The device for inputs; under a `device_map` the one on which accelerate runs the model, offloaded or not."""
         place = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
         return super().device if place is None else torch.device(place)
+
+
+def in_two_rows(function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """Apply a function of (rows, hidden), a single row twice: a one-row matmul rounds differently by memory alignment."""
+    if not torch.compiler.is_compiling() and len(rows) == 1:  # in this order: an export leaves the number open
+        return function(rows.expand(2, -1))[:1]
+    return function(rows)
 
 
 class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, GenerationMixin):
@@ -209,9 +217,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         Returns:
             Low-resolution mask logits (slots, 4 height, 4 width) and the decoder's IoU estimates (slots,).
         """
-        # Two rows in place of one: a one-row matmul rounds differently depending on memory alignment.
-        states = slot_states.expand(2, -1) if len(slot_states) == 1 else slot_states
-        prompts = self.mask_projector(states)[: len(slot_states)]
+        prompts = in_two_rows(self.mask_projector, slot_states)
         masks, iou, _ = self.masks.decode(prompts, sam_embeddings, slot_images)
         return masks, iou
 
@@ -356,7 +362,9 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         result.loss = result.loss + result.mask_bce_loss + result.mask_dice_loss
 
     def _slot_logits(self, states: torch.Tensor) -> torch.Tensor:
-        return self.language.logits(states)[:, [self.config.seg_token_id, self.config.rej_token_id]].float()
+        return in_two_rows(self.language.logits, states)[
+            :, [self.config.seg_token_id, self.config.rej_token_id]
+        ].float()
 
     def _slot_masks(self, states, is_seg, sam_embeddings, slot_images):
         """Return masks (slots, h, w), constant zero logits for `[REJ]`, and IoU estimates (slots,)."""

@@ -390,6 +390,9 @@ def fingerprint(model, processor, plan: EvaluationPlan) -> dict[str, Any]:
         facts = {name: value for name, value in row.items() if name != "image"}
         data.update(json.dumps(facts, sort_keys=True, default=str).encode() + _as_bytes(row["image"]))
     for name, value in model.state_dict().items():
+        name = getattr(model, "saved_name", str)(
+            name
+        )  # as it was when evaluations were begun before there were other bases
         weights.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         if value.device.type != "meta":  # a sample, since all of 7 billion weights would take minutes
             weights.update(value.detach().flatten()[:: max(value.numel() // 64, 1)].float().cpu().numpy().tobytes())
