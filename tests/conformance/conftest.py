@@ -1,11 +1,13 @@
 """Collect the tests that ran and that were skipped, for test_lists.py."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER))  # for hf_common; pytest's import mode "importlib" adds no folders
 ran: dict[str, set[str]] = {}  # test → the reasons for which it, or a part of it, was skipped
 
 

@@ -73,7 +73,9 @@ def test_every_skip_is_listed_with_its_reason(skipped, what_ran):
 
 def test_every_override_is_listed_with_its_reason(skipped):
     found = {}
-    for module in [module for name, module in list(sys.modules.items()) if name.startswith("test_common_")]:
+    for module in [
+        module for name, module in list(sys.modules.items()) if name.rpartition(".")[2].startswith("test_common_")
+    ]:
         for cls in [cls for name, cls in vars(module).items() if name.startswith("Gsva") and name.endswith("Test")]:
             for name, value in vars(cls).items():
                 own = inspect.isfunction(value) and inspect.unwrap(value).__code__.co_filename == module.__file__
