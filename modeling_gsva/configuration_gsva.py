@@ -89,6 +89,18 @@ class GsvaConfig(PreTrainedConfig):
                     "Add the token to the tokenizer and resize the embedding, or correct text_config.vocab_size."
                 )
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """Overrides the parent to refuse the directory of another model, of which transformers would read nothing."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"{str(pretrained_model_name_or_path)!r} holds a model of type {model_type!r}, not a GSVA. To start from it, "
+                "pass config=GsvaConfig(vlm_config=..., sam_config=..., seg_token_id=..., rej_token_id=...)."
+            )
+        return config_dict, kwargs
+
     def set_parts_dtype(self) -> None:
         """Give every part the dtype of the configuration that holds it; transformers does so for one level only."""
         for part in (self.vlm_config, self.sam_config):
