@@ -99,7 +99,6 @@ class GsvaConfig(PreTrainedConfig):
                     f"{name}={getattr(self, name)} lies outside the vocabulary of {self.text_config.vocab_size} tokens. "
                     "Add the token to the tokenizer and resize the embedding, or correct text_config.vocab_size."
                 )
-
         self._check_rejection()
 
     def _check_rejection(self) -> None:
@@ -121,6 +120,18 @@ class GsvaConfig(PreTrainedConfig):
         """Return threshold, temperature and offset of rejection; 0, 1 and 0 where the model is not calibrated."""
         values = {"threshold": 0.0, "temperature": 1.0, "offset": 0.0}
         return {name: (self.rejection or {}).get(name, value) for name, value in values.items()}
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """Overrides the parent to refuse the directory of another model, of which transformers would read nothing."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"{str(pretrained_model_name_or_path)!r} holds a model of type {model_type!r}, not a GSVA. To start from it, "
+                "pass config=GsvaConfig(vlm_config=..., sam_config=..., seg_token_id=..., rej_token_id=...)."
+            )
+        return config_dict, kwargs
 
     def set_parts_dtype(self) -> None:
         """Give every part the dtype of the configuration that holds it; transformers does so for one level only."""

@@ -18,6 +18,8 @@ PER_IMAGE_INPUTS = ("image_grid_thw",)
 # The image is the prefix of a prefix language model: its positions and the prompt's attend to each other both ways, and
 # only the answer (token type 1) is causal. So a prefix cannot be run before the prompt is known.
 PREFIX_LANGUAGE_MODELS = ("paligemma",)
+# Layers whose cache can be shared. The states of others (convolutions, linear attention) run through padding and cannot go back.
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 # Output layers that squash their logits by the text configuration's `final_logit_softcapping`.
 SOFTCAPPED = ("gemma3", "paligemma")
 
@@ -81,14 +83,8 @@ class LanguageAdapter:
     @property
     def shares_prefix(self) -> bool:
         """Whether prompts that begin alike may share a key-value cache of their beginning."""
-        linear = {
-            "linear_attention",
-            "conv",
-            "mamba",
-            "recurrent",
-        }  # states that run through padding and cannot go back
         layers = set(getattr(self.text_config, "layer_types", None) or ())
-        return self.config.model_type not in PREFIX_LANGUAGE_MODELS and not layers & linear
+        return self.config.model_type not in PREFIX_LANGUAGE_MODELS and layers <= ATTENTION_LAYERS
 
     @property
     def resumes_generation(self) -> bool:
@@ -104,7 +100,8 @@ class LanguageAdapter:
     @property
     def has_windows(self) -> bool:
         """Whether some layers attend within a sliding window, so that the cache must keep all and masks go by position."""
-        return any(layer.is_sliding for layer in DynamicCache(config=self.text_config).layers)
+        layers = DynamicCache(config=self.text_config).layers
+        return any(getattr(layer, "is_sliding", False) for layer in layers)
 
     def window_masks(
         self, cached: torch.Tensor, columns: torch.Tensor, width: int, is_image: torch.Tensor | None

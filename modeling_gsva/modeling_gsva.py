@@ -200,6 +200,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
 
     def get_image_features(self, *args, **kwargs):
         """See the vision-language model's `get_image_features`, of LLaVA v1 [`GsvaModel.get_image_features`]."""
+        kwargs.setdefault("return_dict", self.config.return_dict)
         return self.vlm.base_model.get_image_features(*args, **kwargs)
 
     def get_sam_embeddings(self, sam_pixel_values: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:

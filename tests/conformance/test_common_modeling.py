@@ -124,6 +124,11 @@ class GsvaModelTest(common.ModelTesterMixin, GenerationTesterMixin, unittest.Tes
     def test_config(self):
         self.config_tester.run_common_tests()
 
+    def test_correct_missing_keys(self):
+        """A base's own directory names no mask model and no tokens: it loads with config=..., tests/modeling_gsva/test_bases.py."""
+        with self.assertRaisesRegex(ValueError, "holds a model of type 'gsva_llava_v1', not a GSVA"):
+            super().test_correct_missing_keys()
+
 
 class LlavaV1Tester(GsvaModelTester):
     def get_config(self):

@@ -188,3 +188,17 @@ def test_gradients_reach_every_trained_part(family, inputs):
     for part in (model.mask_projector, model.sam.mask_decoder, model.vlm.get_input_embeddings(), model.lm_head):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
     assert all(p.grad is None for p in model.sam.vision_encoder.parameters())
+
+
+def test_who_shares_prefixes(model, family, inputs, monkeypatch):
+    """The first rank runs the beginning of two prompts about an image once; the others cannot."""
+    assert model.language.shares_prefix == (family not in bases.SECOND_RANK)
+    assert model.language.has_windows == (family in bases.WINDOWED or family == "gemma3")
+    rows = []
+    language = type(model.language)
+    hidden = language.hidden
+    monkeypatch.setattr(
+        language, "hidden", lambda self, **given: rows.append(len(given["input_ids"])) or hidden(self, **given)
+    )
+    model.segment(**inputs)
+    assert rows == ([2, 3, 3] if model.language.shares_prefix else [3, 3])

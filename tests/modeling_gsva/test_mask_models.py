@@ -169,3 +169,9 @@ def test_a_config_of_before_is_read():
     assert config.tie_word_embeddings and config.text_config.hidden_size == 32 and config.image_seq_length == 16
     again = GsvaConfig.from_dict(config.to_dict())
     assert again.to_dict() == config.to_dict()
+
+
+def test_a_plain_bases_directory_asks_for_a_configuration(tmp_path):
+    bases.make_base("llava").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a model of type 'llava', not a GSVA. To start from it, pass config="):
+        GsvaForConditionalGeneration.from_pretrained(tmp_path)
