@@ -60,7 +60,7 @@ def checkpoint_shapes(size: str) -> tuple[dict[str, tuple[int, ...]], dict]:
     config = model_config(size)
     with torch.device("meta"), no_init_weights():
         model = GsvaForConditionalGeneration(config)
-    shapes = {to_original(name): tuple(value.shape) for name, value in model.state_dict().items()
+    shapes = {to_original(model.saved_name(name)): tuple(value.shape) for name, value in model.state_dict().items()
               if name not in model.all_tied_weights_keys}  # fmt: skip
     text = config.text_config
     for i in range(text.num_hidden_layers):

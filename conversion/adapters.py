@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,9 +34,11 @@ def load_adapter(base: torch.nn.Module, adapter: str | Path) -> PeftModel:
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     folder = adapter_folder(adapter)
-    weights = read_adapter(folder)
-    names = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in weights.items()}
-    refuse_other_base(_lazy(names), _lazy(base.state_dict()), f"the adapter {adapter}", "the model under it")
+    weights = {PEFT_PREFIX + _name_in_model(base, key): tensor for key, tensor in read_adapter(folder).items()}
+    saved_name = getattr(base, "saved_name", str)
+    names = {saved_name(key.removeprefix(PEFT_PREFIX)): tensor for key, tensor in weights.items()}
+    parts = {saved_name(name): tensor for name, tensor in base.state_dict().items()}
+    refuse_other_base(_lazy(names), _lazy(parts), f"the adapter {adapter}", "the model under it")
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
     model = get_peft_model(base, config)
@@ -83,6 +86,14 @@ def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"The adapter {folder} has no weights ({' or '.join(WEIGHTS)}): copy or download it again.")
     weights = WeightFile(file)
     return {key: weights.read(key) for key in weights.tensors()}
+
+
+def _name_in_model(base: torch.nn.Module, key: str) -> str:
+    """Return the name of a tensor of an adapter in the model; adapters of converted directories have those of their files."""
+    name = key.removeprefix(PEFT_PREFIX)
+    for pattern, replacement in getattr(base, "_checkpoint_conversion_mapping", {}).items():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _lazy(tensors: dict[str, torch.Tensor]) -> dict[str, LazyTensor]:

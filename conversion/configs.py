@@ -238,7 +238,8 @@ def empty_model(
     with naming(path), torch.device("meta"), no_init_weights():
         model = GsvaForConditionalGeneration(config)
     tied = set(model.all_tied_weights_keys)
-    return model, {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+    weights = {model.saved_name(name): value for name, value in model.state_dict().items() if name not in tied}
+    return model, {name: tuple(value.shape) for name, value in weights.items()}
 
 
 def image_processor(clip: Path | None, image_size: int, sam_size: int) -> GsvaImageProcessor:

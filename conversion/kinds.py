@@ -40,13 +40,13 @@ KINDS = (
     Kind("a checkpoint quantized by bitsandbytes", r".*\.(SCB|absmax|quant_state\b.*)$", (), _QUANTIZED_ADVICE),
     Kind(
         "an adapter of a converted model",
-        r"model\.language_model\.layers\..*\.lora_[AB]\.",
+        r"(vlm\.)?model\.language_model\.layers\..*\.lora_[AB]\.",
         (),
         "It needs no conversion: run_gres.py --model takes it.",
     ),
     Kind(
         "a converted model",
-        r"(mask_projector|model\.language_model|sam)\.",
+        r"(mask_projector|(vlm\.)?model\.language_model|sam)\.",
         (),
         "It needs no conversion: the Auto classes load it, and --reverse turns it into a file of the original.",
     ),

@@ -93,7 +93,7 @@ def _read_adapter(directory: Path, parameters: set[str]) -> dict[str, torch.Tens
     lora: dict[str, dict[str, str]] = {}
     weights = WeightFile(directory / "adapter_model.safetensors")
     for key in weights.tensors():
-        part = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
+        part = re.fullmatch(r"base_model\.model\.(?:vlm\.)?(.+)\.lora_([AB])\.weight", key)
         name = to_original(f"{part[1]}.weight") if part else None
         if part is None or name is None:
             raise ValueError(f"{directory}: {key!r} is no LoRA tensor the original knows.")

@@ -172,6 +172,9 @@ def evaluation_identity(model, processor, config: EvaluationConfig) -> dict[str,
         facts = {name: value for name, value in row.items() if name != "image"}
         data.update(json.dumps(facts, sort_keys=True, default=str).encode() + _image_bytes(row["image"]))
     for name, value in model.state_dict().items():
+        name = getattr(model, "saved_name", str)(
+            name
+        )  # the name in evaluations that began before there were other bases
         weights.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         if value.device.type != "meta":  # a sample of the values: reading all 7 billion weights would take minutes
             weights.update(value.detach().flatten()[:: max(value.numel() // 64, 1)].float().cpu().numpy().tobytes())

@@ -5,7 +5,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from .cache_gsva import ConversationCache
 from .configuration_gsva import GsvaConfig
 from .image_processing_gsva import GsvaImageProcessor
-from .modeling_gsva import GsvaForConditionalGeneration, GsvaModel, GsvaPreTrainedModel
+from .llava_v1_gsva import GsvaModel
+from .modeling_gsva import GsvaForConditionalGeneration, GsvaPreTrainedModel
 from .pipeline_gsva import GsvaPipeline
 from .processing_gsva import GsvaProcessor
 

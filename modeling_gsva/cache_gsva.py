@@ -59,8 +59,10 @@ class ConversationCache:
 
     def clear(self) -> None:
         """Forget everything, and free its memory."""
-        self.key_values: DynamicCache | None = None
-        self.ids = self.mask = self.image_index = None
+        self.key_values: Any = None  # a DynamicCache, whose columns hold these tokens:
+        self.ids: Any = None
+        self.mask: Any = None
+        self.image_index: torch.LongTensor | None = None
         self.model = self.pixel_values = self.vision_features = self.sam_embeddings = None
 
     def images(self, model, has_image: bool, pixel_values, vision_features, sam_embeddings) -> tuple[Any, Any]:
@@ -110,8 +112,8 @@ class ConversationCache:
         return columns
 
 
-def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    if one is None or other is None:
+def _same(one: Any, other: Any) -> bool:
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
         return one is other
     return one.shape == other.shape and bool(torch.equal(one.to(other), other))
 

@@ -7,6 +7,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .llava_v1_gsva import V1_FIELDS, LlavaV1Config
+
 if TYPE_CHECKING:
     SubConfig = Any  # reading gives a configuration
     TokenId = int
@@ -15,24 +17,27 @@ else:
     TokenId = int | None  # None gets the error of __post_init__
 
 
+def _set_dtype(config: Any, dtype: Any) -> None:
+    config.dtype = dtype
+    for name in config.sub_configs:
+        if getattr(config, name, None) is not None:
+            _set_dtype(getattr(config, name), dtype)
+
+
 @strict
 class GsvaConfig(PreTrainedConfig):
     r"""
-    Configuration of [`GsvaForConditionalGeneration`]: a Llama-like language model that reads an image through a
-    CLIP-like vision tower and prompts a SAM mask decoder with the hidden state that predicts each `[SEG]`.
+    Configuration of [`GsvaForConditionalGeneration`]: a vision-language model that reads images and text, and prompts a SAM
+    mask decoder with the hidden state that predicts each `[SEG]`.
 
     The training arguments, not the configuration, say which parts are frozen.
 
     Args:
-        vision_config (`dict` or `PreTrainedConfig`): the vision tower, CLIP ViT-L/14 at 224 px in the paper.
-        text_config (`dict` or `PreTrainedConfig`): the language model, LLaMA 7B or 13B in the paper. Its vocabulary
-            size is the number of rows of the embedding, with `[SEG]` and `[REJ]`.
+        vlm_config (`dict` or `PreTrainedConfig`): the vision-language model, any that `AutoModelForImageTextToText` builds,
+            or the original's LLaVA v1 (`LlavaV1Config`, the default).
         sam_config (`dict` or `PreTrainedConfig`): the segmentation model, SAM ViT-H at 1024 px in the paper.
-        image_token_id (`int`): id of `<image>`. Features always replace it, so it may lie beyond the embedding.
         seg_token_id (`int`): id of `[SEG]`, the slot of an expression that has a target.
         rej_token_id (`int`): id of `[REJ]`, the slot of an expression that has none.
-        vision_feature_layer (`int`): which hidden state of the vision tower is read (LLaVA: the last but one).
-        vision_feature_select_strategy (`str`): `"default"` drops the class token, `"full"` keeps it.
         ce_loss_weight, bce_loss_weight, dice_loss_weight (`float`): weights of the three loss parts
             (1.0, 2.0 and 0.5 in the original's training script).
         rejected_slot_loss (`str`): how a slot whose true mask is empty counts in the mask losses. `"zero_logits"`, as in
@@ -42,6 +47,9 @@ class GsvaConfig(PreTrainedConfig):
             `threshold` is the log-odds of `[SEG]` below which `segment` rejects an expression; the probability that the
             expression is there is `sigmoid(score / temperature + offset)`. Its other entries say on which data it was
             fitted. None: threshold 0, temperature 1 and offset 0.
+        vision_config, text_config, image_token_id, vision_feature_layer, vision_feature_select_strategy,
+            tie_word_embeddings: fields of [`LlavaV1Config`], in place of `vlm_config`. Directories that were saved before
+            there were other bases hold them.
     """
 
     model_type = "gsva"
@@ -51,29 +59,28 @@ class GsvaConfig(PreTrainedConfig):
         *("slot_positions", "past_key_values", "hidden_states", "attentions", "image_hidden_states"),
     ]
     sub_configs_defaults = {
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
-        # LLaMA's vocabulary and the tokens GSVA adds, <image> excepted.
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama", init_kwargs={"vocab_size": 32004}),
+        "vlm_config": SubConfigSpec(config_class=AutoConfig, model_type="llava"),
         "sam_config": SubConfigSpec(config_class=AutoConfig, model_type="sam"),
     }
 
-    vision_config: SubConfig = None
-    text_config: SubConfig = None
+    vlm_config: SubConfig = None
     sam_config: SubConfig = None
-    image_token_id: int = 32004
     seg_token_id: TokenId = 32000
     rej_token_id: TokenId = 32001
-    vision_feature_layer: int = -2
-    vision_feature_select_strategy: Literal["default", "full"] = "default"
     ce_loss_weight: float = 1.0
     bce_loss_weight: float = 2.0
     dice_loss_weight: float = 0.5
     rejected_slot_loss: Literal["zero_logits", "ignore"] = "zero_logits"
-    tie_word_embeddings: bool = False
     rejection: dict | None = None
 
     def __post_init__(self, **kwargs):
+        v1_fields = {name: kwargs.pop(name) for name in V1_FIELDS if name in kwargs}
+        if self.vlm_config is None:
+            self.vlm_config = LlavaV1Config(**v1_fields)
+        elif isinstance(self.vlm_config, dict) and self.vlm_config.get("model_type") == LlavaV1Config.model_type:
+            self.vlm_config = LlavaV1Config(**self.vlm_config)
         super().__post_init__(**kwargs)
+        self.set_parts_dtype()
         for name, token in (("seg_token_id", "[SEG]"), ("rej_token_id", "[REJ]")):
             if getattr(self, name) is None:
                 raise ValueError(
@@ -92,7 +99,10 @@ class GsvaConfig(PreTrainedConfig):
                     f"{name}={getattr(self, name)} lies outside the vocabulary of {self.text_config.vocab_size} tokens. "
                     "Add the token to the tokenizer and resize the embedding, or correct text_config.vocab_size."
                 )
+        self._check_rejection()
 
+    def _check_rejection(self) -> None:
+        """Raise ValueError for a calibration whose values are not finite numbers, or whose temperature is not positive."""
         for name in ("threshold", "temperature", "offset"):
             value = self.rejection_values[name]
             if (
@@ -107,9 +117,65 @@ class GsvaConfig(PreTrainedConfig):
 
     @property
     def rejection_values(self) -> dict[str, float]:
-        """Threshold, temperature and offset of rejection; 0, 1 and 0 where the model is not calibrated."""
+        """Return threshold, temperature and offset of rejection; 0, 1 and 0 where the model is not calibrated."""
         values = {"threshold": 0.0, "temperature": 1.0, "offset": 0.0}
         return {name: (self.rejection or {}).get(name, value) for name, value in values.items()}
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """Overrides the parent to refuse the directory of another model, of which transformers would read nothing."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"{str(pretrained_model_name_or_path)!r} holds a model of type {model_type!r}, not a GSVA. To start from it, "
+                "pass config=GsvaConfig(vlm_config=..., sam_config=..., seg_token_id=..., rej_token_id=...)."
+            )
+        return config_dict, kwargs
+
+    def set_parts_dtype(self) -> None:
+        """Give every part the dtype of the configuration that holds it; transformers does so for one level only."""
+        for part in (self.vlm_config, self.sam_config):
+            if part.dtype is not None:
+                _set_dtype(part, part.dtype)
+
+    def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
+        """Return the language model's configuration."""
+        return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
+
+    @property
+    def text_config(self) -> Any:
+        """The language model's configuration."""
+        return self.get_text_config()
+
+    @property
+    def vision_config(self) -> Any:
+        """The configuration of the vision-language model's vision tower."""
+        return self.vlm_config.vision_config
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of `<image>` in the text; features replace it."""
+        return self.vlm_config.image_token_id
+
+    @property
+    def vision_feature_layer(self) -> Any:
+        """See [`LlavaV1Config`]."""
+        return self.vlm_config.vision_feature_layer
+
+    @property
+    def vision_feature_select_strategy(self) -> str:
+        """See [`LlavaV1Config`]."""
+        return self.vlm_config.vision_feature_select_strategy
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the language head shares the embedding's weights."""
+        return bool(getattr(self.vlm_config, "tie_word_embeddings", False))
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, value: bool):
+        self.vlm_config.tie_word_embeddings = value
 
     @property
     def _attn_implementation(self) -> str | None:
@@ -117,16 +183,24 @@ class GsvaConfig(PreTrainedConfig):
 
     @_attn_implementation.setter
     def _attn_implementation(self, value: str | dict | None):
-        """SAM only supports eager and sdpa, so other implementations are applied to the two other models only."""
+        """SAM only supports eager and sdpa, so other implementations are applied to the vision-language model only."""
         if isinstance(value, str) and value not in ("eager", "sdpa"):
-            value = {"text_config": value, "vision_config": value}
+            value = {"vlm_config": value}
+        elif isinstance(value, dict) and not value.keys() <= {"", "vlm_config", "sam_config"}:
+            parts = {name: kind for name, kind in value.items() if name not in ("", "vlm_config", "sam_config")}
+            value = {**{name: kind for name, kind in value.items() if name not in parts}, "vlm_config": parts}
         PreTrainedConfig._attn_implementation.fset(self, value)
+
+    @property
+    def mask_input_size(self) -> int:
+        """Side of the mask model's square input in pixels."""
+        size = getattr(self.sam_config.vision_config, "image_size", None)
+        return self.sam_config.prompt_encoder_config.image_size if size is None else size
 
     @property
     def image_seq_length(self) -> int:
         """Return the number of placeholder positions of one image in the text (256 for ViT-L/14 at 224 px)."""
-        patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
-        return patches + (self.vision_feature_select_strategy == "full")
+        return self.vlm_config.image_seq_length
 
 
 __all__ = ["GsvaConfig"]

@@ -9,16 +9,22 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 
-# Module prefixes that are not quantized by default; only the language model's layers are. CLIP and SAM lose masks in
-# 4 bit, and the rest is small or trained in full. Prefixes are listed with and without `model.` so that they also match
-# `GsvaModel`.
-NOT_QUANTIZED = (
+# Modules that are not quantized by default; only the language model's layers are. CLIP and SAM lose masks in 4 bit, and the
+# rest is small or trained in full. Parts of a vision-language model are listed by the names that transformers' families use,
+# with and without the prefixes that they have in `GsvaForConditionalGeneration` and `GsvaModel`.
+_VISION = (
     "vision_tower",
+    "vision_model",
+    "visual",
     "multi_modal_projector",
-    "model.vision_tower",
-    "model.multi_modal_projector",
-    "model.language_model.embed_tokens",
+    "connector",
+    "language_model.embed_tokens",
+    "text_model.embed_tokens",
+)
+NOT_QUANTIZED = (
+    *(f"{prefix}{name}" for prefix in ("", "model.", "vlm.model.") for name in _VISION),
     "lm_head",
+    "vlm.lm_head",
     "sam",
     "mask_projector",
 )
@@ -219,6 +225,10 @@ class StrictLoadingMixin(_Base):
         }
         missing = {name for report in reports for name in report["missing_keys"]} - shapes.keys()
         unexpected = {name for report in reports for name in report["unexpected_keys"]}
+        shapes = {
+            model.saved_name(name): text.replace(name, model.saved_name(name), 1) for name, text in shapes.items()
+        }
+        missing, unexpected = ({model.saved_name(name) for name in names} for names in (missing, unexpected))
         wrong = {
             "missing": sorted(missing) if strict else [],
             "unexpected": sorted(unexpected) if strict else [],
@@ -228,6 +238,10 @@ class StrictLoadingMixin(_Base):
             raise GsvaWeightsError(cls, pretrained_model_name_or_path, wrong)
         return (model, info) if output_loading_info else model
 
+    def saved_name(self, name: str) -> str:
+        """Return the name that a weight of the model has in saved directories, for errors."""
+        return name
+
     def mark_tied_weights_as_initialized(self, loading_info) -> None:
         """
         Keep the loading report, then do as the parent. transformers calls this first with each loading report. Keep them
@@ -235,7 +249,10 @@ class StrictLoadingMixin(_Base):
         """
         self.__dict__.setdefault("_load_reports", []).append(loading_info)
         if loading_info.conversion_errors:  # a quantized weight that lacks a piece: later steps would fail on it
-            unreadable = [f"{name} ({why.splitlines()[-1]})" for name, why in loading_info.conversion_errors.items()]
+            unreadable = [
+                f"{self.saved_name(name)} ({why.splitlines()[-1]})"
+                for name, why in loading_info.conversion_errors.items()
+            ]
             loading_info.conversion_errors.clear()
             raise GsvaWeightsError(type(self), self.name_or_path, {"unreadable": sorted(unreadable)})
         super().mark_tied_weights_as_initialized(loading_info)

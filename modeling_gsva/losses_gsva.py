@@ -97,7 +97,7 @@ def batch_mask_losses(
         raise ValueError(
             f"{len(mask_logits)} conversations but {len(mask_labels)} entries in mask_labels; give one each."
         )
-    input_size = config.sam_config.vision_config.image_size
+    input_size = config.mask_input_size
     bce_sum = dice_sum = mask_logits[0].new_zeros((), dtype=torch.float32)
     count, ious = 0, [bce_sum.new_zeros(0)]
     for index, (logits, truth) in enumerate(zip(mask_logits, mask_labels)):

@@ -77,6 +77,46 @@ def prepare(
     return {"example": example}
 
 
+def form_of(images: Any) -> tuple[bool, bool]:
+    """
+    Return whether `images` is a single image or row, and whether it is a list (or a batched array) of them; neither for rows
+    that are read one after the other.
+
+    Raises:
+        ValueError: no images, or an object that holds none.
+    """
+    if images is None:
+        raise ValueError("No image was given: pass an image, a list of images, or rows of 'image' and 'expressions'.")
+    is_array = hasattr(images, "ndim")
+    is_file = hasattr(images, "read")
+    is_one = is_file or isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image, Mapping))
+    is_one = is_one or (is_array and images.ndim < 4)
+    is_list = isinstance(images, (list, tuple)) or (is_array and not is_one)
+    if not (is_one or is_list or isinstance(images, Iterable) or hasattr(images, "__getitem__")):
+        raise ValueError(
+            f"Images of type {type(images).__name__} are not supported: give a path, URL, PIL image or array, a list "
+            "of them, or rows of 'image' and 'expressions'."
+        )
+    return is_one, is_list
+
+
+def rows_of(images: Any, expressions: Any) -> list[dict[str, Any]]:
+    """
+    Return rows of each image with the list of its expressions.
+
+    Raises:
+        ValueError: another number of lists than of images, or strings among the lists.
+    """
+    if len(images) != len(expressions):
+        raise ValueError(
+            f"{len(images)} images but {len(expressions)} lists of expressions; give one list for each image, or "
+            "one list of strings for all."
+        )
+    if strings := [entry for entry in expressions if isinstance(entry, (str, Mapping))]:
+        raise ValueError(f"expressions holds lists, but also {strings[0]!r}; give a list of strings for each image.")
+    return [{"image": image_of(image), "expressions": of_image} for image, of_image in zip(images, expressions)]
+
+
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the examples of a batch as a list, which `_forward` joins."""
     return {"example": [item["example"] for item in items]}
@@ -134,7 +174,8 @@ class GsvaPipeline(Pipeline):
             expressions: the expressions to look for: strings, for every image; or, with a list of images, one list of
                 strings for each. They replace the expressions of rows.
             threshold (`float`): reject where the log-odds of `[SEG]` against `[REJ]` (`score`) are below it. The default
-                is the calibrated threshold of the model, or 0.0, its own choice. With method="generate" the answer is already written: a higher one rejects more, a lower one changes nothing.
+                is the calibrated threshold of the model, or 0.0, its own choice. With method="generate" the answer is
+                already written: a higher one rejects more, a lower one changes nothing.
             method (`str`): "slots" (default) or "generate", see [`GsvaForConditionalGeneration.segment`].
             prompt (`str`): the name of the wording, see [`GsvaProcessor`].
             one_prompt_per_expression (`bool`): ask for each expression in a separate prompt.
@@ -152,21 +193,7 @@ class GsvaPipeline(Pipeline):
         Raises:
             ValueError: an image that cannot be read, no expressions, another number of lists than of images.
         """
-        if images is None:
-            raise ValueError(
-                "No image was given: pass an image, a list of images, or rows of 'image' and 'expressions'."
-            )
-        is_array = hasattr(images, "ndim")
-        is_one = isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image, Mapping)) or hasattr(
-            images, "read"
-        )
-        is_one = is_one or (is_array and images.ndim < 4)
-        is_list = isinstance(images, (list, tuple)) or (is_array and not is_one)
-        if not (is_one or is_list or isinstance(images, Iterable) or hasattr(images, "__getitem__")):
-            raise ValueError(
-                f"Images of type {type(images).__name__} are not supported: give a path, URL, PIL image or array, a list "
-                "of them, or rows of 'image' and 'expressions'."
-            )
+        is_one, is_list = form_of(images)
         if isinstance(expressions, str):
             expressions = [expressions]
         if expressions is not None and any(not isinstance(expression, (str, Mapping)) for expression in expressions):
@@ -174,18 +201,8 @@ class GsvaPipeline(Pipeline):
                 raise ValueError(
                     "A list of lists of expressions needs a list of images; rows of a stream bring their own."
                 )
-            listed = [images] if is_one else images
-            if len(listed) != len(expressions):
-                raise ValueError(
-                    f"{len(listed)} images but {len(expressions)} lists of expressions; give one list for each image, or "
-                    "one list of strings for all."
-                )
-            if strings := [entry for entry in expressions if isinstance(entry, (str, Mapping))]:
-                raise ValueError(
-                    f"expressions holds lists, but also {strings[0]!r}; give a list of strings for each image."
-                )
-            listed = [{"image": image_of(image), "expressions": e} for image, e in zip(listed, expressions)]
-            images, expressions = listed[0] if is_one else listed, None
+            rows = rows_of([images] if is_one else images, expressions)
+            images, expressions = rows[0] if is_one else rows, None
         if expressions is not None:
             kwargs["expressions"] = expressions
         if is_one:

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import ModelOutput
 
-from .cache_gsva import ConversationCache, can_crop, common_length, crop_to
+from .cache_gsva import ConversationCache, can_crop, crop_to
+from .reading_gsva import AnsweredBatch, PrefixCache, Reader, reader_for
+
+# How many tokens `generate` writes where neither its arguments nor the generation configuration set a limit.
+DEFAULT_NEW_TOKENS = 20
 
 
 @dataclass
@@ -45,28 +48,6 @@ class GsvaSegmentationOutput(ModelOutput):
     iou_scores: tuple[torch.Tensor, ...] | None = None
     image_index: torch.LongTensor | None = None
     num_candidates: int | None = None
-
-
-@dataclass
-class AnsweredBatch:
-    """
-    Conversations, each a prompt and its answer, with the encoded images they are about.
-
-    Args:
-        sequences: (conversations, length) token ids: prompts padded on the left, answers padded on the right.
-        attention_mask: (conversations, length), 0 at padding.
-        start: the column in which every answer begins.
-        image_index: (conversations,) the image of each, -1 for none.
-        vision_features: (images, positions, vision hidden), or None without images.
-        sam_embeddings: (images, channels, height, width), or None where no masks are made.
-    """
-
-    sequences: torch.LongTensor
-    attention_mask: torch.Tensor
-    start: int
-    image_index: torch.LongTensor
-    vision_features: torch.Tensor | None = None
-    sam_embeddings: torch.Tensor | None = None
 
 
 @dataclass
@@ -124,15 +105,17 @@ def check_context(config, prompt: int, answer: int) -> None:
     """
     limit = context_length(config.text_config)
     if limit is not None and prompt + answer > limit:
+        length = getattr(config, "image_seq_length", None)  # of other bases it depends on the image
+        image = "" if length is None else f" (its image takes {length} of them)"
         raise ValueError(
-            f"A prompt of {prompt} tokens (its image takes {config.image_seq_length} of them) and an answer of {answer} make "
+            f"A prompt of {prompt} tokens{image} and an answer of {answer} make "
             f"{prompt + answer} positions, but the model has {limit} (max_position_embeddings). Ask for fewer expressions at "
             "once, for each in a prompt of its own (one_prompt_per_expression=True), or for a shorter answer "
             "(max_new_tokens)."
         )
 
 
-def check_method(method: str, answer_ids: torch.Tensor | None, generate_kwargs: dict) -> None:
+def check_method(method: str, answer_ids: torch.Tensor | None, generate_kwargs: dict, cache=None) -> None:
     """Raise ValueError for an unknown method, or arguments that do not belong to it."""
     if method not in ("slots", "generate", "teacher_forced"):
         raise ValueError(f"method={method!r} is not known; choose 'slots', 'generate' or 'teacher_forced'.")
@@ -143,6 +126,8 @@ def check_method(method: str, answer_ids: torch.Tensor | None, generate_kwargs: 
         )
     if method != "generate" and generate_kwargs:
         raise ValueError(f"{sorted(generate_kwargs)} only apply to method='generate', not to {method!r}.")
+    if cache is not None and method == "teacher_forced":
+        raise ValueError("A cache only applies to method='slots' and 'generate', not to 'teacher_forced'.")
 
 
 def check_padding(attention_mask: torch.Tensor) -> None:
@@ -154,134 +139,13 @@ def check_padding(attention_mask: torch.Tensor) -> None:
         )
 
 
-class PrefixCache:
-    """
-    Runs the language model over conversations piece by piece with a key-value cache.
-
-    Pieces are padded on the left, so that each ends in the last column; the attention mask of the cache keeps that padding
-    masked in all later pieces.
-
-    Args:
-        model: the language model with its vision tower, [`GsvaModel`].
-        batch: the conversations. Tokens may still be changed until they are read.
-    """
-
-    def __init__(self, model: PreTrainedModel, batch: AnsweredBatch):
-        self.model, self.start = model, batch.start
-        self.sequences, self.attention_mask = batch.sequences, batch.attention_mask
-        self.positions = (batch.attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        self.begins = [batch.start - length for length in batch.attention_mask[:, : batch.start].sum(1).tolist()]
-        self.images: dict[str, Any] = {"image_index": batch.image_index, "vision_features": batch.vision_features}
-        self.cache = DynamicCache(config=model.config.text_config)
-        self.cached = batch.attention_mask[:, :0]  # the attention mask of the cache's columns
-        self.ids = batch.sequences[:, :0]  # and their tokens
-
-    def resume(self, key_values: DynamicCache, ids: torch.LongTensor, mask: torch.Tensor) -> "PrefixCache":
-        """
-        Go on behind a cache whose columns hold the beginnings of our prompts: `ids` and `mask`, (conversations, columns).
-        """
-        self.cache, self.ids, self.cached = key_values, ids, mask.to(self.cached)
-        lengths = mask.sum(1).tolist()
-        self.begins = [begin + length for begin, length in zip(self.begins, lengths)]
-        if (ids.masked_fill(mask == 0, -1) == self.model.config.image_token_id).any():
-            self.images = {}
-        return self
-
-    def prompts(self) -> list[list[int]]:
-        """Return the tokens of each prompt, without padding."""
-        return [row[begin : self.start] for row, begin in zip(self.sequences.tolist(), self.begins)]
-
-    def behind_cache(self) -> tuple[torch.LongTensor, torch.Tensor]:
-        """Return prompts and attention mask, (conversations, length), whose first columns are those of the cache."""
-        width = max(self.start - begin for begin in self.begins)
-        is_rest = torch.arange(self.start - width, self.start) >= torch.tensor(self.begins)[:, None]
-        rest, mask = self.sequences[:, self.start - width : self.start], is_rest.to(self.cached)
-        return torch.cat([self.ids, rest], 1), torch.cat([self.cached, mask], 1)
-
-    def read_common(self) -> "PrefixCache":
-        """
-        Run the common prefix of all prompts about an image, including the image, once for all of them.
-
-        The last token of a prompt is never shared, as it predicts the answer's first one. Returns the cache itself.
-        """
-        image_id, image_index = self.model.config.image_token_id, self.images["image_index"]
-        prompts = [row[begin : self.start - 1] for row, begin in zip(self.sequences.tolist(), self.begins)]
-        groups: dict[tuple, list[int]] = {}  # rows of the same image whose prompts agree up to the end of the image
-        for row, (prompt, image) in enumerate(zip(prompts, image_index.tolist())):
-            through_image = max((n + 1 for n, token in enumerate(prompt) if token == image_id), default=0)
-            groups.setdefault((image, *prompt[:through_image]), []).append(row)
-        # The only prompt of an image is run up to the end of the image, the only one without an image to its end.
-        common = [
-            common_length([prompts[row] for row in rows]) if len(rows) > 1 else len(key) - 1 or len(prompts[rows[0]])
-            for key, rows in groups.items()
-        ]
-        ends_in_image = (self.sequences[:, self.start - 1] == image_id).any()
-        if len(groups) == len(self.sequences) or not any(common) or ends_in_image:
-            return self
-        firsts = [rows[0] for rows in groups.values()]
-        shared = PrefixCache(
-            self.model,
-            AnsweredBatch(
-                self.sequences[firsts],
-                self.attention_mask[firsts],
-                self.start,
-                image_index[firsts],
-                self.images["vision_features"],
-            ),
-        )
-        shared.read([begin + length for begin, length in zip(shared.begins, common)])
-        group_of = dict(sorted((row, n) for n, rows in enumerate(groups.values()) for row in rows))
-        self._continue(shared, list(group_of.values()))
-        self.begins = [begin + common[group_of[row]] for row, begin in enumerate(self.begins)]
-        return self
-
-    def _continue(self, other: "PrefixCache", rows: list[int]) -> None:
-        """Continue after `other`: row n of this object follows row `rows[n]` of `other`."""
-        self.cache, self.cached, self.images = other.cache, other.cached[rows], {}
-        self.ids = other.ids[rows]
-        self.cache.batch_select_indices(torch.tensor(rows, device=self.cached.device))
-
-    def read(self, ends: list[int] | None = None) -> torch.Tensor:
-        """
-        Run each row from where it stopped up to its column of `ends`, by default to its end.
-
-        Returns:
-            (conversations, width, hidden) states; column p of row r of the sequences is at index p - ends[r].
-        """
-        ends = [self.sequences.shape[1]] * len(self.begins) if ends is None else ends
-        width = max(end - begin for begin, end in zip(self.begins, ends))
-        ids, mask, position_ids = (self.positions.new_zeros(len(ends), width) for _ in range(3))
-        for row, (begin, end) in enumerate(zip(self.begins, ends)):
-            if end > begin:
-                ids[row, begin - end :] = self.sequences[row, begin:end]
-                mask[row, begin - end :] = self.attention_mask[row, begin:end]
-                position_ids[row, begin - end :] = self.positions[row, begin:end]
-        self.cached = torch.cat([self.cached, mask.to(self.cached)], 1)
-        self.ids = torch.cat([self.ids, ids], 1)
-        outputs = self.model(
-            ids, self.cached, position_ids=position_ids, past_key_values=self.cache, use_cache=True, **self.images
-        )
-        self.images, self.begins = {}, ends
-        return outputs.last_hidden_state
-
-    def go_back(self, rows: list[int], column: int, sequences: torch.LongTensor) -> None:
-        """Keep only these rows after all were read, and run them again from `column` on with other `sequences`."""
-        forgotten = self.sequences.shape[1] - column
-        self.cache.crop(-forgotten)
-        self.cached, self.ids = self.cached[:, :-forgotten], self.ids[:, :-forgotten]
-        self._continue(self, rows)
-        self.sequences, self.attention_mask = sequences[rows], self.attention_mask[rows]
-        self.positions = self.positions[rows]
-        self.begins = [column] * len(rows)
-
-
 _Base: Any = PreTrainedModel if TYPE_CHECKING else object  # a mixin, whose other attributes type checkers would miss
 
 
 class SegmentationMixin(_Base):
     """
-    `segment` and `segment_sequences`, for the class that has `model` ([`GsvaModel`]), `lm_head`, `generate`, `find_slots`
-    and the masks' parts ([`GsvaForConditionalGeneration`]).
+    `segment` and `segment_sequences`, for the class that has `language`, `generate`, `find_slots` and the masks' parts
+    ([`GsvaForConditionalGeneration`]).
     """
 
     def new_cache(self) -> ConversationCache:
@@ -298,8 +162,8 @@ class SegmentationMixin(_Base):
         pixel_values: torch.Tensor | None = None,
         sam_pixel_values: torch.Tensor | None = None,
         image_index: torch.LongTensor | None = None,
-        vision_features: torch.Tensor | None = None,
-        sam_embeddings: torch.Tensor | None = None,
+        vision_features: Any = None,
+        sam_embeddings: torch.Tensor | list[torch.Tensor] | None = None,
         method: str = "slots",
         threshold: float | None = None,
         original_sizes=None,
@@ -330,20 +194,22 @@ class SegmentationMixin(_Base):
             ValueError: unknown method, answers missing where the method needs them, prompts padded on the right, a prompt
                 that does not fit the language model's context with its answer, a threshold that is not a finite number.
         """
-        check_method(method, answer_ids, generate_kwargs)
-        if threshold is not None:
-            check_threshold(threshold)
-        if cache is not None and method == "teacher_forced":
-            raise ValueError("A cache only applies to method='slots' and 'generate', not to 'teacher_forced'.")
+        language = self.language
+        images = {name: generate_kwargs.pop(name) for name in language.other_inputs if name in generate_kwargs}
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if answer_ids is not None and answer_attention_mask is None:
+            answer_attention_mask = torch.ones_like(answer_ids)
+        check_method(method, answer_ids, generate_kwargs, cache)
+        if threshold is None:
+            threshold = self.config.rejection_values["threshold"]
+        check_threshold(threshold)
         check_padding(attention_mask)
-        if answer_ids is not None and method != "generate":
-            answers = torch.ones_like(answer_ids) if answer_attention_mask is None else answer_attention_mask
-            for prompt, answer in zip(attention_mask.sum(1).tolist(), answers.sum(1).tolist()):
-                check_context(self.config, prompt, answer)
         if method == "generate":
             self.check_generation(attention_mask, generate_kwargs)
+        elif answer_attention_mask is not None:
+            for prompt, answer in zip(attention_mask.sum(1).tolist(), answer_attention_mask.sum(1).tolist()):
+                check_context(self.config, prompt, answer)
         with nullcontext() if cache is None else cache.in_use():
             if cache is not None:
                 has_image = bool((input_ids == self.config.image_token_id).any())
@@ -351,74 +217,63 @@ class SegmentationMixin(_Base):
                 vision_features, sam_embeddings = cache.images(self, has_image, *given)
             if sam_embeddings is None and sam_pixel_values is not None:
                 sam_embeddings = self.get_sam_embeddings(sam_pixel_values)
-            if vision_features is None and pixel_values is not None:
-                vision_features = self.model.get_vision_features(pixel_values)
+            if vision_features is None:
+                vision_features = language.encode({**images, "pixel_values": pixel_values})
             if image_index is None:
                 image_index = self._one_image_each(input_ids, sam_embeddings)
-
-            images = vision_features, sam_embeddings
-            if method == "generate":
-                return self._segment_generated(
-                    input_ids, attention_mask, image_index, *images, generate_kwargs, cache, pixel_values
-                )
-            assert answer_ids is not None  # checked above
-            if answer_attention_mask is None:
-                answer_attention_mask = torch.ones_like(answer_ids)
-            batch = AnsweredBatch(
-                torch.cat([input_ids, answer_ids.to(input_ids)], 1),
-                torch.cat([attention_mask, answer_attention_mask.to(attention_mask)], 1),
-                input_ids.shape[1],
-                image_index,
-                vision_features,
-                sam_embeddings,
-            )
-            if method == "teacher_forced":
-                return self._segment_teacher_forced(batch)
-            reader = PrefixCache(self.model, batch)
-            if cache is not None and (
-                columns := cache.match(reader.prompts(), image_index, self.config.image_token_id)
-            ):
-                reader.resume(cache.key_values, cache.ids, cache.mask)
-            else:
-                columns = 0
-            if threshold is None:
-                threshold = self.config.rejection_values["threshold"]
-            outputs = self._segment_slots(batch, threshold, reader if columns else reader.read_common())
-            if cache is not None:
-                cache.keep(self, reader, pixel_values, *images, image_index)
+            start = input_ids.shape[1]
+            batch = AnsweredBatch(input_ids, attention_mask, start, image_index, vision_features, sam_embeddings)
+            answers = answer_ids, answer_attention_mask
+            outputs, reader = self._answer(batch, method, answers, threshold, generate_kwargs, cache)
+            if cache is not None and outputs.num_candidates == 1:
+                cache.keep(self, reader, pixel_values, vision_features, sam_embeddings, image_index)
+            elif cache is not None:
+                cache.clear()
             return outputs
 
+    def _answer(
+        self,
+        prompts: AnsweredBatch,
+        method: str,
+        answers: tuple[torch.Tensor | None, torch.Tensor | None],
+        threshold: float,
+        options: dict[str, Any],
+        cache: ConversationCache | None,
+    ) -> tuple[GsvaSegmentationOutput, Reader]:
+        """Answer prompts by a method, behind what `cache` holds of them; return the reader of the conversations as well."""
+        if method == "generate":
+            return self._segment_generated(prompts, options, cache)
+        batch = prompts.with_answers(*answers)
+        if method == "teacher_forced":
+            return self._segment_teacher_forced(batch)
+        reader = reader_for(self.language, batch, cache)
+        return self._segment_slots(batch, threshold, reader), reader
+
     def _segment_generated(
-        self, input_ids, attention_mask, image_index, vision_features, sam_embeddings, options, cache, pixel_values
-    ) -> GsvaSegmentationOutput:
+        self, prompts: AnsweredBatch, options: dict[str, Any], cache: ConversationCache | None
+    ) -> tuple[GsvaSegmentationOutput, Reader]:
         """Generate answers behind what `cache` holds of the prompts, and make their masks."""
-        columns = 0
+        columns, image_id = 0, self.config.image_token_id
+        input_ids, attention_mask = prompts.sequences, prompts.attention_mask
         if cache is not None and self._takes_cache(options):
-            batch = AnsweredBatch(input_ids, attention_mask, input_ids.shape[1], image_index)
-            reader = PrefixCache(self.model, batch)
-            columns = cache.match(reader.prompts(), image_index, self.config.image_token_id)
-        if columns:
+            reader = PrefixCache(self.language, prompts)
+            columns = cache.match(reader.prompts(), prompts.image_index, image_id)
+        if cache is not None and columns:
             reader.resume(cache.key_values, cache.ids, cache.mask)
             options["past_key_values"] = cache.key_values
             copies = max(self._option(options, name) or 1 for name in ("num_beams", "num_return_sequences"))
             if copies > 1:  # `generate` expands its other inputs alone
                 cache.key_values.batch_repeat_interleave(copies)
             input_ids, attention_mask = reader.behind_cache()
-        in_cache = columns and (input_ids[:, :columns] == self.config.image_token_id).any()
-        if vision_features is not None and not in_cache:
-            image_features = self.get_image_features(None, image_index, vision_features, return_dict=True)
-            options["mm_encoder_outputs"] = {"image": image_features}
+        images = prompts.vision_features, prompts.image_index
+        if not (columns and (input_ids[:, :columns] == image_id).any()):
+            options |= self.language.generate_inputs(input_ids, *images)
         options["return_dict_in_generate"] = True
         generated = self.generate(input_ids, attention_mask=attention_mask, **options)
-        outputs, reader = self._read_generated(
-            generated.sequences, attention_mask, image_index, vision_features, sam_embeddings,
+        return self._read_generated(
+            generated.sequences, attention_mask, prompts.image_index, prompts.vision_features, prompts.sam_embeddings,
             generated.get("past_key_values"),
         )  # fmt: skip
-        if cache is not None and outputs.num_candidates == 1:
-            cache.keep(self, reader, pixel_values, vision_features, sam_embeddings, image_index)
-        elif cache is not None:
-            cache.clear()
-        return outputs
 
     def _option(self, options: dict, name: str):
         """Return an option of `generate`, from where it takes it."""
@@ -426,14 +281,16 @@ class SegmentationMixin(_Base):
         return options[name] if name in options else getattr(config, name, None)
 
     def check_generation(self, attention_mask: torch.Tensor, options: dict) -> None:
-        """Raise ValueError if prompts do not fit the context with the `max_new_tokens` asked for, before images are encoded."""
-        prompts = attention_mask.sum(1).tolist()
-        check_context(self.config, max(prompts, default=0), self._option(options, "max_new_tokens") or 1)
+        """Raise ValueError if prompts do not fit the context with the longest answer asked for, before images are encoded."""
+        answer, length = (self._option(options, name) for name in ("max_new_tokens", "max_length"))
+        if answer is None:
+            answer = DEFAULT_NEW_TOKENS if length is None else length - attention_mask.shape[1]
+        check_context(self.config, max(attention_mask.sum(1).tolist(), default=0), max(answer, 1))
 
     def _takes_cache(self, options: dict) -> bool:
         """Return whether `generate` can begin behind a cache: no other was asked for, and no draft model rewinds it."""
         others = ("cache_implementation", "prompt_lookup_num_tokens", "assistant_early_exit")
-        is_other = any(self._option(options, name) for name in others)
+        is_other = any(self._option(options, name) for name in others) or not self.language.resumes_generation
         given = options.get("past_key_values") is not None or options.get("assistant_model") is not None
         return self._option(options, "use_cache") is not False and not is_other and not given
 
@@ -443,8 +300,8 @@ class SegmentationMixin(_Base):
         sequences: torch.LongTensor,
         attention_mask: torch.Tensor,
         image_index: torch.LongTensor,
-        vision_features: torch.Tensor | None = None,
-        sam_embeddings: torch.Tensor | None = None,
+        vision_features: Any = None,
+        sam_embeddings: torch.Tensor | list[torch.Tensor] | None = None,
     ) -> GsvaSegmentationOutput:
         """
         Make the masks of sequences that `generate` returned, whatever its strategy, in one pass over the finished
@@ -454,13 +311,13 @@ class SegmentationMixin(_Base):
             sequences: (conversations × returned, prompt + new) ids.
             attention_mask: (conversations, prompt) of the prompts.
             image_index: (conversations,) the image of each, -1 for none.
-            vision_features, sam_embeddings: from `model.get_vision_features` and `get_sam_embeddings`.
+            vision_features, sam_embeddings: from `language.encode` and `get_sam_embeddings`.
         """
         return self._read_generated(sequences, attention_mask, image_index, vision_features, sam_embeddings)[0]
 
     def _read_generated(
         self, sequences, attention_mask, image_index, vision_features, sam_embeddings, past_key_values=None
-    ) -> tuple[GsvaSegmentationOutput, PrefixCache]:
+    ) -> tuple[GsvaSegmentationOutput, Reader]:
         """Do as `segment_sequences`, from the prompts in the cache that `generate` returned; return the reader as well."""
         copies, start = len(sequences) // len(attention_mask), attention_mask.shape[1]  # num_return_sequences
         attention_mask = attention_mask.repeat_interleave(copies, 0)
@@ -479,18 +336,19 @@ class SegmentationMixin(_Base):
             sam_embeddings,
         )
         places = self._answer_slots(batch)
-        reader = PrefixCache(self.model, batch)
         ends_in_image = (sequences[:, start - 1] == self.config.image_token_id).any()
-        if can_crop(past_key_values) and past_key_values.get_seq_length() >= start > 1 and not ends_in_image:
+        is_usable = self.language.resumes_generation and can_crop(past_key_values)
+        if is_usable and past_key_values.get_seq_length() >= start > 1 and not ends_in_image:
             # The beams of a prompt have it in common; after the end of a row the cache holds padding, which is cut here.
             beams = len(past_key_values.layers[0].keys) // (len(sequences) // copies)
             crop_to(past_key_values, start - 1)
             rows = [row // copies * beams for row in range(len(sequences))]
             if rows != list(range(len(past_key_values.layers[0].keys))):
                 past_key_values.batch_select_indices(torch.tensor(rows, device=sequences.device))
-            reader.resume(past_key_values, sequences[:, : start - 1], batch.attention_mask[:, : start - 1])
+            prefix = sequences[:, : start - 1], batch.attention_mask[:, : start - 1]
+            reader: Reader = PrefixCache(self.language, batch).resume(past_key_values, *prefix)
         else:
-            reader.read_common()
+            reader = reader_for(self.language, batch)
         hidden = reader.read()
         states = hidden[places[:, 0], places[:, 1] - 1 - sequences.shape[1]]
         rejected = sequences[places[:, 0], places[:, 1]] == self.config.rej_token_id
@@ -499,7 +357,7 @@ class SegmentationMixin(_Base):
         outputs.num_candidates = copies
         return outputs, reader
 
-    def _segment_teacher_forced(self, batch: AnsweredBatch) -> GsvaSegmentationOutput:
+    def _segment_teacher_forced(self, batch: AnsweredBatch) -> tuple[GsvaSegmentationOutput, Reader]:
         """
         Decide as the original's `validate`/`eval_gres` (quirk Q3 of its data pipeline: gold answers are in the input). A
         slot is decided by the arg-max over the whole vocabulary one position earlier; any other token than the gold one
@@ -508,9 +366,9 @@ class SegmentationMixin(_Base):
         seg_id, rej_id = self.config.seg_token_id, self.config.rej_token_id
         sequences, slots = batch.sequences, self._answer_slots(batch)
         rows, columns = slots[:, 0], slots[:, 1] - 1 - sequences.shape[1]
-        reader = PrefixCache(self.model, batch).read_common()
+        reader = reader_for(self.language, batch)
         states = reader.read()[rows, columns]
-        gold, likeliest = sequences[rows, slots[:, 1]], self.lm_head(states).argmax(-1)
+        gold, likeliest = sequences[rows, slots[:, 1]], self.language.logits(states).argmax(-1)
         rejected = torch.where(gold == rej_id, likeliest == rej_id, likeliest != seg_id)
         scores = self._slot_scores(states)
         # The second pass differs only after a gold [REJ], which matters where another slot follows it.
@@ -526,9 +384,9 @@ class SegmentationMixin(_Base):
                 if row in again and place > column:
                     states[n] = hidden[again.index(row), columns[n]]
         answers = SlotAnswers(slots, states, rejected, torch.ones_like(rejected), scores)
-        return self._output("teacher_forced", batch, answers)
+        return self._output("teacher_forced", batch, answers), reader
 
-    def _segment_slots(self, batch: AnsweredBatch, threshold: float, reader: PrefixCache) -> GsvaSegmentationOutput:
+    def _segment_slots(self, batch: AnsweredBatch, threshold: float, reader: Reader) -> GsvaSegmentationOutput:
         """
         Decide slot by slot with a key-value cache. Step k runs for every conversation the tokens between its slots k-1
         and k, beginning with the chosen token of slot k-1, and reads the choice for slot k at the last position. The

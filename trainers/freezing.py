@@ -18,6 +18,7 @@ WITHOUT_GRADIENT = ("sam.mask_decoder.iou_prediction_head",) + tuple(
 
 
 def _is_in(name: str, parts: tuple[str, ...]) -> bool:
+    name = name.removeprefix("vlm.")  # the name in saved directories
     return any(name == part or name.startswith(part + ".") for part in parts)
 
 
@@ -61,7 +62,7 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 
 def _part_of(name: str) -> str:
-    name = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+    name = name.removeprefix("base_model.model.").removeprefix("vlm.").replace(".modules_to_save.default", "")
     for part in ("lora_", *FULLY_TRAINED, "model.language_model", "model.vision_tower", "model.multi_modal_projector"):
         if part == "lora_" and part in name:
             return "LoRA of the language model"

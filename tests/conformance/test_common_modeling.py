@@ -8,13 +8,15 @@ from transformers.models.auto import modeling_auto
 from transformers.testing_utils import torch_device
 
 from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration, GsvaModel
+from modeling_gsva.llava_v1_gsva import LlavaV1Config, LlavaV1ForConditionalGeneration
 
 common = hf_common.load("test_modeling_common")
 ConfigTester = hf_common.load("test_configuration_common").ConfigTester
 GenerationTesterMixin = hf_common.load("generation.test_utils").GenerationTesterMixin
 
 # What the common tests ask a class's name for; a model inside transformers stands there by itself.
-modeling_auto.MODEL_MAPPING_NAMES["gsva"] = "GsvaModel"
+modeling_auto.MODEL_MAPPING_NAMES["gsva_llava_v1"] = "GsvaModel"
+modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["gsva_llava_v1"] = "LlavaV1ForConditionalGeneration"
 modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["gsva"] = "GsvaForConditionalGeneration"
 
 PAD, BOS, EOS, SEG, REJ, IMAGE = range(6)
@@ -101,7 +103,7 @@ class GsvaModelTester:
 
 
 class GsvaModelTest(common.ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
-    all_model_classes = (GsvaModel, GsvaForConditionalGeneration)
+    all_model_classes = (GsvaForConditionalGeneration,)
     additional_model_inputs = ["pixel_values"]
     _is_composite = True
     test_can_init_all_missing_weights_before_2023 = True  # run it, whatever year the file names
@@ -118,6 +120,33 @@ class GsvaModelTest(common.ModelTesterMixin, GenerationTesterMixin, unittest.Tes
         if model_class is GsvaForConditionalGeneration and "input_ids" in inputs:
             inputs |= self.model_tester.mask_inputs()
         return inputs
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
+
+    def test_correct_missing_keys(self):
+        """A base's own directory names no mask model and no tokens: it loads with config=..., tests/modeling_gsva/test_bases.py."""
+        with self.assertRaisesRegex(ValueError, "holds a model of type 'gsva_llava_v1', not a GSVA"):
+            super().test_correct_missing_keys()
+
+
+class LlavaV1Tester(GsvaModelTester):
+    def get_config(self):
+        return super().get_config().vlm_config
+
+
+class GsvaLlavaV1Test(common.ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
+    """The original's vision-language model by itself."""
+
+    all_model_classes = (GsvaModel, LlavaV1ForConditionalGeneration)
+    additional_model_inputs = ["pixel_values"]
+    _is_composite = True
+    test_can_init_all_missing_weights_before_2023 = True
+    test_all_params_have_gradient = False  # the vision tower behind the layer that is read has none
+
+    def setUp(self):
+        self.model_tester = LlavaV1Tester(self)
+        self.config_tester = ConfigTester(self, config_class=LlavaV1Config, has_text_modality=False)
 
     def test_config(self):
         self.config_tester.run_common_tests()

@@ -71,7 +71,7 @@ def test_decoding_with_a_static_cache_compiles_whole(make_model, inputs):
     compiling._compile_all_devices = True
     given = model.generate(**inputs, max_new_tokens=6, cache_implementation="static", compile_config=compiling)
     assert torch.equal(given, expected)
-    assert hasattr(model, "_compiled_call") and not torch._dynamo.utils.counters["graph_break"]
+    assert hasattr(model.vlm, "_compiled_call") and not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.slow
@@ -92,4 +92,4 @@ def test_a_static_cache_compiles_by_itself_on_a_gpu(make_model, inputs):
     model, inputs = make_model().cuda(), inputs.to("cuda")
     expected = model.generate(**inputs, max_new_tokens=6)
     assert torch.equal(model.generate(**inputs, max_new_tokens=6, cache_implementation="static"), expected)
-    assert hasattr(model, "_compiled_call")
+    assert hasattr(model.vlm, "_compiled_call")

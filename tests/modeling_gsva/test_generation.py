@@ -11,7 +11,7 @@ NEW = 4
 @pytest.fixture(scope="module")
 def model(make_model):
     """In float64, without an end of sequence, and with a row for `<image>`, so that ids can be embedded."""
-    model = make_model().double()
+    model = make_model(seed=3).double()  # with which eight beams find a better answer
     model.resize_token_embeddings(model.config.image_token_id + 1, mean_resizing=False)
     model.generation_config.eos_token_id = None
     return model

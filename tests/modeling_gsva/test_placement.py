@@ -79,8 +79,8 @@ def test_half_precision_segments_alike(make_picture, dtype, device):
 PLACES = {
     "one device": {"": "cpu"},
     "all on disk": {"": "disk"},
-    "masks on disk": {"model": "cpu", "lm_head": "cpu", "sam": "disk", "mask_projector": "disk"},
-    "language on disk": {"model": "disk", "lm_head": "disk", "sam": "cpu", "mask_projector": "cpu"},
+    "masks on disk": {"vlm": "cpu", "sam": "disk", "mask_projector": "disk"},
+    "language on disk": {"vlm": "disk", "sam": "cpu", "mask_projector": "cpu"},
     "auto": "auto",
 }
 
@@ -143,7 +143,7 @@ def test_by_default_only_the_language_models_layers_are_quantized(packable, inpu
     small = load(model_dir, quantization_config=config, device_map={"": device}, dtype=torch.float32)
     names = {name for name, module in small.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)}
     assert names == {
-        f"model.language_model.layers.{layer}.{name}"
+        f"vlm.model.language_model.layers.{layer}.{name}"
         for layer in range(2)
         for name in (
             *(f"self_attn.{letter}_proj" for letter in "qkvo"),
@@ -165,11 +165,11 @@ def test_by_default_only_the_language_models_layers_are_quantized(packable, inpu
 def test_who_names_modules_to_leave_alone_is_heard(model_dir):
     from bitsandbytes.nn import Linear4bit
 
-    keep = [r"model\.(?!vision_tower)", "lm_head", "sam", "mask_projector"]
+    keep = [r"vlm\.model\.(?!vision_tower)", "vlm.lm_head", "sam", "mask_projector"]
     config = {"load_in_4bit": True, "quant_method": "bitsandbytes", "llm_int8_skip_modules": keep}
     small = load(model_dir, quantization_config=config, device_map={"": "cpu"})
     names = {name for name, module in small.named_modules() if isinstance(module, Linear4bit)}
-    assert names and all(name.startswith("model.vision_tower.") for name in names)
+    assert names and all(name.startswith("vlm.model.vision_tower.") for name in names)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def make_original(root: Path, sentencepiece_model: Path) -> Path:
     config = GsvaConfig(vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(**text, vocab_size=324), sam_config=sam,
                         image_token_id=324, seg_token_id=320, rej_token_id=321)  # fmt: skip
     model = GsvaForConditionalGeneration(config)
-    full = {to_original(name): torch.randn_like(value) * 0.1 + value for name, value in model.state_dict().items()
+    full = {to_original(model.saved_name(name)): torch.randn_like(value) * 0.1 + value for name, value in model.state_dict().items()
             if name not in model.all_tied_weights_keys}  # fmt: skip
     torch.save(full, root / "full.pt")
     lora = {f"model.layers.{i}.self_attn.{module}.lora_{side}.default.weight":

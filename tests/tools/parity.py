@@ -516,7 +516,9 @@ class Training:
             self.model = PeftModel.from_pretrained(base, directory / "adapter", is_trainable=True)
         else:
             self.model, self.processor = golden.load(golden.converted("gsva_full_r0.bin"))
-        parameters = {name.removeprefix("base_model.model."): p for name, p in self.model.named_parameters()}
+        parameters = {
+            name.removeprefix("base_model.model.").removeprefix("vlm."): p for name, p in self.model.named_parameters()
+        }
         names = [n for n in self.results["trainable_parameters"] if lora or "lora_" not in n]
         self.trainable = {name: parameters[parameter_name(name)] for name in names}
         self.model.requires_grad_(False)

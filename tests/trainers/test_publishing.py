@@ -117,12 +117,13 @@ def test_the_adapter_is_small_and_holds_what_was_trained(published, model_dir):
     with safe_open(published / "me/gsva-shapes-lora/adapter_model.safetensors", "pt") as file:
         names = {name.removeprefix("base_model.model.") for name in file.keys()}  # noqa: SIM118 (not a dict)
     lora = {name for name in names if "lora_" in name}
-    assert lora == {f"model.language_model.layers.{n}.self_attn.{p}_proj.lora_{side}.weight"
+    assert lora == {f"vlm.model.language_model.layers.{n}.self_attn.{p}_proj.lora_{side}.weight"
                     for n in range(2) for p in "qv" for side in "AB"}  # fmt: skip
-    in_full = ("model.language_model.embed_tokens", "lm_head", "sam.mask_decoder", "mask_projector")
+    in_full = ("vlm.model.language_model.embed_tokens", "vlm.lm_head", "sam.mask_decoder", "mask_projector")
     assert {next(part for part in in_full if name.startswith(part)) for name in names - lora} == set(in_full)
     base = load_file(model_dir / "model.safetensors")
-    assert names - lora == {name for name in base if name.startswith(in_full)}
+    in_files = tuple(part.removeprefix("vlm.") for part in in_full)
+    assert {n.removeprefix("vlm.") for n in names - lora} == {name for name in base if name.startswith(in_files)}
 
 
 def test_a_stranger_loads_both_and_they_are_one_model(published, model_dir, tmp_path):

@@ -80,7 +80,7 @@ def test_lora_sits_on_the_language_models_q_and_v_and_nowhere_else(make_model):
     model = prepare_for_training(make_model(), ModelArguments())
     wrapped = {name.partition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
     assert wrapped == {
-        f"base_model.model.model.language_model.layers.{layer}.self_attn.{projection}"
+        f"base_model.model.vlm.model.language_model.layers.{layer}.self_attn.{projection}"
         for layer in range(2)
         for projection in ("q_proj", "v_proj")
     }  # CLIP's and SAM's attention has modules of the same names
@@ -101,11 +101,11 @@ def test_only_the_language_models_layers_are_quantized(base, kind):
     linears = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name.startswith("model.language_model.layers.")
+        if isinstance(module, torch.nn.Linear) and name.startswith("vlm.model.language_model.layers.")
     }
     assert kinds == linears and len(kinds) == 2 * 7
     for name, parameter in model.named_parameters():
-        if not name.startswith("model.language_model.layers."):
+        if not name.startswith("vlm.model.language_model.layers."):
             assert parameter.dtype == torch.float32, name
 
 

@@ -252,10 +252,10 @@ def test_every_trained_parameter_changes_and_no_frozen_one_does(make_trainer, mo
     assert unmoved(trainer.model, prints) == []
     plain = merge_lora(trainer.model)
     assert not [name for name, _ in plain.named_parameters() if "lora" in name or "modules_to_save" in name]
-    assert torch.equal(plain.lm_head.weight, dict(plain.named_parameters())["lm_head.weight"])
-    changed = dict(plain.named_parameters())["model.language_model.layers.0.self_attn.q_proj.weight"]
-    start = before.get("base_model.model.model.language_model.layers.0.self_attn.q_proj.base_layer.weight")
-    start = before.get("model.language_model.layers.0.self_attn.q_proj.weight") if start is None else start
+    assert torch.equal(plain.lm_head.weight, dict(plain.named_parameters())["vlm.lm_head.weight"])
+    changed = dict(plain.named_parameters())["vlm.model.language_model.layers.0.self_attn.q_proj.weight"]
+    start = before.get("base_model.model.vlm.model.language_model.layers.0.self_attn.q_proj.base_layer.weight")
+    start = before.get("vlm.model.language_model.layers.0.self_attn.q_proj.weight") if start is None else start
     assert torch.equal(changed, start) == (mode == "frozen")  # merged LoRA is in the plain weight
 
 
