@@ -3,16 +3,23 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test test-slow conformance matrix base lint types clean
+.PHONY: demo test test-slow deepspeed conformance matrix base lint types clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/accelerate launch run_gres.py configs/demo.yaml
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow and not deepspeed"
 
 test-slow: $(VENV)/installed
 	$(RUN) -m pytest
+
+# Train with the real DeepSpeed on two CPU processes. DeepSpeed compiles an operation once, into TORCH_EXTENSIONS_DIR.
+deepspeed: $(VENV)/installed
+	$(RUN) -m pip install --quiet --constraint configs/constraints.txt --editable '.[deepspeed]'
+	export TORCH_EXTENSIONS_DIR=$${TORCH_EXTENSIONS_DIR:-$(abspath $(VENV))/torch_extensions} PATH="$(abspath $(VENV))/bin:$$PATH"; \
+		$(RUN) -c "from deepspeed.ops.op_builder import ShareMemCommBuilder; ShareMemCommBuilder().load()" && \
+		$(RUN) -m pytest -m deepspeed tests/trainers/test_deepspeed.py
 
 # Run the common tests of the installed transformers, from its source distribution (tests/conformance/README.md).
 conformance: $(VENV)/installed

@@ -70,6 +70,12 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: up to 1 GB of freed memory stays
 
 
+def _was_interrupted(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     keep_freed_memory()
@@ -79,7 +85,10 @@ def main(argv: list[str] | None = None) -> None:
         summary = reverse(args) if args.reverse else convert(args)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except (ValueError, OSError, ImportError) as error:  # each says in a sentence what is wrong and what to do
+    except ImportError as error:
+        # transformers turns whatever happens while it imports a module into an ImportError
+        sys.exit(INTERRUPTED if _was_interrupted(error) else f"error: {' '.join(str(error).split())}")
+    except (ValueError, OSError) as error:  # each says in a sentence what is wrong and what to do
         sys.exit(f"error: {' '.join(str(error).split())}")
     except Exception as error:
         libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "safetensors"))
@@ -94,4 +103,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # main catches it
     main()

@@ -372,14 +372,14 @@ def push(repository: str, folder: Path) -> None:
     """Upload a converted directory to the Hub.
 
     Raises:
-        ValueError: The upload failed. The message has the command that repeats it.
+        ValueError: The upload failed or was interrupted. The message has the command that repeats it.
     """
     from huggingface_hub import HfApi
 
     try:
         HfApi().upload_folder(repo_id=repository, folder_path=folder)
-    except _HUB_ERRORS as error:
+    except (Exception, KeyboardInterrupt) as error:
         raise ValueError(
-            f"{folder} is written and whole, but its upload to {repository} failed ({error}). Repeat the upload with: "
-            f"hf upload {repository} {folder}"
+            f"{folder} is written and whole, but its upload to {repository} failed ({str(error) or type(error).__name__}). "
+            f"Repeat the upload with: hf upload {repository} {folder}"
         ) from error

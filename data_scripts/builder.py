@@ -52,6 +52,11 @@ class RowBuilder(datasets.GeneratorBasedBuilder):
         if not self.root.is_dir():
             raise FileNotFoundError(f"data_dir={str(data_dir)!r} is not a folder.")
         self.title = name
+        for kind in type(self).__mro__:
+            if kind.__module__.startswith(f"{__package__}."):
+                # `datasets` would replace `open`, `Path` and more in these modules by ones for remote files, and import
+                # scipy and pandas for that, which takes longer than a small build. These files are local.
+                sys.modules[kind.__module__]._patched_for_streaming = True  # type: ignore[attr-defined]
         super().__init__(
             cache_dir=cache_dir,
             dataset_name=name,

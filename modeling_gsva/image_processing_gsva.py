@@ -92,7 +92,7 @@ class GsvaImageProcessor(PilBackend):
             return [self.fetch_images(image, timeout) for image in image_url_or_urls]
         if image_url_or_urls is None:
             raise ValueError("An image is None: give a PIL image, an array, a path or a URL.")
-        if isinstance(image_url_or_urls, Mapping) and image_url_or_urls.keys() <= {"bytes", "path"}:
+        if isinstance(image_url_or_urls, Mapping) and image_url_or_urls.keys() & {"bytes", "path"}:
             # datasets' image that is not decoded: its bytes, or else the path of its file
             return self.fetch_images(image_url_or_urls.get("bytes") or image_url_or_urls.get("path"), timeout)
         if isinstance(image_url_or_urls, (bytes, bytearray, memoryview)):
@@ -100,7 +100,7 @@ class GsvaImageProcessor(PilBackend):
         if isinstance(image_url_or_urls, (str, os.PathLike, Image.Image)) or hasattr(image_url_or_urls, "read"):
             name = getattr(image_url_or_urls, "filename", getattr(image_url_or_urls, "name", image_url_or_urls))
             if isinstance(name, io.BytesIO):
-                name = f"an image given as {name.getbuffer().nbytes} bytes"
+                name = f"{name.getbuffer().nbytes} bytes"
             try:
                 if isinstance(image_url_or_urls, Image.Image):
                     image = image_url_or_urls

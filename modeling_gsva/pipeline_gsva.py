@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import AutoModelForImageTextToText, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import no_collate_fn
@@ -37,7 +37,7 @@ class _Rows(Dataset):
         return self.rows[index]
 
 
-class _Stream(Iterable):
+class _Stream(IterableDataset):
     """Rows without a length. A generator expression in its place could not be sent to a worker process."""
 
     def __init__(self, rows):

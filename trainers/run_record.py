@@ -23,7 +23,15 @@ logger = logging.getLogger(__name__)
 
 # Arguments of the model and the data that decide what is learned. The data's name, folder and options are in its digest.
 KEPT_OF_MODEL = ("dtype", "train_language_model", "lora_r", "lora_alpha", "lora_dropout", "quantization")
-KEPT_OF_DATA = ("mixture_rates", "steps_per_epoch", "num_expressions", "wording", "all_absent", "max_length")
+KEPT_OF_DATA = (
+    "mixture",
+    "mixture_rates",
+    "steps_per_epoch",
+    "num_expressions",
+    "wording",
+    "all_absent",
+    "max_length",
+)
 
 
 def make_record(
@@ -51,8 +59,10 @@ def make_record(
     kept |= {name: plain(getattr(training_args, name)) for name in sorted(KEPT)}
     if model_args.train_language_model != "lora":
         kept |= {"lora_r": None, "lora_alpha": None, "lora_dropout": None}
+    # As parsed: the same JSON may be written in several ways.
+    kept |= {"mixture": data_args.mixture_families, "mixture_rates": data_args.mixture_family_rates}
     if data_args.dataset != "mixture":
-        kept |= {"mixture_rates": None, "steps_per_epoch": None}
+        kept["steps_per_epoch"] = None
     batch = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
     kept["batch of all devices"] = batch * training_args.world_size
     kept["feature_cache_dtype"] = training_args.feature_cache_dtype if training_args.feature_cache else None

@@ -74,6 +74,21 @@ def test_an_interrupt_while_writing_leaves_nothing(original, tmp_path, monkeypat
     assert error.value.code == convert_checkpoint.INTERRUPTED and not list(tmp_path.iterdir())
 
 
+def test_an_interrupt_that_a_library_turns_into_another_error(original, tmp_path, monkeypatch):
+    """transformers does so while it imports a module."""
+
+    def fail(*_):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ModuleNotFoundError("Could not import module") from error
+
+    monkeypatch.setattr("conversion.writing.as_bytes", fail)
+    with pytest.raises(SystemExit) as error:
+        run(original, original / "full.pt", tmp_path / "out")
+    assert error.value.code == convert_checkpoint.INTERRUPTED and not list(tmp_path.iterdir())
+
+
 def test_the_unexpected_shows_its_traceback_with_what_to_report(original, tmp_path, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("by zero")

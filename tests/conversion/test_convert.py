@@ -97,6 +97,13 @@ def test_a_push_that_fails_says_how_to_go_on(original, tmp_path, monkeypatch):
     assert str(tmp_path / "out") in str(error.value)
     load(tmp_path / "out")
 
+    def interrupt(self, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", interrupt)
+    with pytest.raises(SystemExit, match="is written and whole, but .*KeyboardInterrupt.*hf upload someone/gsva"):
+        run(original, original / "full.pt", tmp_path / "again", "--push_to_hub", "someone/gsva")
+
 
 @pytest.mark.parametrize(
     "option, file", [("--llava", "llava/pytorch_model.bin"), ("--clip", "clip/pytorch_model.bin")]

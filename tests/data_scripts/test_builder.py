@@ -44,3 +44,16 @@ def test_loading_needs_neither_torch_nor_the_model():
         "assert not {'torch', 'transformers', 'modeling_gsva', 'trainers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_small_build_does_not_import_scipy(root):
+    """`datasets` patches the module of a builder for remote files, and imports scipy for that."""
+    trees.ade20k(root, trees.full(1))
+    code = (
+        "import sys, data_scripts, datasets\n"
+        "before = set(sys.modules)\n"
+        f"assert len(data_scripts.load('ade20k', {str(root)!r}, cache_dir={str(root / 'arrow')!r})) == 1\n"
+        "assert not {'scipy', 'torch'} & (set(sys.modules) - before), sorted(set(sys.modules) - before)[:20]\n"
+        "from data_scripts import semantic; from pathlib import Path; assert semantic.Path is Path"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -172,7 +172,8 @@ def test_what_is_no_image_is_named(small, tmp_path, make_picture):
         (str(cut), r"cut\.jpg.*cannot be read as an image.*Give the path or URL"),
         (Image.open(cut), r"cut\.jpg.*cannot be read as an image.*Give"),
         (7, "An image of type int is not supported: give a PIL image"),
-        ({"bytes": b""}, "An image of type dict is not supported: give a PIL image"),
+        ({"pixels": b""}, "An image of type dict is not supported: give a PIL image"),
+        ({"bytes": None, "path": None}, "An image is None"),
         (np.zeros((0, 5, 3), np.uint8), r"An image has shape \(0, 5, 3\); give .height, width, 3."),
         (np.zeros((8, 8, 7), np.uint8), r"An image has shape \(8, 8, 7\).*give .height, width, 3."),
         (np.zeros(8, np.uint8), r"An image has shape \(8,\).*give .height, width, 3."),
@@ -295,3 +296,33 @@ def test_heic_names_the_package_that_opens_it(small, tmp_path):
     for image in (content, str(tmp_path / "a.heic")):
         with pytest.raises(ValueError, match="HEIC.*pillow-heif"):
             small(image)
+
+
+# --- files that are not on the disk ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda content, path: content,
+        lambda content, path: bytearray(content),
+        lambda content, path: memoryview(content),
+        lambda content, path: io.BytesIO(content),
+        lambda content, path: path.open("rb"),
+        lambda content, path: {"bytes": content, "path": None},
+        lambda content, path: {"bytes": None, "path": str(path)},
+    ],
+    ids=["bytes", "bytearray", "memoryview", "buffer", "file", "bytes of datasets", "path of datasets"],
+)
+def test_bytes_of_a_file_do_as_an_image(processor, make_picture, tmp_path, given):
+    make_picture().save(tmp_path / "a.png")
+    expected = processor.image_processor([make_picture()], return_tensors="pt")
+    image = given((tmp_path / "a.png").read_bytes(), tmp_path / "a.png")
+    (fetched,) = processor.image_processor.fetch_images([image])
+    made = processor.image_processor([fetched], return_tensors="pt")
+    assert all((made[name] == expected[name]).all() for name in expected)
+
+
+def test_bytes_that_are_no_picture_are_refused_without_printing_them(processor):
+    with pytest.raises(ValueError, match="'4000 bytes' cannot be read as an image"):
+        processor.image_processor.fetch_images(b"\0x" * 2000)

@@ -1,5 +1,6 @@
 """The pipeline gives the results of processor and model, for every kind of input; and the stock pipeline for chat."""
 
+import io
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -63,7 +64,14 @@ def test_one_picture_of_every_kind(pipe, pictures, folder, expected):
     array = np.array(pictures[0])
     row = {"image": pictures[0], "expressions": ASKED}
     kinds = [pictures[0], array, str(folder / "0.png"), folder / "0.png", array.transpose(2, 0, 1)]
+    content = (folder / "0.png").read_bytes()
+    kinds += [content, bytearray(content), io.BytesIO(content)]
     assert all(same(pipe(kind, expressions=ASKED), expected[0]) for kind in kinds)
+    rows = [
+        {"image": content, "expressions": ASKED},
+        {"image": {"bytes": content, "path": None}, "expressions": ASKED},
+    ]
+    assert all(same(one, expected[0]) for one in [*pipe(rows), *pipe([content], expressions=ASKED)])
     assert same(pipe(pictures[0], expressions=[ASKED]), expected[0]) and same(pipe(row), expected[0])
     assert same(pipe(pictures[0], expressions=ASKED[0]), pipe(pictures[0], expressions=ASKED[:1]))
 

@@ -329,7 +329,9 @@ def outputs_of(processor, answers, scores, method="slots", threshold=0.0, image_
         answer_starts=torch.ones(len(rows), dtype=torch.long),
         mask_logits=logits,
         scores=scores,
+        probabilities=tuple(torch.sigmoid(row) for row in scores),
         is_rejected=rejected,
+        num_candidates=1,
         image_index=torch.arange(len(rows)) if image_index is None else torch.tensor(image_index),
     )
 

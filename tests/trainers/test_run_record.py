@@ -183,3 +183,21 @@ def test_the_card_only_tells_what_made_the_weights(words, run, model_dir, tmp_pa
     assert started(words, run, "--seed", "99", "--learning_rate", "1e-5") == 1
     assert (run / "README.md").read_text() == card
     assert "| seed | 3 |" in card and "learning rate 0.001" in card and "| changed on the way | nothing |" in card
+
+
+# Arguments of the project that a resumed run need not have: the digests tell these apart by content, ...
+IN_DIGESTS = "model base_model dataset data_dir train_split dataset_options max_train_samples"
+# ... and these do not change the weights.
+WITHOUT_EFFECT = """attn_implementation architecture eval_dataset eval_split max_eval_samples max_eval_samples_in_training
+    protocols conventions threshold one_prompt_per_expression max_new_tokens ignore_region eval_task resume_eval save_masks
+    eval_before_training on_bad_image num_pictures image expressions"""
+
+
+def test_every_argument_of_model_and_data_is_compared_or_known_not_to_matter():
+    from dataclasses import fields
+
+    from trainers.arguments import DataArguments, ModelArguments
+    from trainers.run_record import KEPT_OF_DATA, KEPT_OF_MODEL
+
+    names = {argument.name for kind in (ModelArguments, DataArguments) for argument in fields(kind)}
+    assert names == {*KEPT_OF_MODEL, *KEPT_OF_DATA, *IN_DIGESTS.split(), *WITHOUT_EFFECT.split()}
