@@ -5,7 +5,7 @@ import tiny_bases as bases
 import torch
 from tiny_bases import IMAGE, INDEX, REJ, SEG, conversation, images_in, make_gsva, padded_rows, rms
 
-from modeling_gsva import GsvaForConditionalGeneration
+from modeling_gsva import ConversationCache, GsvaForConditionalGeneration
 
 FAMILIES = (*bases.FIRST_RANK, *bases.SECOND_RANK)
 
@@ -202,3 +202,26 @@ def test_who_shares_prefixes(model, family, inputs, monkeypatch):
     )
     model.segment(**inputs)
     assert rows == ([2, 3, 3] if model.language.shares_prefix else [3, 3])
+
+
+@pytest.mark.parametrize("method", ["slots", "generate"])
+def test_a_conversations_cache_changes_no_answer(model, inputs, method):
+    """The second turn, behind what the cache holds of the first, is answered as if all of it were read again."""
+    options = {"method": method}
+    if method == "generate":
+        options |= {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+        inputs = {name: value for name, value in inputs.items() if not name.startswith("answer")}
+    cache = ConversationCache()
+    model.segment(**inputs, **options, cache=cache)
+    more = torch.randint(5, 280, (3, 4), generator=torch.Generator().manual_seed(7))
+    ids, mask = (
+        torch.cat([inputs["input_ids"], more], 1),
+        torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1),
+    )
+    longer = {**inputs, "input_ids": ids, "attention_mask": mask}
+    behind, again = model.segment(**longer, **options, cache=cache), model.segment(**longer, **options)
+    assert torch.equal(behind.sequences, again.sequences)
+    for name in ("scores", "iou_scores"):
+        for one, other in zip(getattr(behind, name), getattr(again, name), strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
+    assert (cache.key_values is not None) == model.language.shares_prefix
