@@ -60,7 +60,9 @@ class ConversationCache:
     def clear(self) -> None:
         """Forget everything, and free its memory."""
         self.key_values: DynamicCache | None = None
-        self.ids = self.mask = self.image_index = None
+        self.ids: Any = None
+        self.mask: Any = None
+        self.image_index: Any = None
         self.model = self.pixel_values = self.vision_features = self.sam_embeddings = None
 
     def images(self, model, has_image: bool, pixel_values, vision_features, sam_embeddings) -> tuple[Any, Any]:

@@ -92,7 +92,7 @@ class GsvaOutput(ModelOutput):
     image_hidden_states: list[torch.Tensor] | None = None
 
 
-class GsvaKwargs(TransformersKwargs, total=False):
+class GsvaKwargs(TransformersKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict, which mypy cannot see
     """
     Arguments of [`GsvaForConditionalGeneration.forward`] that its signature must not name: transformers' `Trainer` takes
     every parameter whose name holds "label" for one that each batch has, and returns no evaluation loss without it.

@@ -557,8 +557,8 @@ class GsvaProcessor(ProcessorMixin):
         candidates = outputs.num_candidates or 1
         if candidates > 1:  # read the n-th answer of every prompt as if it were the only one
             parts = (self._candidate(outputs, number) for number in range(candidates))
-            results = [self.post_process_segmentation(part, inputs, threshold, keep_rejected_masks) for part in parts]
-            return [list(of_image) for of_image in zip(*results)]
+            answers = [self.post_process_segmentation(part, inputs, threshold, keep_rejected_masks) for part in parts]
+            return [list(of_image) for of_image in zip(*answers)]
         num_images = len(inputs.get("original_sizes", ()))
         input_size = self.image_processor.sam_size["longest_edge"]
         results: list[list[dict]] = [[] for _ in range(num_images)]
