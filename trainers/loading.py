@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from conversion.adapters import load_adapter
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
 
 from .arguments import ModelArguments
@@ -63,8 +64,12 @@ def unmerged_adapter(directory: str | Path) -> Path | None:
 
 
 def merge(base: nn.Module, directory: str | Path) -> nn.Module:
-    """Return the base with the adapter of `directory` merged into its weights."""
-    return PeftModel.from_pretrained(base, str(directory)).merge_and_unload()
+    """Return the base with the adapter of `directory` merged into its weights.
+
+    Raises:
+        ValueError: The adapter is damaged, lacks weights, or belongs to another base.
+    """
+    return load_adapter(base, directory).merge_and_unload()
 
 
 @contextmanager

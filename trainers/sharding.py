@@ -6,10 +6,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import IntervalStrategy
 from transformers.models.sam.modeling_sam import SamMaskDecoder
 
+from conversion.reading import read_state_dict
 from modeling_gsva import GsvaProcessor
 
 from .arguments import GsvaTrainingArguments, ModelArguments
@@ -134,16 +134,14 @@ def consolidate(source: Path, model_args: ModelArguments, output_dir: Path) -> t
         source: The tool's output, a file or a folder of files.
 
     Raises:
-        ValueError: There are no weights at `source`, or they do not fit the model.
+        ValueError: There are no weights at `source`, they have a hole or numbers that are not finite, or they do not fit the
+            model.
     """
-    files = [source] if source.is_file() else sorted(source.glob("*.safetensors")) or sorted(source.glob("*.bin"))
-    if not files:
+    if not (source.is_file() or [*source.glob("*.safetensors"), *source.glob("*.bin")]):
         raise ValueError(
             f"consolidated={str(source)!r} is no file, and no folder with .safetensors or .bin files in it."
         )
-    weights: dict[str, torch.Tensor] = {}
-    for file in files:
-        weights |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    weights = read_state_dict(source)
     processor, model = load_model(model_args, "cpu")
     dtype = model.dtype
     model = load_trained_weights(model, model_args, weights)
