@@ -386,7 +386,7 @@ def test_post_process_of_a_malformed_answer(processor, make_picture):
     assert second["text"] == "b" and not second["is_rejected"] and second["score"] == 3.0 and second["mask"].any()
     assert first["is_malformed"] and second["is_malformed"]
     # also under a threshold: what has no slot is rejected whatever the threshold
-    ((first, _),) = processor.post_process_segmentation(outputs, inputs, threshold=-math.inf)
+    ((first, _),) = processor.post_process_segmentation(outputs, inputs, threshold=-1e9)
     assert first["is_rejected"]
 
 
