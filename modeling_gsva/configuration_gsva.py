@@ -177,6 +177,10 @@ class GsvaConfig(PreTrainedConfig):
     def tie_word_embeddings(self, value: bool):
         self.vlm_config.tie_word_embeddings = value
 
+    def to_dict(self) -> dict[str, Any]:
+        """Overrides the parent to add `tie_word_embeddings`, which peft reads there."""
+        return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
+
     @property
     def _attn_implementation(self) -> str | None:
         return self._attn_implementation_internal

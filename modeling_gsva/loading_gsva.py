@@ -107,8 +107,9 @@ def problem_of(path: Path) -> str | None:
         tail = file.read()
     if head.startswith(b"PK\x03\x04") and b"PK\x05\x06" not in tail:
         return f"is cut off after {size:,} bytes: it is not whole. Copy or download it again"
-    if (expected := safetensors_size(head, path)) and expected > size:
-        return f"is cut off: it has {size:,} of {expected:,} bytes. Copy or download it again"
+    if expected := safetensors_size(head, path):  # a file whose names fill the head would be taken for text below
+        cut_off = f"is cut off: it has {size:,} of {expected:,} bytes. Copy or download it again"
+        return cut_off if expected > size else None
     try:
         head[: len(head) // 4 * 4].decode("ascii")
     except UnicodeDecodeError:

@@ -138,6 +138,9 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
     ```
     """
 
+    # The base's are added to it; peft asks the whole model for it before it looks at the parts.
+    _tied_weights_keys: dict[str, str] = {}
+
     def __init__(self, config: GsvaConfig):
         super().__init__(config)
         config.set_parts_dtype()
@@ -156,6 +159,14 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
     def saved_name(self, name: str) -> str:
         """Return the name of a weight in saved directories; see `SAVED_NAMES`."""
         return name.removeprefix("vlm.") if name.startswith(("vlm.model.", "vlm.lm_head.")) else name
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Let `load_state_dict` take the names of saved directories, too: transformers' `Trainer` resumes with them."""
+        for old, new in SAVED_NAMES.items():
+            old = prefix + old.removeprefix("^").replace("\\", "")
+            for name in [name for name in state_dict if name.startswith(old)]:
+                state_dict[prefix + new + name.removeprefix(old)] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def _checkpoint_conversion_mapping(self) -> dict[str, str]:

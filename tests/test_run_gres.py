@@ -214,7 +214,9 @@ def test_grefcoco_trains_with_lora_evaluates_and_predicts(model_dir, tmp_path):
     start, end = (GsvaForConditionalGeneration.from_pretrained(folder).state_dict() for folder in (model_dir, out))
     assert start.keys() == end.keys()  # LoRA is merged into plain weights
     changed = {name for name in start if not (start[name] == end[name]).all()}
-    assert {f"model.language_model.layers.{n}.self_attn.{p}_proj.weight" for n in range(2) for p in "qv"} <= changed
+    assert {
+        f"vlm.model.language_model.layers.{n}.self_attn.{p}_proj.weight" for n in range(2) for p in "qv"
+    } <= changed
     assert not any(
         name.startswith(("model.vision_tower", "sam.vision_encoder", "sam.prompt_encoder")) for name in changed
     )

@@ -88,7 +88,7 @@ def test_accumulated_batches_learn_what_one_batch_does(make_model, tmp_path, col
         trainer(model, tmp_path, collate, examples, **options).train()
         trained.append(model.state_dict())
     start = make_model().double().state_dict()
-    for part in ("mask_projector.0.weight", "lm_head.weight", "model.multi_modal_projector.weight"):
+    for part in ("mask_projector.0.weight", "vlm.lm_head.weight", "vlm.model.multi_modal_projector.weight"):
         moved = [weights[part] - start[part] for weights in trained]
         assert moved[0].abs().max() > 1e-4
         torch.testing.assert_close(moved[1], moved[0], rtol=1e-4, atol=1e-6)
