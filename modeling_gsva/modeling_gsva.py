@@ -118,12 +118,6 @@ def in_two_rows(function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Te
     return function(rows)
 
 
-def _take_saved_names(module, state_dict: dict[str, torch.Tensor], prefix: str, *_) -> None:
-    """Let `load_state_dict` take weights under the names of saved directories, as a `Trainer` does that resumes."""
-    for name in [name for name in state_dict if name.startswith((f"{prefix}model.", f"{prefix}lm_head."))]:
-        state_dict[f"{prefix}vlm.{name.removeprefix(prefix)}"] = state_dict.pop(name)
-
-
 class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, GenerationMixin):
     r"""
     GSVA with its language head and its mask decoder.
@@ -153,7 +147,6 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         self.mask_projector = nn.Sequential(
             nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, prompt_size)
         )
-        self.register_load_state_dict_pre_hook(_take_saved_names)
         self.post_init()
 
     def saved_name(self, name: str) -> str:
