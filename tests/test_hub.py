@@ -39,7 +39,7 @@ for name, parameter in lora.named_parameters():
         torch.nn.init.normal_(parameter.data)
 lora.push_to_hub("someone/adapter")
 data_scripts.load("shapes", size=3, cache_dir=work + "/shapes").push_to_hub("someone/shapes")
-published = publish.main(["grefcoco", tree, work + "/grefcoco", "--push_to_hub", "someone/grefcoco", "--cache_dir", work])
+published = publish.main(["grefcoco", tree, work + "/grefcoco", "--push_to_hub", "someone/grefcoco", "--cache_dir", work + "/cache"])
 api = HfApi()
 api.create_repo("someone/gres", repo_type="space", space_sdk="static")
 api.upload_folder(repo_id="someone/gres", repo_type="space", folder_path="metrics/gres", ignore_patterns="__pycache__/*")
