@@ -23,6 +23,7 @@ from .loop import cpu_threads, evaluate_rows, evaluation_mode, gather_from_all, 
 from .pages import AnsweredImage, overlay_page, prediction_page
 
 PREDICTIONS = "predictions.json"
+STEM_BYTES = 200  # of an overlay's name: most file systems allow 255 bytes with number and suffix
 
 
 def predict_files(
@@ -72,12 +73,22 @@ def predict_files(
                     continue
                 (results,) = segment_images(model, processor, [image], [list(expressions)], config)
                 predictions.append(_predict_file(number, path, image, results, config, output_dir))
-    finally:  # what is predicted is not lost with an image that cannot be read
-        write_json(output_dir / PREDICTIONS, predictions)
-        if not all(map(font_for, expressions)):  # a page shows the texts that a legend cannot
-            note = f"{config.protocol}: {PROTOCOL_NOTES[config.protocol]}"
-            overlays = [Image.open(output_dir / one["overlay"]) for one in predictions]
-            write_text(output_dir / "predictions.html", overlay_page(note, predictions, overlays))
+    except BaseException:
+        if predictions:  # those before an image that cannot be read are kept
+            _write_predictions(predictions, expressions, config, output_dir)
+        raise
+    _write_predictions(predictions, expressions, config, output_dir)
+
+
+def _write_predictions(
+    predictions: list[dict[str, Any]], expressions: Sequence[str], config: EvaluationConfig, output_dir: Path
+) -> None:
+    """Write `predictions.json`, and a page where a legend cannot show an expression."""
+    write_json(output_dir / PREDICTIONS, predictions)
+    if not all(map(font_for, expressions)):
+        note = f"{config.protocol}: {PROTOCOL_NOTES[config.protocol]}"
+        overlays = [Image.open(output_dir / one["overlay"]) for one in predictions]
+        write_text(output_dir / "predictions.html", overlay_page(note, predictions, overlays))
 
 
 def _predict_file(
@@ -90,7 +101,8 @@ def _predict_file(
 ) -> dict[str, Any]:
     """Write and print the results of one image file, and return its entry of `predictions.json`."""
     name = printable(path)
-    overlay_file = f"{number:03d}_{Path(name).stem}.png".replace("\\", "_")
+    stem = Path(name).stem.replace("\\", "_").encode()[:STEM_BYTES].decode(errors="ignore")
+    overlay_file = f"{number:03d}_{stem}.png"
     with replacing(output_dir / overlay_file) as temporary:
         labelled_overlay(image, results).save(temporary)
     for result in results:

@@ -241,12 +241,16 @@ def to_bytes(image) -> np.ndarray:
     floats of 0 to 1 scaled by 255, other numbers of 0 to 255 as they are.
 
     Raises:
-        ValueError: values below 0 or above 255, or NaN.
+        ValueError: values that are not real numbers, are below 0 or above 255, or NaN.
     """
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = image.float() if image.dtype == torch.bfloat16 else image
     array = np.asarray(image)
+    if array.dtype.kind not in "buif":
+        raise ValueError(
+            f"The pixels of an image are {array.dtype}, not numbers: give bytes of 0 to 255 or floats of 0 to 1."
+        )
     if array.dtype == np.uint8 or not array.size:
         return array
     if array.dtype == bool:

@@ -73,9 +73,9 @@ def test_other_weights_have_other_features(make_model, gsva, batch, tmp_path):
 def test_features_of_another_layer_are_other_features(gsva, batch, tmp_path):
     """The same weights, read elsewhere: keyed by what the output depends on."""
     before = FeatureCache(tmp_path, gsva).folder
-    gsva.config.vision_feature_layer = -1
+    gsva.config.vlm_config.vision_feature_layer = -1
     assert FeatureCache(tmp_path, gsva).folder != before
-    gsva.config.vision_feature_layer = -2
+    gsva.config.vlm_config.vision_feature_layer = -2
     gsva.config.vision_config.transformers_version = "0"  # says nothing about what is computed
     assert FeatureCache(tmp_path, gsva).folder == before
 
