@@ -26,6 +26,12 @@ def examples(make_picture):
 
 
 @pytest.fixture
+def model(make_model):
+    """One for each test: a Trainer changes the configuration of its model."""
+    return make_model()
+
+
+@pytest.fixture
 def collate(processor):
     def collate(rows):
         return processor(
