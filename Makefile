@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/accelerate launch run_gres.py configs/demo.yaml
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -m "not slow and not deepspeed"
+	$(RUN) -m pytest -n auto --dist loadscope -m "not slow and not deepspeed"
 
 test-slow: $(VENV)/installed
 	$(RUN) -m pytest
