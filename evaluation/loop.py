@@ -157,7 +157,7 @@ def check_evaluation(model, processor, config: EvaluationConfig) -> None:
     check_slot_tokens(model, processor)
     if not len(config.rows):
         raise ValueError(f"{config.dataset} {config.split} has no rows to evaluate.")
-    if "expressions" not in config.rows[0]:
+    if "expressions" not in stored_images(config.rows)[0]:
         raise ValueError(
             f"{config.dataset} {config.split} has no expressions to evaluate; choose a segmentation data set."
         )

@@ -1,8 +1,10 @@
 """Evaluation by every protocol: every expression exactly once, in order; refused input."""
 
+import datasets
 import pytest
 from evaluations import Killed, config_of, evaluate_to, kill_after, mask_of
 
+from data_scripts.images import PictureError
 from data_scripts.schema import decode_mask
 from evaluation.loop import check_slot_tokens, evaluate_rows
 from metrics.gres import check_together
@@ -133,3 +135,12 @@ def test_metrics_of_a_convention_are_computed_once(model, processor, rows, monke
     result = evaluate_rows(model, processor, config_of(rows))
     assert calls == [] and result.metrics("rela") is result.metrics() and result.metrics("gsva") == {"gIoU": 0.5}
     assert calls == ["rela", "gsva"]
+
+
+def test_a_first_image_that_cannot_be_read_is_named(model, processor, rows, tmp_path):
+    """The check that there is something to evaluate looks at the first row without decoding its image."""
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    row = {**rows[1], "image": str(tmp_path / "broken.png")}
+    broken = datasets.Dataset.from_list([row]).cast_column("image", datasets.Image())
+    with pytest.raises(PictureError, match=r"broken\.png cannot be read"):
+        evaluate_rows(model, processor, config_of(broken))
