@@ -7,7 +7,7 @@ A score is the log-odds of `[SEG]` against `[REJ]`. Its probability that the exp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,9 +68,7 @@ class Scores:
 
 def sigmoid(values: np.ndarray) -> np.ndarray:
     """Return 1 / (1 + exp(-values)), without overflow."""
-    return np.where(
-        values >= 0, 1 / (1 + np.exp(-np.abs(values))), np.exp(-np.abs(values)) / (1 + np.exp(-np.abs(values)))
-    )
+    return np.exp(-np.logaddexp(0, -values))
 
 
 def fit(data: Scores, steps: int = 100) -> tuple[float, float]:
@@ -249,17 +247,19 @@ def risk_bound(wrong: int, count: int, level: float) -> float:
     return high
 
 
-def bootstrap(data: Scores, statistic: Callable[[Scores], float], seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of a statistic, with images as the unit."""
+def resampled(data: Scores, count: int, seed: int = 0) -> Iterator[Scores]:
+    """Yield `count` bootstrap samples: as many images as there are, drawn with replacement, with all their expressions."""
     places = np.argsort(data.images, kind="stable")
     starts = np.searchsorted(data.images[places], np.arange(data.num_images + 1))
-    random, values = np.random.default_rng(seed), []
-    for _ in range(RESAMPLES):
+    random = np.random.default_rng(seed)
+    for _ in range(count):
         images = random.integers(data.num_images, size=data.num_images)
-        chosen = np.concatenate([places[starts[image] : starts[image + 1]] for image in images])
-        value = statistic(data.select(chosen))
-        if not math.isnan(value):
-            values.append(value)
+        yield data.select(np.concatenate([places[starts[image] : starts[image + 1]] for image in images]))
+
+
+def bootstrap(data: Scores, statistic: Callable[[Scores], float], seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of a statistic, with images as the unit."""
+    values = [value for drawn in resampled(data, RESAMPLES, seed) if not math.isnan(value := statistic(drawn))]
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     return tuple(np.quantile(values, tails).tolist()) if values else (math.nan, math.nan)
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from data_scripts.files import render
-from metrics.gres.presence import reliability
+from metrics.gres.presence import bin_of, reliability
 
 from . import calibration
 from .calibration import Scores, sigmoid
@@ -61,17 +61,13 @@ def _reliability(data: Scores) -> str:
             table = reliability(probabilities, data.is_present, BINS)
             centres = np.array([line["probability"] for line in table])
             shares = np.array([line["share"] for line in table])
-            places = [np.flatnonzero(_bin_of(probabilities) == _bin_of(np.array([centre]))[0]) for centre in centres]
-            bounds = np.array([_share_interval(data, chosen) for chosen in places])
+            bins = bin_of(probabilities, BINS)
+            bounds = np.array([_share_interval(data, np.flatnonzero(bins == place)) for place in np.unique(bins)])
             errors = np.abs(bounds.T - shares)
             axes.errorbar(centres, shares, yerr=errors, marker="o", capsize=3, label=label)
         axes.set(xlabel="probability", ylabel="share with a target", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
 
     return _figure(draw)
-
-
-def _bin_of(probabilities: np.ndarray) -> np.ndarray:
-    return np.minimum((probabilities * BINS).astype(int), BINS - 1)
 
 
 def _share_interval(data: Scores, chosen: np.ndarray) -> tuple[float, float]:
@@ -85,14 +81,8 @@ def _share_interval(data: Scores, chosen: np.ndarray) -> tuple[float, float]:
 
 def _band(data: Scores, curve: Callable[[Scores], np.ndarray]) -> np.ndarray:
     """Return the 95 % bootstrap band (2, points) of a curve, with images as the unit."""
-    random, values = np.random.default_rng(0), []
-    places = np.argsort(data.images, kind="stable")
-    starts = np.searchsorted(data.images[places], np.arange(data.num_images + 1))
-    for _ in range(BAND_RESAMPLES):
-        images = random.integers(data.num_images, size=data.num_images)
-        drawn = data.select(np.concatenate([places[starts[image] : starts[image + 1]] for image in images]))
-        if drawn.is_present.any() and not drawn.is_present.all():
-            values.append(curve(drawn))
+    samples = calibration.resampled(data, BAND_RESAMPLES)
+    values = [curve(drawn) for drawn in samples if drawn.is_present.any() and not drawn.is_present.all()]
     return np.nanquantile(np.stack(values), [0.025, 0.975], axis=0)
 
 

@@ -168,13 +168,12 @@ def _image_bytes(image: Any) -> bytes:
 def evaluation_identity(model, processor, config: EvaluationConfig) -> dict[str, Any]:
     """Return everything that rows depend on, by name; the data, the model and the processor as digests."""
     data, weights = hashlib.sha256(), hashlib.sha256()
+    saved_name = getattr(model, "saved_name", str)  # the names of evaluations that began before there were other bases
     for row in stored_images(config.rows):
         facts = {name: value for name, value in row.items() if name != "image"}
         data.update(json.dumps(facts, sort_keys=True, default=str).encode() + _image_bytes(row["image"]))
     for name, value in model.state_dict().items():
-        name = getattr(model, "saved_name", str)(
-            name
-        )  # the name in evaluations that began before there were other bases
+        name = saved_name(name)
         weights.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         if value.device.type != "meta":  # a sample of the values: reading all 7 billion weights would take minutes
             weights.update(value.detach().flatten()[:: max(value.numel() // 64, 1)].float().cpu().numpy().tobytes())

@@ -1,5 +1,6 @@
 """GSVA: a LLaVA-like model that prompts SAM's mask decoder with the hidden state of each `[SEG]`, and rejects with `[REJ]`."""
 
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -88,7 +89,10 @@ class GsvaKwargs(TransformersKwargs, total=False):  # type: ignore[call-arg]  # 
 
 # Names of the base's weights in saved directories, and in the model: a directory holds them under the names that they had when
 # LLaVA v1 was the only base, which are those of most other bases, too.
-SAVED_NAMES = {r"^model\.": "vlm.model.", r"^lm_head\.": "vlm.lm_head."}
+SAVED_PARTS = ("model.", "lm_head.")
+SAVED_NAMES = {
+    f"^{re.escape(part)}": f"vlm.{part}" for part in SAVED_PARTS
+}  # as regular expressions, for the libraries
 register_checkpoint_conversion_mapping(
     "GsvaForConditionalGeneration", [WeightRenaming(*names) for names in SAVED_NAMES.items()], overwrite=True
 )
@@ -150,15 +154,14 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         self.post_init()
 
     def saved_name(self, name: str) -> str:
-        """Return the name of a weight in saved directories; see `SAVED_NAMES`."""
-        return name.removeprefix("vlm.") if name.startswith(("vlm.model.", "vlm.lm_head.")) else name
+        """Return the name of a weight in saved directories; see `SAVED_PARTS`."""
+        part = name.removeprefix("vlm.")
+        return part if part != name and part.startswith(SAVED_PARTS) else name
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Let `load_state_dict` take the names of saved directories, too: transformers' `Trainer` resumes with them."""
-        for old, new in SAVED_NAMES.items():
-            old = prefix + old.removeprefix("^").replace("\\", "")
-            for name in [name for name in state_dict if name.startswith(old)]:
-                state_dict[prefix + new + name.removeprefix(old)] = state_dict.pop(name)
+        for name in [name for name in state_dict if name.startswith(tuple(prefix + part for part in SAVED_PARTS))]:
+            state_dict[f"{prefix}vlm.{name.removeprefix(prefix)}"] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property

@@ -129,6 +129,15 @@ def calibration_error(
     return sum(line["count"] / count * abs(line["probability"] - line["share"]) for line in table)
 
 
+def bin_of(probabilities: np.ndarray, bins: int) -> np.ndarray:
+    """Return the number of the bin of each probability, of `bins` bins of equal width.
+
+    >>> bin_of(np.array([0.0, 0.5, 1.0]), 2).tolist()  # a border belongs to the higher bin, 1 to the last
+    [0, 1, 1]
+    """
+    return np.minimum((probabilities * bins).astype(int), bins - 1)
+
+
 def reliability(
     probabilities: Iterable[float], is_present: Iterable[bool], bins: int = CALIBRATION_BINS
 ) -> list[dict[str, float]]:
@@ -142,7 +151,7 @@ def reliability(
     values, present = _arrays(probabilities, is_present)
     if len(values) and not (values.min() >= 0 and values.max() <= 1):
         raise ValueError(f"probabilities lie between {values.min()} and {values.max()}; expected 0 to 1")
-    places = np.minimum((values * bins).astype(int), bins - 1)
+    places = bin_of(values, bins)
     return [
         {
             "probability": float(values[places == place].mean()),
