@@ -73,7 +73,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """Return an image as it is shown: upright by its EXIF orientation, as RGB with 8 bits per channel.
 
     Alpha is dropped, as cv2.imread does for the original. 16-bit grey is scaled by its range; Pillow itself would clip it.
-    `modeling_gsva.image_processing_gsva.upright_rgb` has the same rules; model code is copied without this package.
+    `modeling_gsva.image_processing_gsva.upright_rgb` has the same rules, since model code is copied without this package; a
+    test holds the two equal.
 
     Raises:
         ValueError: The range of the pixels is not known (32 bits, floating point), or Pillow does not convert their colours

@@ -35,7 +35,9 @@ def predict_files(
     output_dir: str | Path,
     skip_list: SkipList | None = None,
 ) -> None:
-    """Segment every expression in every image file; write overlays and `predictions.json`, and a page if a legend cannot show an expression.
+    """Segment every expression in every image file; write overlays and `predictions.json`.
+
+    If a legend cannot show an expression, a page is written too.
 
     Args:
         paths: Image files.

@@ -46,10 +46,10 @@ class GsvaImageProcessor(PilBackend):
       standard deviation of segment-anything, zeros right and below.
     - `original_sizes` and `reshaped_input_sizes` (images, 2): (height, width) before and after the SAM resize.
 
-    EXIF orientation is applied, as cv2.imread does in the original. Images may be PIL images, arrays or tensors (height,
-    width, 3) or (3, height, width), paths, URLs, open files or the bytes of an image file. All are read as what they show, with 8 bits
-    per channel: 16-bit values are scaled by their range, floats of 0 to 1 (as torchvision's ToTensor gives) by 255,
-    and booleans are black and white. Values of unknown range are refused.
+    EXIF orientation is applied, as cv2.imread does in the original. Images may be PIL images, arrays or tensors
+    (height, width, 3) or (3, height, width), paths, URLs, open files or the bytes of an image file. All are read as
+    what they show, with 8 bits per channel: 16-bit values are scaled by their range, floats of 0 to 1 (as
+    torchvision's ToTensor gives) by 255, and booleans are black and white. Values of unknown range are refused.
 
     Raises:
         ValueError: not an image, or one that cannot be decoded, has a side of zero pixels or more than `max_image_pixels`.
@@ -209,8 +209,9 @@ class GsvaImageProcessor(PilBackend):
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """
-    Return a PIL image as it is shown: upright by its EXIF orientation, as RGB with 8 bits per channel. Alpha is dropped, and 16-bit grey is scaled by its range, which
-    Pillow itself would clip. `data_scripts.images.upright_rgb` has the same rules; this file is copied without it.
+    Return a PIL image as it is shown: upright by its EXIF orientation, as RGB with 8 bits per channel. Alpha is dropped,
+    and 16-bit grey is scaled by its range, which Pillow itself would clip. `data_scripts.images.upright_rgb` has the same
+    rules, since this file is copied without it; a test holds the two equal.
 
     Raises:
         ValueError: the range of its pixels is not known (32 bits, floating point), or Pillow cannot convert its colours.

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 import data_scripts
+from data_scripts import images
 from data_scripts.images import PictureError, image_size, read_image
 from data_scripts.mixture import TrainingDataset
 from data_scripts.transforms import SemanticTransform
@@ -128,3 +129,55 @@ def test_a_missing_image_names_the_one_in_another_case(root):
     path = trees.picture(root / "Photos/1.JPG")
     with pytest.raises(PictureError, match=f"is missing; there is {path}"):
         read_image({"path": str(root / "photos/1.jpg"), "bytes": None})
+
+
+MODES = (
+    "1",
+    "L",
+    "LA",
+    "La",
+    "P",
+    "PA",
+    "RGB",
+    "RGBA",
+    "RGBa",
+    "RGBX",
+    "CMYK",
+    "YCbCr",
+    "LAB",
+    "HSV",
+    "I",
+    "F",
+    "I;16",
+)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("high", [1, 255, 60000])
+def test_the_model_reads_images_by_the_same_rule(mode, high):
+    """Model code is copied without data_scripts, so the rule is written in both; every mode gives the same, errors too."""
+    from modeling_gsva import image_processing_gsva
+
+    values = np.linspace(0, high, 24).reshape(4, 6)
+    if mode in ("I", "F", "I;16"):
+        image = Image.fromarray(values.astype({"I": np.int32, "F": np.float32, "I;16": np.uint16}[mode]))
+    else:
+        colours = np.random.default_rng(high).integers(0, min(high, 255) + 1, (4, 6, 4), dtype=np.uint8)
+        image = Image.fromarray(colours, "RGBA")
+        steps = {"La": ("LA", "La"), "PA": ("RGB", "P", "PA")}.get(
+            mode, ("RGB", mode) if mode != "RGBa" else ("RGBa",)
+        )
+        if mode == "LAB":
+            image = Image.fromarray(np.ascontiguousarray(colours[..., :3]), "LAB")
+            steps = ()
+        for step in steps:
+            image = image.convert(step)
+    image.getexif()[0x0112] = 6
+
+    def outcome(rule):
+        try:
+            return np.asarray(rule(image)).tolist()
+        except ValueError as error:
+            return str(error)
+
+    assert image.mode == mode and outcome(images.upright_rgb) == outcome(image_processing_gsva.upright_rgb)
