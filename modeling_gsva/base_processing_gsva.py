@@ -216,13 +216,10 @@ class GsvaBaseProcessor(GsvaProcessor):
     def _row(self, conversation, image, image_text, add_generation_prompt) -> tuple[list[int], list[int]]:
         """Return ids and labels of a conversation about an image that the base replaces by `image_text`."""
         if add_generation_prompt:
-            answered = None
-            whole = self.format.render(conversation, add_generation_prompt=True)
-            cuts = [len(whole)]
+            whole, cuts = self.format.render(conversation, add_generation_prompt=True), []
         else:
             answered = self.format.answered(conversation)
-            whole = answered.text
-            cuts = [place for begin, end in answered.answers for place in (begin, end)]
+            whole, cuts = answered.text, [place for span in answered.answers for place in span]
         if (count := whole.count(self.image_token)) != (image is not None):
             raise ValueError(
                 f"A conversation holds {count} <image> placeholders; GSVA reads one image per conversation, and only where "
@@ -232,7 +229,7 @@ class GsvaBaseProcessor(GsvaProcessor):
         pieces[0] = self._lay_out(pieces[0], image, len(cuts) > 2)
         if image is not None:
             pieces = [piece.replace(self.image_token, image_text) for piece in pieces]
-        return self._tokenize(pieces[:-1] if answered is not None else pieces[:1])
+        return self._tokenize(pieces[:-1] or pieces)
 
     def _lay_out(self, prompt: str, image, has_more: bool) -> str:
         """Return the first prompt as the base's processor lays it out."""
@@ -251,7 +248,8 @@ class GsvaBaseProcessor(GsvaProcessor):
         """Return ids and labels of a text in pieces, of which every second is said by the assistant."""
         text = "".join(pieces)
         bos = self.tokenizer.bos_token
-        options = {"add_special_tokens": self.base.text_kwargs.get("add_special_tokens", True)}
+        defaults = self.base._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs)["text_kwargs"]
+        options = {"add_special_tokens": defaults.get("add_special_tokens", True)}
         if bos is not None and text.startswith(bos):  # as apply_chat_template does
             options["add_special_tokens"] = False
         ids = self.tokenizer(text, return_attention_mask=False, **options)["input_ids"]
@@ -308,9 +306,26 @@ class GsvaBaseProcessor(GsvaProcessor):
             is_continued = bool(kwargs.get("continue_final_message"))
             chats = conversation if is_batch else [conversation]
             if all(isinstance(message, dict) for chat in chats if isinstance(chat, (list, tuple)) for message in chat):
+                images = [self._named_images(chat) for chat in chats]
                 conversation = [self.format.messages(chat, is_continued) for chat in chats]
+                if "user" not in self.format.parts_of and any(images):  # as strings they name no images
+                    kwargs["processor_kwargs"] = {
+                        "images": images if is_batch else images[0], **(kwargs.get("processor_kwargs") or {})
+                    }  # fmt: skip
                 conversation = conversation if is_batch else conversation[0]
         return super().apply_chat_template(conversation, chat_template, **kwargs)
+
+    @staticmethod
+    def _named_images(chat: list[dict]) -> list:
+        """Return the images that the parts of messages hold or name."""
+        parts = [part for message in chat if isinstance(message.get("content"), (list, tuple)) for part in message["content"]]
+        return [
+            part[key]
+            for part in parts
+            if isinstance(part, dict) and part.get("type") == "image"
+            for key in ("image", "url", "path", "base64")
+            if key in part
+        ]
 
     # ---- saving and loading ----
     def to_dict(self) -> dict[str, Any]:

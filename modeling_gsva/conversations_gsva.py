@@ -25,12 +25,10 @@ class AnsweredText:
 
     Args:
         text: the whole of it, each image as the processor's placeholder.
-        prompts: where the model begins to answer each turn of the assistant, in characters.
-        answers: (begin, end) of what it is to say there, the token that ends the turn included, in characters.
+        answers: (begin, end) of what the assistant is to say, the token that ends the turn included, in characters.
     """
 
     text: str
-    prompts: list[int]
     answers: list[tuple[int, int]]
 
 
@@ -153,7 +151,7 @@ class ConversationFormat:
             ValueError: a template by which a prompt is no beginning of the whole conversation.
         """
         whole, marked = self._render(conversation)
-        answered = AnsweredText(whole, [], [])
+        answered = AnsweredText(whole, [])
         for number, message in enumerate(conversation):
             if message["role"] != "assistant":
                 continue
@@ -168,7 +166,6 @@ class ConversationFormat:
                     continue
                 if whole[begin : spans[0][0]].strip():
                     self._refuse(prompt, whole[: spans[0][0]], whole)
-            answered.prompts.append(begin)
             answered.answers.append((begin, end))
         return answered
 

@@ -30,6 +30,10 @@ from .prompts_gsva import (
 from .segmentation_gsva import check_threshold
 
 
+# The entry of processor_config.json that names the processor of another base than LLaVA v1.
+BASE_CLASS = "base_processor_class"
+
+
 class GsvaProcessor(ProcessorMixin):
     r"""
     Turns images and expressions (or conversations) into model inputs, and segmentation outputs into results.
@@ -65,8 +69,12 @@ class GsvaProcessor(ProcessorMixin):
     def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
         """
         Overrides [`ProcessorMixin.from_args_and_dict`], which makes the processor of a directory, to refuse one without a
-        chat template: the model would be asked in the wording of another.
+        chat template: the model would be asked in the wording of another. Over another base it makes a [`GsvaBaseProcessor`].
         """
+        if BASE_CLASS in processor_dict:
+            from .base_processing_gsva import GsvaBaseProcessor
+
+            return GsvaBaseProcessor.with_settings(*args, {**processor_dict, **kwargs})
         template = kwargs.get("chat_template") or processor_dict.get("chat_template")
         template = template or getattr(args[1] if len(args) > 1 else None, "chat_template", None)  # of the tokenizer
         if not template:
@@ -77,6 +85,15 @@ class GsvaProcessor(ProcessorMixin):
                 f"{', '.join(CHAT_TEMPLATES)}."
             )
         return super().from_args_and_dict(args, {**processor_dict, "chat_template": template}, **kwargs)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        """Overrides the parent, which loads tokenizer and image processor, to load a base's processor where there is one."""
+        if BASE_CLASS in (processor_dict or {}):
+            from .base_processing_gsva import GsvaBaseProcessor
+
+            return [GsvaBaseProcessor.load_base(pretrained_model_name_or_path, processor_dict, **kwargs)]
+        return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
 
     @classmethod
     def from_base(cls, base_processor, sam_config, prompts=None, chat_template=None) -> "GsvaProcessor":
@@ -398,14 +415,21 @@ class GsvaProcessor(ProcessorMixin):
 
     def _call_with_text(self, images, text, **kwargs) -> BatchFeature:
         data = super().__call__(images=images, text=text, **kwargs)
-        if images is not None and text is not None:
-            counts = [sample.count(self.image_token) for sample in ([text] if isinstance(text, str) else text)]
-            index = [sum(counts[:n]) if count else -1 for n, count in enumerate(counts)]
-            # Leave `image_index` out when there is one image per text: code that concatenates single examples would not
-            # offset it.
-            if max(counts) <= 1 and index != list(range(len(index))):
-                make = {torch.Tensor: torch.tensor, np.ndarray: np.array}.get(type(data["input_ids"]), list)
-                data["image_index"] = make(index)
+        if images is None or text is None:
+            return data
+        return self._add_image_index(
+            data, [sample.count(self.image_token) for sample in ([text] if isinstance(text, str) else text)]
+        )
+
+    @staticmethod
+    def _add_image_index(data: BatchFeature, counts: list[int]) -> BatchFeature:
+        """Add the image of each text, of texts that hold `counts` images, unless it is one each."""
+        index = [sum(counts[:n]) if count else -1 for n, count in enumerate(counts)]
+        # Leave `image_index` out when there is one image per text: code that concatenates single examples would not
+        # offset it.
+        if max(counts) <= 1 and index != list(range(len(index))):
+            make = {torch.Tensor: torch.tensor, np.ndarray: np.array}.get(type(data["input_ids"]), list)
+            data["image_index"] = make(index)
         return data
 
     def read_answer(self, token_ids: list[int]) -> list[tuple[str, bool]]:
