@@ -77,9 +77,8 @@ class ConversationFormat:
             except (TemplateError, TypeError, ValueError, KeyError) as error:
                 problem = str(error)
                 continue
-            if text.count(self.image_token) == 1 and text.count(_QUESTION) == text.count(_ANSWER) == 1:
-                if "'type'" not in text:
-                    return roles
+            if all(text.count(part) == 1 for part in (self.image_token, _QUESTION, _ANSWER)) and "'type'" not in text:
+                return roles
         raise ValueError(
             f"The chat template of {self.name} cannot place an image, a question and its answer, with content as a list of "
             f"parts or as a string ({problem}). Give another as chat_template; it must write {self.image_token!r} where the "
@@ -157,7 +156,7 @@ class ConversationFormat:
                 continue
             prompt = self.render(conversation[:number], add_generation_prompt=True)
             through = self.render(conversation[: number + 1]) if number + 1 < len(conversation) else whole
-            begin, end = len(prompt), self._end(whole, through, len(prompt), conversation[number])
+            begin, end = len(prompt), self._end(whole, through, len(prompt), message)
             if not whole.startswith(prompt) or whole[:end] != through[:end]:
                 self._refuse(prompt, whole if not whole.startswith(prompt) else through, whole)
             if self.marks_answers:

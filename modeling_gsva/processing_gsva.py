@@ -1,6 +1,5 @@
 """GsvaProcessor: images and expressions, or conversations, to model inputs; segmentation outputs back to results."""
 
-from collections.abc import Mapping
 from reprlib import repr as shown  # short, and safe for values that are nested deeply or contain themselves
 from typing import Any
 
@@ -28,7 +27,6 @@ from .prompts_gsva import (
     strip_wording,
 )
 from .segmentation_gsva import check_threshold
-
 
 # The entry of processor_config.json that names the processor of another base than LLaVA v1.
 BASE_CLASS = "base_processor_class"
@@ -74,7 +72,7 @@ class GsvaProcessor(ProcessorMixin):
         if BASE_CLASS in processor_dict:
             from .base_processing_gsva import GsvaBaseProcessor
 
-            return GsvaBaseProcessor.with_settings(*args, {**processor_dict, **kwargs})
+            return GsvaBaseProcessor.with_settings(args[0], {**processor_dict, **kwargs})
         template = kwargs.get("chat_template") or processor_dict.get("chat_template")
         template = template or getattr(args[1] if len(args) > 1 else None, "chat_template", None)  # of the tokenizer
         if not template:
@@ -317,26 +315,25 @@ class GsvaProcessor(ProcessorMixin):
         return_tensors, max_length = kwargs.pop("return_tensors", None), kwargs.pop("max_length", None)
         if max_length is not None:
             check_max_length(max_length)
-        asked: list[list[str]] = []
         if expressions is not None:
-            *conversations_of, asked = self._ask(images, expressions, no_targets, prompt, one_prompt_per_expression)
-            conversations, image_index = conversations_of
+            talks, index, asked = self._ask(images, expressions, no_targets, prompt, one_prompt_per_expression)
         else:
-            image_index = check_conversations(conversations, image_index, len(images))
+            index, asked = check_conversations(conversations, image_index, len(images)), None
+            talks = list(conversations or [])
         of_images, image_texts = self._encode_images(images, **kwargs)
         try:
-            encoded = self._encode_rows(list(conversations), image_index, images, image_texts)
+            encoded = self._encode_rows(talks, index, images, image_texts)
         except TemplateError as error:
             raise ValueError(f"The chat template does not take these conversations: {error}") from None
-        if asked:
-            data = self._for_segmentation(encoded, asked, image_index, max_length)
+        if asked is not None:
+            data = self._for_segmentation(encoded, asked, index, max_length)
         else:
-            data = self._for_training(encoded, image_index, max_length)
+            data = self._for_training(encoded, index, max_length)
         data.update(of_images)
         if masks is None and expressions is None and not self._has_slots(data["input_ids"]):
-            masks = [[]] * len(image_index)  # transformers' Trainer evaluates only batches that hold all labels
+            masks = [[]] * len(index)  # transformers' Trainer evaluates only batches that hold all labels
         if masks is not None:
-            data["mask_labels"] = check_masks(masks, image_index, data.get("original_sizes", []))
+            data["mask_labels"] = check_masks(masks, index, data.get("original_sizes", []))
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["expressions", "mask_labels"])
 
     def _encode_images(self, images: list, **kwargs) -> tuple[dict[str, Any], list[str] | None]:

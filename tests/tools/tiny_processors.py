@@ -155,7 +155,11 @@ def image_processor(family: str):
 def base_processor(family: str, tokenizer=None):
     """Return the family's own processor. Those with videos need torchvision."""
     tokenizer = tokenizer or byte_tokenizer(family)
-    patches = {"patch_size": bases.PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    patches = {
+        "patch_size": bases.PATCH,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }
     name, video, options = {
         "llava": ("LlavaProcessor", None, patches),
         "llava_next": ("LlavaNextProcessor", None, patches),
