@@ -274,7 +274,8 @@ def _metric_rows(
             }
         )
         if keep_masks:
-            metric_rows[-1]["prediction"] = encode_mask(mask)
+            probability = result["probability"] if np.isfinite(result["probability"]) else None
+            metric_rows[-1] |= {"prediction": encode_mask(mask), "probability": probability}
     return metric_rows
 
 
