@@ -266,6 +266,7 @@ def _metric_rows(
                 "is_no_target": question.is_no_target,
                 "is_rejected": result["is_rejected"],
                 "score": result["score"] if np.isfinite(result["score"]) else None,
+                "probability": result["probability"] if np.isfinite(result["probability"]) else None,
                 "intersection": intersection,
                 "union": union,
                 "is_malformed": result["is_malformed"],
@@ -274,8 +275,7 @@ def _metric_rows(
             }
         )
         if keep_masks:
-            probability = result["probability"] if np.isfinite(result["probability"]) else None
-            metric_rows[-1] |= {"prediction": encode_mask(mask), "probability": probability}
+            metric_rows[-1]["prediction"] = encode_mask(mask)
     return metric_rows
 
 

@@ -85,7 +85,7 @@ class EvaluationProgress:
 
     def write(self, rows: Iterable[dict[str, Any]]) -> None:
         """Write the rows file. The parts stay until the block is left, so that a kill in between loses nothing."""
-        hidden = set() if self.save_masks else {"prediction", "probability"}
+        hidden = set() if self.save_masks else {"prediction"}
         lines = ({name: value for name, value in row.items() if name not in hidden} for row in rows)
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in lines))
 

@@ -23,6 +23,7 @@ from .records import (
     record_keys,
     results_table,
     rows_name,
+    summary_line,
     write_results,
 )
 from .resume import EvaluationProgress, evaluation_identity
@@ -90,7 +91,7 @@ def run_evaluation(
             model, processor, config, output_dir, stage, model_name, save_masks=True, num_pictures=num_pictures
         )
     elif state.is_main_process:
-        print(results_table(recorded(output_dir, config, stage)), flush=True)
+        print(summary_line(recorded(output_dir, config, stage)[0]), flush=True)
 
 
 def _lacks_masks(result: EvaluationResult, save_masks: bool) -> bool:
