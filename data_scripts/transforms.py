@@ -92,17 +92,27 @@ class ReferringTransform(Transform):
         num_expressions: The largest number of expressions in a question (the original's num_classes_per_sample).
         all_absent: Whether all expressions of a question may be absent. The original never asks such a question (Q18);
             with True, the model also learns to reject a single absent expression.
+        drop_no_targets: Whether to leave out the expressions that have no target, as if the data did not have them.
     """
 
-    def __init__(self, wording: Wording | None = None, num_expressions: int = 3, all_absent: bool = False):
+    def __init__(
+        self,
+        wording: Wording | None = None,
+        num_expressions: int = 3,
+        all_absent: bool = False,
+        drop_no_targets: bool = False,
+    ):
         self.wording = wording or Wording()
         self.num_expressions = num_expressions
         self.all_absent = all_absent
+        self.drop_no_targets = drop_no_targets
 
     def candidates(self, row: dict[str, Any]) -> list[tuple[str, dict]]:
         """Return (name, entry) of the expressions that can be asked for; blank ones cannot (Q22, Q23)."""
         named = ((clean_expression(entry["text"]), entry) for entry in row["expressions"])
-        return [(name, entry) for name, entry in named if name]
+        return [
+            (name, entry) for name, entry in named if name and not (self.drop_no_targets and not mask_area(entry["mask"]))
+        ]
 
     def name(self, name: str, entry: dict, draws: Draws) -> str:
         """Return the wording of one name in the conversation."""

@@ -108,6 +108,10 @@ class DataArguments:
     all_absent: bool = field(
         default=False, metadata={"help": "Also train on images in which no expression has a target."}
     )
+    drop_no_targets: bool = field(
+        default=False,
+        metadata={"help": "Train without the data's own expressions that have no target. Evaluation keeps them."},
+    )
     max_length: int | None = field(
         default=1024, metadata={"help": "Longest conversation in tokens, including the image."}
     )

@@ -46,7 +46,7 @@ def training_data(args: DataArguments, training: GsvaTrainingArguments, wording:
     Raises:
         ValueError: The mixture has no `data_dir`, or names families that do not exist.
     """
-    referring = ReferringTransform(wording, args.num_expressions, args.all_absent)
+    referring = ReferringTransform(wording, args.num_expressions, args.all_absent, args.drop_no_targets)
     if args.dataset != MIXTURE:
         rows = load_rows(args, args.train_split, args.max_train_samples)
         transform = ConversationTransform() if "conversation" in rows.column_names else referring
