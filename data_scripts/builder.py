@@ -16,6 +16,7 @@ import pyarrow
 from datasets.exceptions import DatasetGenerationError
 
 from . import images, mask_images, masks, records, schema
+from .nouns import Categories
 from .records import expect, inside, read_plain_pickle, require, same, short_repr  # noqa: F401  # some are importable from here, as before
 from .schema import SEGMENTATION_FEATURES
 
@@ -74,6 +75,10 @@ class RowBuilder(datasets.GeneratorBasedBuilder):
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
         """Yield the rows of one split, in a fixed order."""
         raise NotImplementedError
+
+    def categories(self) -> Categories:
+        """Return the categories of the annotations beside the texts; none by default."""
+        return Categories()
 
     def left_out(self) -> list[str]:
         """Return files among the data that `rows` does not read, each with the reason."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from .images import PictureError, open_image, read_image  # noqa: F401  # importable from here, as before
 from .masks import decode_mask, mask_area
+from .negatives import Negatives
 from .wordings import SEMANTIC_WORDING, ReasoningWording, Wording, clean_expression, escape
 
 Example = dict[str, Any]
@@ -93,7 +94,12 @@ class ReferringTransform(Transform):
         all_absent: Whether all expressions of a question may be absent. The original never asks such a question (Q18);
             with True, the model also learns to reject a single absent expression.
         drop_no_targets: Whether to leave out the expressions that have no target, as if the data did not have them.
+
+    Attributes:
+        negatives: Draws absent expressions for each question; None (the default) adds none.
     """
+
+    negatives: Negatives | None = None
 
     def __init__(
         self,
@@ -111,7 +117,9 @@ class ReferringTransform(Transform):
         """Return (name, entry) of the expressions that can be asked for; blank ones cannot (Q22, Q23)."""
         named = ((clean_expression(entry["text"]), entry) for entry in row["expressions"])
         return [
-            (name, entry) for name, entry in named if name and not (self.drop_no_targets and not mask_area(entry["mask"]))
+            (name, entry)
+            for name, entry in named
+            if name and not (self.drop_no_targets and not mask_area(entry["mask"]))
         ]
 
     def name(self, name: str, entry: dict, draws: Draws) -> str:
@@ -123,6 +131,8 @@ class ReferringTransform(Transform):
         if not candidates:
             return None
         chosen = [candidates[i] for i in draws.subset(len(candidates), self.num_expressions)]
+        if self.negatives is not None:
+            chosen = self.negatives.add(row, chosen, self.num_expressions, draws)
         names = [self.name(name, entry, draws) for name, entry in chosen]
         answer = draws.index(len(self.wording.answers), "answer template")
         question = draws.index(len(self.wording.questions), "question")

@@ -10,6 +10,8 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
 
+from data_scripts.negatives import LIKE as NEGATIVES_LIKE
+from data_scripts.negatives import check_negatives
 from evaluation.config import IGNORE_REGIONS, PROTOCOLS, TASKS, check_choice
 from metrics.gres import CONVENTIONS, METRIC_KEYS
 
@@ -108,6 +110,20 @@ class DataArguments:
     all_absent: bool = field(
         default=False, metadata={"help": "Also train on images in which no expression has a target."}
     )
+    negatives: float = field(
+        default=0.0,
+        metadata={
+            "help": "Part of the expressions asked about a training image that is drawn from other images' texts and absent "
+            "from this one, say 0.3."
+        },
+    )
+    negatives_like: str = field(
+        default="noun",
+        metadata={
+            "help": "Drawn texts have another head noun than the image's ('noun'), or rather the same noun and another "
+            "attribute ('attribute')."
+        },
+    )
     drop_no_targets: bool = field(
         default=False,
         metadata={"help": "Train without the data's own expressions that have no target. Evaluation keeps them."},
@@ -174,6 +190,8 @@ class DataArguments:
             check_choice("eval_task", self.eval_task, TASKS)
         check_choice("on_bad_image", self.on_bad_image, ("error", "skip"))
         check_choice("wording", self.wording, ("gsva", "processor"))
+        check_choice("negatives_like", self.negatives_like, NEGATIVES_LIKE)
+        check_negatives(self.negatives, self.num_expressions, self.all_absent)
         if self.threshold is not None and not math.isfinite(self.threshold):
             raise ValueError(
                 f"threshold={self.threshold} is not a finite number, so no score can be compared with it; give say 0 or -1.5."

@@ -25,7 +25,14 @@ from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
 
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
 from .curves import training_curves
-from .data import GsvaCollator, ProcessorWording, evaluation_config, num_images, training_data
+from .data import (
+    GsvaCollator,
+    ProcessorWording,
+    describe_negatives,
+    evaluation_config,
+    num_images,
+    training_data,
+)
 from .freezing import (
     cast_trained,
     merge_lora,
@@ -78,6 +85,8 @@ def train(
     threads = record["threads"] = choose_threads(training_args, record.get("threads"))
     if state.is_main_process:
         print(parts_table(model), flush=True)
+        if sentence := describe_negatives(dataset):
+            print(sentence, flush=True)
         check_disk(model, training_args)
     prepare_for_deepspeed(model, training_args)
     before = snapshot(model)
