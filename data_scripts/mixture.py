@@ -226,7 +226,8 @@ def load_mixture(
             )
         names, (_, sources) = datasets["refer_seg"], families["refer_seg"]
         known = Categories.united(categories(name, data_dir) for name in names)
-        drawn = Negatives([source.rows for source in sources], negatives, negatives_like, known)
+        dropped = any(getattr(source.transform, "drop_no_targets", False) for source in sources)
+        drawn = Negatives([source.rows for source in sources], negatives, negatives_like, known, dropped)
         for source in sources:
             source.transform.negatives = drawn
     return Mixture(families, length, seed)

@@ -15,13 +15,13 @@ that text, not the look of its absence. Its head nouns must be known and must no
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import json
-import logging
 import math
-import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,16 +29,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from .files import refuse_existing, render, write_text
+from .images import read_image
 from .masks import empty_mask, mask_area, merge_masks
 from .nouns import Categories, Part, read_phrase
 from .schema import expression
 from .wordings import clean_expression
 
 if TYPE_CHECKING:
-    from .transforms import Draws
+    from .transforms import Draws, ReferringTransform
 
-logger = logging.getLogger(__name__)
-
+PAGE = Path(__file__).parent / "templates" / "negatives.html.jinja"
+PICTURE_SIDE = 240  # pixels of an image on the page
 LIKE = ("noun", "attribute")
 TRIES = 24  # texts to try at random before all of them are looked through
 # An expression shows nothing else than what other expressions show of it if they cover this part of its target. Masks of
@@ -68,6 +70,8 @@ class Negatives:
             share a head noun with the image and differ in an attribute, such as "the red car" where the image has a blue
             one, and draws as "noun" does where there is none.
         categories: The categories of the annotations, if the data has them.
+        drop_no_targets: Whether to leave out the rows' own expressions without a target, as if the data did not have them.
+            The rows given to `draw` must lack them, too.
 
     Attributes:
         without: The number of images for which no text can be drawn as "noun" does.
@@ -82,6 +86,7 @@ class Negatives:
         share: float,
         like: str = "noun",
         categories: Categories | None = None,
+        drop_no_targets: bool = False,
     ):
         check_negatives(share, 1, all_absent=True)
         if like not in LIKE:
@@ -96,6 +101,8 @@ class Negatives:
             texts = texts_of.setdefault(row["image_id"], set())
             nouns = nouns_of.setdefault(row["image_id"], set())
             for entry in row["expressions"]:
+                if drop_no_targets and not _has_target(entry):
+                    continue
                 if text := clean_expression(entry["text"]):
                     texts.add(text.lower())
                     nouns |= read_phrase(text).nouns
@@ -299,3 +306,123 @@ def _texts(sources: Sequence[Sequence[dict[str, Any]]]) -> Iterable[dict[str, An
                 for row in rows:
                     yield row
                     bar.update()
+
+
+def listed(rows: Sequence[dict[str, Any]], transform: ReferringTransform, seed: int, epoch: int) -> Iterator[dict]:
+    """Yield what training would ask about each row in an epoch: the image's own texts, and the drawn ones."""
+    from .transforms import Draws
+
+    for index, row in enumerate(rows):
+        own = {id(entry) for entry in row["expressions"]}
+        drawn = [text for text, entry in transform.choose(row, Draws(seed, epoch, index)) if id(entry) not in own]
+        heads = {part.head for entry in row["expressions"] for part in read_phrase(entry["text"]).parts}
+        image = row["image"]
+        yield {
+            "image": image.get("path") if isinstance(image, dict) else None,
+            "image_id": row["image_id"],
+            "present": [entry["text"] for entry in row["expressions"] if mask_area(entry["mask"])],
+            "absent": [entry["text"] for entry in row["expressions"] if not mask_area(entry["mask"])],
+            "negatives": [
+                {"text": text, "nouns": sorted(found), "like": "attribute" if found & heads else "noun"}
+                for text in drawn
+                for found in [read_phrase(text).heads]
+            ],
+        }
+
+
+def _picture(image: Any) -> str:
+    """Return a small copy of an image as a URL that holds it."""
+    picture = read_image(image)
+    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, format="JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, Categories]:
+    """Return the rows that the command line names, with undecoded images, and their categories."""
+    from datasets import Image
+
+    from . import categories, load, names
+    from .own_formats import find_sources
+
+    name, data_dir = options.data, options.data_dir
+    if name not in names() and Path(name).is_dir() and find_sources(Path(name)):
+        name, data_dir = "own", name
+    rows = load(name, data_dir, options.split, **json.loads(options.dataset_options))
+    if "expressions" not in rows.column_names:
+        raise ValueError(f"{name} has conversations, not expressions; name a set with expressions.")
+    return rows.cast_column("image", Image(decode=False)), categories(name, data_dir)
+
+
+def write_negatives(options: argparse.Namespace) -> str:
+    """Write the list and the page that the command line asks for; return what was written in words.
+
+    Raises:
+        FileExistsError: The list or the page exists already.
+        ValueError: An option or the data is wrong.
+    """
+    from .transforms import ReferringTransform
+
+    page = options.out.with_suffix(".html")
+    for path in (options.out, page):
+        refuse_existing(path)
+    check_negatives(options.negatives, options.num_expressions, all_absent=True)
+    rows, categories = _load(options)
+    transform = ReferringTransform(None, options.num_expressions, True, options.drop_no_targets)
+    negatives = transform.negatives = Negatives(
+        [rows], options.negatives, options.negatives_like, categories, options.drop_no_targets
+    )
+    if options.max_images is not None:
+        rows = rows.select(range(min(options.max_images, len(rows))))
+    lines = list(
+        tqdm(listed(rows, transform, options.seed, options.epoch), "images", len(rows), disable=None, mininterval=2)
+    )
+    number = sum(len(line["negatives"]) for line in lines)
+    alike = sum(one["like"] == "attribute" for line in lines for one in line["negatives"])
+    summary = (
+        f"{negatives}\n{number} absent expressions for {len(lines)} images, {alike} of them with a noun of their image; "
+        f"{sum(not line['negatives'] for line in lines)} images have none in this epoch."
+    )
+    shown = [{**line, "picture": _picture(rows[n]["image"])} for n, line in enumerate(lines[: options.num_pictures])]
+    write_text(
+        page, render(PAGE, title=f"Absent expressions: {options.data} {options.split}", note=summary, lines=shown)
+    )
+    write_text(options.out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return f"{summary}\n{options.out}\n{page}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; `argv` defaults to `sys.argv[1:]`. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_scripts.negatives",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("data", metavar="DATA", help="a data set, or the folder of your own or of a published one")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the JSON lines to write; the page gets its name and .html"
+    )
+    parser.add_argument("--data_dir", help="the folder that holds the data set's files")
+    parser.add_argument("--split", default="train", help="the split (default: %(default)s)")
+    parser.add_argument("--dataset_options", default="{}", help="further options of the data set, as JSON")
+    parser.add_argument("--negatives", type=float, default=0.3, help="as in training (default: %(default)s)")
+    parser.add_argument("--negatives_like", choices=LIKE, default="noun", help="as in training (default: %(default)s)")
+    parser.add_argument("--num_expressions", type=int, default=3, help="as in training (default: %(default)s)")
+    parser.add_argument("--drop_no_targets", action="store_true", help="as in training")
+    parser.add_argument("--seed", type=int, default=42, help="as in training (default: %(default)s)")
+    parser.add_argument("--epoch", type=int, default=0, help="the epoch, from 0 (default: %(default)s)")
+    parser.add_argument(
+        "--max_images", type=int, help="list the first N images only; texts are drawn from all of them"
+    )
+    parser.add_argument("--num_pictures", type=int, default=24, help="images on the page (default: %(default)s)")
+    try:
+        print(write_negatives(parser.parse_args(argv)))
+    except (ValueError, OSError) as error:
+        print(f"data_scripts.negatives: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

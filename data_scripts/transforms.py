@@ -126,13 +126,18 @@ class ReferringTransform(Transform):
         """Return the wording of one name in the conversation."""
         return name
 
-    def words(self, row: dict[str, Any], draws: Draws) -> tuple[list[list[dict]], list[np.ndarray]] | None:
+    def choose(self, row: dict[str, Any], draws: Draws) -> list[tuple[str, dict]]:
+        """Return (name, entry) of the expressions of a question: of the image's own, and of drawn absent ones."""
+        if self.drop_no_targets:
+            row = {**row, "expressions": [entry for entry in row["expressions"] if mask_area(entry["mask"])]}
         candidates = self.candidates(row)
-        if not candidates:
-            return None
         chosen = [candidates[i] for i in draws.subset(len(candidates), self.num_expressions)]
-        if self.negatives is not None:
-            chosen = self.negatives.add(row, chosen, self.num_expressions, draws)
+        return chosen if self.negatives is None else self.negatives.add(row, chosen, self.num_expressions, draws)
+
+    def words(self, row: dict[str, Any], draws: Draws) -> tuple[list[list[dict]], list[np.ndarray]] | None:
+        chosen = self.choose(row, draws)
+        if not chosen:
+            return None
         names = [self.name(name, entry, draws) for name, entry in chosen]
         answer = draws.index(len(self.wording.answers), "answer template")
         question = draws.index(len(self.wording.questions), "question")

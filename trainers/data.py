@@ -88,7 +88,7 @@ def negatives_of(args: DataArguments, rows: Any) -> Negatives:
             f"{args.dataset} has questions instead; leave negatives out, or train on a referring set."
         )
     categories = data_scripts.categories(args.dataset, args.data_dir)
-    return Negatives([rows], args.negatives, args.negatives_like, categories)
+    return Negatives([rows], args.negatives, args.negatives_like, categories, args.drop_no_targets)
 
 
 def describe_negatives(dataset: TrainingDataset | Mixture) -> str:
