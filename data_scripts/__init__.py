@@ -97,6 +97,16 @@ def categories(name: str, data_dir: str | os.PathLike | None = None, cache_dir: 
     return load_builder(name, data_dir, cache_dir).categories()
 
 
+def annotations_digest(
+    name: str, data_dir: str | os.PathLike | None = None, cache_dir: str | None = None
+) -> str | None:
+    """Return a digest of the contents of a data set's annotation files, wherever they lie; None if it is not read from files.
+
+    The first call for a built data set reads the files; later ones read the digest beside the Arrow files.
+    """
+    return load_builder(name, data_dir, cache_dir).annotations_digest() if name in BUILDERS else None
+
+
 def _load_published(name: str, split: str, cache_dir: str | None) -> datasets.Dataset:
     import datasets
     import pyarrow.compute

@@ -349,7 +349,13 @@ def _load(options: argparse.Namespace) -> tuple[Any, Categories]:
     name, data_dir = options.data, options.data_dir
     if name not in names() and Path(name).is_dir() and find_sources(Path(name)):
         name, data_dir = "own", name
-    rows = load(name, data_dir, options.split, **json.loads(options.dataset_options))
+    try:
+        further = dict(json.loads(options.dataset_options))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"dataset_options={options.dataset_options!r} is no JSON object; write '{{\"size\": 100}}'."
+        ) from None
+    rows = load(name, data_dir, options.split, **further)
     if "expressions" not in rows.column_names:
         raise ValueError(f"{name} has conversations, not expressions; name a set with expressions.")
     return rows.cast_column("image", Image(decode=False)), categories(name, data_dir)
@@ -368,6 +374,9 @@ def write_negatives(options: argparse.Namespace) -> str:
     for path in (options.out, page):
         refuse_existing(path)
     check_negatives(options.negatives, options.num_expressions, all_absent=True)
+    for option in ("num_expressions", "max_images"):
+        if (value := getattr(options, option)) is not None and value < 1:
+            raise ValueError(f"{option}={value} must be at least 1.")
     rows, categories = _load(options)
     transform = ReferringTransform(None, options.num_expressions, True, options.drop_no_targets)
     negatives = transform.negatives = Negatives(

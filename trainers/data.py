@@ -230,4 +230,5 @@ def evaluation_config(
         max_new_tokens=args.max_new_tokens,
         ignore_region=args.ignore_region,
         task=args.eval_task,
+        annotation_files=data_scripts.annotations_digest(args.evaluated, args.data_dir),
     )

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import IntervalStrategy, SaveStrategy, TrainerCallback
+from transformers import IntervalStrategy, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from data_scripts.masks import mask_area
 from data_scripts.wordings import clean_expression
