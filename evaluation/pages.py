@@ -17,6 +17,7 @@ from metrics.gres import METRIC_KEYS, plot_rejection_curves
 from .config import PROTOCOL_NOTES
 from .drawing import data_url
 from .exhibits import GROUPS
+from .measured import describe, differences
 from .published import SOURCE, published
 from .questions import Question
 from .records import MetricCell, Record, metric_cells, protocol_notes
@@ -145,6 +146,8 @@ def _split(dataset: str, split: str, pairs: list[tuple[str, Record]]) -> dict[st
         "protocols": notes,
         "conventions": {name: CONVENTION_NOTES.get(name, "") for name in conventions},
         "notes": _notes(pairs),
+        "measured": list(dict.fromkeys(describe(record) for record in records)),
+        "differences": differences(pairs),
         **_curves(pairs),
         "breakdowns": [_breakdown(run, record) for run, record in pairs if record.get("breakdown")],
     }

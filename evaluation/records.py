@@ -14,6 +14,7 @@ from metrics.gres import METRIC_KEYS, report, to_json
 
 from .config import PROTOCOL_NOTES, EvaluationConfig
 from .loop import EvaluationResult
+from .measured import annotations_digest, differences, kinds_of, measured_on
 
 RESULTS = "results.json"
 Record = dict[str, Any]
@@ -43,6 +44,8 @@ def make_record(
         "split": config.split,
         "samples": len(config.rows),
         "expressions": numbers["samples"],
+        "kinds": kinds_of(numbers),
+        "annotations": {"rows": annotations_digest(config.rows), "files": config.annotation_files},
         **{name: numbers[name] for name in ("metrics", "intervals", "breakdown", "curve", "notes")},
         "model": model,
         "seconds": round(result.seconds, 2),
@@ -162,6 +165,10 @@ def summary_line(record: Record) -> str:
     )
 
 
+def _name(record: Mapping[str, Any]) -> str:
+    return " ".join(filter(None, (record.get("stage"), record["protocol"])))
+
+
 def results_table(records: Sequence[Record]) -> str:
     """Return the records as a table of plain text that fits a terminal, with the reasons of undefined metrics below it.
 
@@ -183,6 +190,7 @@ def results_table(records: Sequence[Record]) -> str:
     widths = {n: max(map(len, columns[n])) for n in kept}
     lines += ["  ".join(f"{row[n]:{'<' if n < words else '>'}{widths[n]}}" for n in kept).rstrip() for row in table]
     lines += metric_notes(records)
+    lines += differences([(_name(record), record) for record in records]) or measured_on(records)
     if any(record["protocol"] == "teacher_forced" for record in records):
         lines.append(f"teacher_forced: {PROTOCOL_NOTES['teacher_forced']}")
     return "\n".join(lines)
