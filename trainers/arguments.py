@@ -12,7 +12,7 @@ import yaml
 from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
 
 from evaluation.config import IGNORE_REGIONS, PROTOCOLS, TASKS, check_choice
-from metrics.gres import CONVENTIONS, METRIC_KEYS
+from metrics.gres import CONVENTIONS, LOWER_IS_BETTER, METRIC_KEYS
 
 from .inherited_arguments import refuse_unsupported
 from .threads import usable_cores
@@ -299,7 +299,7 @@ def check_best_metric(args: GsvaTrainingArguments) -> None:
             "load_best_model_at_end needs evaluations during training: give --eval_strategy steps or epoch."
         )
     if args.greater_is_better is None:
-        args.greater_is_better = name != "malformed"
+        args.greater_is_better = name not in LOWER_IS_BETTER
 
 
 def _as_words(values: dict) -> list[str]:
