@@ -24,6 +24,10 @@ BUILDERS = {
     **dict.fromkeys(
         ("refclef", "refcoco", "refcoco+", "refcocog", "grefcoco", "refzom"), ("referring", "ReferringBuilder")
     ),
+    # benchmarks of absence
+    **dict.fromkeys(("rrefcoco", "rrefcoco+", "rrefcocog"), ("referring", "ReferringBuilder")),
+    **dict.fromkeys(("fprefcoco", "fprefcoco+", "fprefcocog"), ("referring", "ReferringBuilder")),
+    "hallusegbench": ("halluseg", "HalluSegBuilder"),
     "ade20k": ("semantic", "Ade20kBuilder"),
     "cocostuff": ("semantic", "CocoStuffBuilder"),
     "mapillary": ("semantic", "MapillaryBuilder"),

@@ -20,7 +20,7 @@ from .exhibits import GROUPS
 from .measured import describe, differences
 from .published import SOURCE, published
 from .questions import Question
-from .records import MetricCell, Record, metric_cells, protocol_notes
+from .records import MetricCell, Record, metric_cells, protocol_notes, shown_keys
 from .tiles import Tile, make_tiles
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -112,7 +112,6 @@ def report_page(runs: Sequence[Run]) -> str:
         TEMPLATES / "report.html.jinja",
         title=title,
         splits=[_split(dataset, split, pairs) for (dataset, split), pairs in splits.items()],
-        metric_keys=METRIC_KEYS,
         source=SOURCE,
         cards=cards,
         filters=filters,
@@ -122,6 +121,7 @@ def report_page(runs: Sequence[Run]) -> str:
 def _split(dataset: str, split: str, pairs: list[tuple[str, Record]]) -> dict[str, Any]:
     """Return the context of one split: its table, notes, curves and breakdowns."""
     records, known = [record for _, record in pairs], published(dataset, split)
+    keys = shown_keys(records)
     notes = protocol_notes(records)
     if known:
         notes.setdefault("teacher_forced", PROTOCOL_NOTES["teacher_forced"])
@@ -134,10 +134,10 @@ def _split(dataset: str, split: str, pairs: list[tuple[str, Record]]) -> dict[st
     for run, record in pairs:
         facts = [run, Path(record.get("model", "")).name, record.get("stage", ""), record["protocol"], _asked(record)]
         facts += [*(of(record) for of in optional.values()), record["convention"]]
-        lines.append(TableLine(facts, record.get("samples", ""), _cells(record)))
+        lines.append(TableLine(facts, record.get("samples", ""), _cells(record, keys)))
     for record in known:
         facts = ["published", record["model"], "", record["protocol"], record["prompts"], *[""] * len(optional)]
-        lines.append(TableLine([*facts, record["convention"]], "", _cells(record), is_published=True))
+        lines.append(TableLine([*facts, record["convention"]], "", _cells(record, keys), is_published=True))
     return {
         "title": f"{dataset} {split}",
         "head": ["run", "model", "stage", "protocol", "prompts", *optional, "convention"],
@@ -149,12 +149,13 @@ def _split(dataset: str, split: str, pairs: list[tuple[str, Record]]) -> dict[st
         "measured": list(dict.fromkeys(describe(record) for record in records)),
         "differences": differences(pairs),
         **_curves(pairs),
-        "breakdowns": [_breakdown(run, record) for run, record in pairs if record.get("breakdown")],
+        "metric_keys": keys,
+        "breakdowns": [_breakdown(run, record, keys) for run, record in pairs if record.get("breakdown")],
     }
 
 
-def _cells(record: Record) -> list[MetricCell]:
-    return list(metric_cells(record).values())
+def _cells(record: Record, keys: Sequence[str]) -> list[MetricCell]:
+    return list(metric_cells(record, keys).values())
 
 
 def _asked(record: Record) -> str:
@@ -175,10 +176,10 @@ def _name(run: str, record: Record) -> str:
 
 def _notes(pairs: list[tuple[str, Record]]) -> list[str]:
     """Return the notes of the records as sentences. The note on the protocol is above them already."""
-    notes = []
+    notes, shown = [], shown_keys([record for _, record in pairs])
     for run, record in pairs:
         for key, note in record.get("notes", {}).items():
-            if key != "protocol":
+            if key != "protocol" and (key in shown or key not in METRIC_KEYS):
                 subject = f"{key} is " if key in METRIC_KEYS else "the curve: " if key == "curve" else ""
                 notes.append(f"{_name(run, record)}: {subject}{note}")
     return list(dict.fromkeys(notes))
@@ -203,13 +204,13 @@ def _curves(pairs: list[tuple[str, Record]]) -> dict[str, Any]:
     return {"curves": curves, "curve_picture": picture, "curve_numbers": numbers}
 
 
-def _breakdown(run: str, record: Record) -> dict[str, Any]:
+def _breakdown(run: str, record: Record, keys: Sequence[str]) -> dict[str, Any]:
     lines = []
     for field, groups in record["breakdown"].items():
         for value, part in groups.items():
             name = value if field == "kind" else f"{value} per prompt"
             # N_acc is not defined in a part without no-targets: not worth a reason in every cell.
-            lines.append(TableLine([name], part["samples"], _cells({"metrics": part["metrics"]})))
+            lines.append(TableLine([name], part["samples"], _cells({"metrics": part["metrics"]}, keys)))
     return {"title": f"{_name(run, record)}, {record['convention']}", "lines": lines}
 
 

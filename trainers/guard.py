@@ -13,14 +13,13 @@ from transformers.trainer_utils import SaveStrategy
 from data_scripts.masks import mask_area
 from data_scripts.wordings import clean_expression
 from evaluation.config import EvaluationConfig
-from metrics.gres import METRIC_KEYS
+from metrics.gres import LOWER_IS_BETTER, METRIC_KEYS
 
 logger = logging.getLogger(__name__)
 
 CURVE_AREA = "curve_area"
 # What an evaluation during training logs, each as "eval_" and its name.
 WATCHED = (*METRIC_KEYS, CURVE_AREA)
-LESS_IS_BETTER = ("malformed",)
 GUARDS = ("warn", "stop")
 T_ACC = "eval_T_acc"
 
@@ -51,8 +50,8 @@ def check_best_metric(args: Any) -> None:
         asked = "load_best_model_at_end" if args.load_best_model_at_end else "save_strategy=best"
         raise ValueError(f"{asked} needs evaluations during training: give --eval_strategy steps or epoch.")
     if args.greater_is_better is None:
-        args.greater_is_better = name not in LESS_IS_BETTER
-    if args.greater_is_better != (name not in LESS_IS_BETTER):
+        args.greater_is_better = name not in LOWER_IS_BETTER
+    if args.greater_is_better != (name not in LOWER_IS_BETTER):
         raise ValueError(
             f"greater_is_better={args.greater_is_better} would keep the worst model by {name}; leave greater_is_better out."
         )
