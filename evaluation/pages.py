@@ -89,6 +89,11 @@ def file_page(text: str, files: Sequence[tuple[str, Sequence[Tile]]]) -> str:
     return render(TEMPLATES / "predictions.html.jinja", title="Predictions", text=text, groups=groups, has_truth=False)
 
 
+def tiles_html(tiles: Sequence[Tile]) -> str:
+    """Return tiles as a piece of HTML with its style, for a page of somebody else."""
+    return render(TEMPLATES / "tiles.html.jinja", pictures=_for_page(tiles))
+
+
 def _for_page(tiles: Sequence[Tile]) -> list[dict[str, Any]]:
     """Return the context of the tiles' template."""
     facts = ("text", "is_rejected", "decision", "verdict", "is_right", "colour")
