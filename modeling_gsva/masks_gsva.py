@@ -1,11 +1,15 @@
 """The mask side of a GSVA: one interface over SAM, SAM-HQ, SAM 2 and SAM 3's tracker."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import TypeAlias
+from reprlib import repr as shown  # short, and safe for values that are nested deeply or contain themselves
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import align_module_device
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
 
 from .llava_v1_gsva import grad_if_trained
 from .sam_attention_gsva import use_chunked_attention
@@ -31,6 +35,10 @@ class MaskAdapter:
 
     def __init__(self, sam: nn.Module):
         self.sam, self.decoder = sam, sam.mask_decoder
+
+    @staticmethod
+    def prepare_config(config: PreTrainedConfig) -> None:
+        """Change the configuration of a model before it is built, in place: also what is saved says how masks are made."""
 
     @staticmethod
     def prepare(sam: nn.Module) -> None:
@@ -132,9 +140,9 @@ class Sam2Adapter(RowsAdapter):
     """SAM 2 and SAM 3's tracker, whose decoders add maps of higher resolution and tell whether there is an object."""
 
     @staticmethod
-    def prepare(sam: nn.Module) -> None:
+    def prepare_config(config: PreTrainedConfig) -> None:
         # In evaluation it would show masks of tokens that training never touches.
-        sam.mask_decoder.dynamic_multimask_via_stability = False
+        config.mask_decoder_config.dynamic_multimask_via_stability = False
 
     def maps(self, pixel_values: torch.Tensor) -> Maps:
         # get_image_embeddings without its no_grad, so that the encoder can be trained
@@ -161,6 +169,22 @@ class Sam2Adapter(RowsAdapter):
 MASK_ADAPTERS = {"sam": MaskAdapter, "sam_hq": SamHqAdapter, "sam2": Sam2Adapter, "sam3_tracker": Sam2Adapter}
 
 
+# Types of configurations that hold a mask model for single images among other things, and the type that is read from them.
+# facebook/sam2.1-* say sam2_video, and their weights are Sam2Model's beside a memory for videos; facebook/sam3 says sam3_video,
+# and holds a detector and a tracker.
+READ_AS = {"sam2_video": "sam2", "sam3_video": "sam3_tracker", "sam3_tracker_video": "sam3_tracker"}
+# What to give in place of models that are known, and cannot be prompted by a hidden state.
+INSTEAD = {
+    "sam3": "it is SAM 3's detector, which finds objects by words; give a directory of SAM 3 that holds its tracker "
+    "(model_type sam3_video or sam3_tracker), as facebook/sam3 is",
+    "sam3_lite_text": "it is a detector by words; give a directory of SAM 3 that holds its tracker (sam3_video)",
+    "edgetam": "give facebook/sam2.1-hiera-tiny, whose decoder is the same",
+    "edgetam_video": "give facebook/sam2.1-hiera-tiny, whose decoder is the same",
+    "efficientsam": "transformers has no such model; give facebook/sam2.1-hiera-tiny, which is small as well",
+    "mobilesam": "transformers has no such model; give facebook/sam2.1-hiera-tiny, which is small as well",
+}
+
+
 def mask_adapter_class(model_type: str) -> type[MaskAdapter]:
     """
     Return the adapter of a mask model's type.
@@ -169,11 +193,59 @@ def mask_adapter_class(model_type: str) -> type[MaskAdapter]:
         ValueError: another type, with the types that can be used.
     """
     if model_type not in MASK_ADAPTERS:
+        hint = "read its configuration with mask_config_of" if model_type in READ_AS else _instead(model_type)
         raise ValueError(
-            f"A mask model of type {model_type!r} cannot be prompted by GSVA; take one of {', '.join(MASK_ADAPTERS)}. "
-            "Directories of SAM 2 and SAM 3 that say sam2_video or sam3_video are read as Sam2Model and Sam3TrackerModel."
+            f"A mask model of type {shown(model_type)} cannot be prompted by GSVA; take one of {', '.join(MASK_ADAPTERS)}"
+            + (f": {hint}." if hint else ".")
         )
     return MASK_ADAPTERS[model_type]
 
 
-__all__ = ["MaskAdapter", "main_map", "mask_adapter_class"]
+def _instead(model_type: Any) -> str | None:
+    """Return what to give in place of a model, however its name is written (EfficientSAM, efficient_sam)."""
+    name = str(model_type).lower()
+    return INSTEAD.get(name) or INSTEAD.get(name.replace("_", "").replace("-", ""))
+
+
+def mask_config_of(config: Mapping[str, Any] | PreTrainedConfig) -> PreTrainedConfig:
+    """
+    Return the configuration of a mask model from what its directory's config.json says, which may be of a model for videos.
+
+    Its `dynamic_multimask_via_stability` is off, see `Sam2Adapter`.
+
+    Raises:
+        ValueError: a model that GSVA cannot prompt, or a configuration that does not describe one.
+    """
+    values = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    kind = values.get("model_type")
+    if not isinstance(kind, str):
+        raise ValueError(
+            f"The mask model's configuration names no model_type (its fields are {shown(sorted(map(str, values)))}); give a "
+            f"directory of transformers with a model of one of these types: {', '.join(MASK_ADAPTERS)}."
+        )
+    if kind == "sam3_video":
+        values = values.get("tracker_config")
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f"tracker_config of sam3_video is {shown(values)}, not a configuration; download it again."
+            )
+    adapter = mask_adapter_class(READ_AS.get(kind, kind))
+    if kind in READ_AS:
+        parts = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
+        values = {
+            name: values[name] for name in (*parts, "initializer_range", "dtype") if values.get(name) is not None
+        }
+        for name in parts[1:]:  # whose types are those of the model for videos
+            values[name] = {key: value for key, value in dict(values.get(name, {})).items() if key != "model_type"}
+    values.pop("model_type", None)
+    try:
+        found = AutoConfig.for_model(READ_AS.get(kind, kind), **values)
+    except (TypeError, ValueError, LookupError, AttributeError, StrictDataclassError) as error:
+        raise ValueError(
+            f"The configuration does not describe a mask model of type {kind!r} ({error}); download it again."
+        ) from error
+    adapter.prepare_config(found)
+    return found
+
+
+__all__ = ["MaskAdapter", "main_map", "mask_adapter_class", "mask_config_of"]
