@@ -8,12 +8,13 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import make_flat_list_of_images
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
+from .chat_gsva import check_chat_files, check_contents
 from .conversations_gsva import ConversationFormat
 from .image_processing_gsva import GsvaSamImageProcessor
 from .processing_gsva import GsvaProcessor
@@ -70,6 +71,13 @@ def _check_base(processor: Any) -> None:
             f"{name} has no image token, so its model cannot be the base of a GSVA: the text must say where the image is. "
             "Take a model of the type llava, qwen3_vl, internvl or smolvlm."
         )
+
+
+def named_images(chat: list[dict]) -> list:
+    """Return the images that the parts of a chat's messages hold or name, in the order of transformers."""
+    contents = [message["content"] for message in chat if isinstance(message["content"], (list, tuple))]
+    parts = [part for content in contents for part in content if part["type"] == "image"]
+    return [part[name] for part in parts for name in ("image", "url", "path", "base64") if name in part]
 
 
 class GsvaBaseProcessor(GsvaProcessor):
@@ -216,13 +224,10 @@ class GsvaBaseProcessor(GsvaProcessor):
     def _row(self, conversation, image, image_text, add_generation_prompt) -> tuple[list[int], list[int]]:
         """Return ids and labels of a conversation about an image that the base replaces by `image_text`."""
         if add_generation_prompt:
-            answered = None
-            whole = self.format.render(conversation, add_generation_prompt=True)
-            cuts = [len(whole)]
+            whole, cuts = self.format.render(conversation, add_generation_prompt=True), []
         else:
             answered = self.format.answered(conversation)
-            whole = answered.text
-            cuts = [place for begin, end in answered.answers for place in (begin, end)]
+            whole, cuts = answered.text, [place for span in answered.answers for place in span]
         if (count := whole.count(self.image_token)) != (image is not None):
             raise ValueError(
                 f"A conversation holds {count} <image> placeholders; GSVA reads one image per conversation, and only where "
@@ -232,7 +237,7 @@ class GsvaBaseProcessor(GsvaProcessor):
         pieces[0] = self._lay_out(pieces[0], image, len(cuts) > 2)
         if image is not None:
             pieces = [piece.replace(self.image_token, image_text) for piece in pieces]
-        return self._tokenize(pieces[:-1] if answered is not None else pieces[:1])
+        return self._tokenize(pieces[:-1] or pieces)
 
     def _lay_out(self, prompt: str, image, has_more: bool) -> str:
         """Return the first prompt as the base's processor lays it out."""
@@ -251,7 +256,8 @@ class GsvaBaseProcessor(GsvaProcessor):
         """Return ids and labels of a text in pieces, of which every second is said by the assistant."""
         text = "".join(pieces)
         bos = self.tokenizer.bos_token
-        options = {"add_special_tokens": self.base.text_kwargs.get("add_special_tokens", True)}
+        defaults = self.base._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs)["text_kwargs"]
+        options = {"add_special_tokens": defaults.get("add_special_tokens", True)}
         if bos is not None and text.startswith(bos):  # as apply_chat_template does
             options["add_special_tokens"] = False
         ids = self.tokenizer(text, return_attention_mask=False, **options)["input_ids"]
@@ -303,13 +309,18 @@ class GsvaBaseProcessor(GsvaProcessor):
         Overrides [`GsvaProcessor.apply_chat_template`]: messages may be strings in which `<image>` stands for the image, and
         answers end with a token that ends them, as in training.
         """
-        if chat_template is None and isinstance(conversation, (list, tuple)) and conversation:
+        check_contents(conversation)
+        check_chat_files(conversation)
+        if chat_template is None:
             is_batch = isinstance(conversation[0], (list, tuple))
+            chats: list[list[dict]] = conversation if is_batch else [conversation]
+            images = [named_images(chat) for chat in chats]
+            if "user" not in self.format.parts_of and any(images):  # strings name no images
+                options = kwargs.get("processor_kwargs") or {}
+                kwargs["processor_kwargs"] = {"images": images if is_batch else images[0], **options}
             is_continued = bool(kwargs.get("continue_final_message"))
-            chats = conversation if is_batch else [conversation]
-            if all(isinstance(message, dict) for chat in chats if isinstance(chat, (list, tuple)) for message in chat):
-                conversation = [self.format.messages(chat, is_continued) for chat in chats]
-                conversation = conversation if is_batch else conversation[0]
+            prepared = [self.format.messages(chat, is_continued) for chat in chats]
+            conversation = prepared if is_batch else prepared[0]
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     # ---- saving and loading ----
@@ -320,6 +331,8 @@ class GsvaBaseProcessor(GsvaProcessor):
             "base_processor_class": type(self.base).__name__,
             "sam_image_processor": self.sam_image_processor.to_dict(),
             "prompts": self.prompts,
+            # Which of transformers' two ways prepares images; they differ by a level of 255 where images are reduced.
+            "image_backend": self.image_processor.backend,
         }
         own = {"auto_map": self.auto_map} if hasattr(self, "auto_map") else {}
         return {**self.base.to_dict(), **ours, **own}
@@ -336,7 +349,10 @@ class GsvaBaseProcessor(GsvaProcessor):
         check_extras(base_class)
         for name in ("chat_template", "prompts", "sam_image_processor"):
             kwargs.pop(name, None)
-        return base_class.from_pretrained(directory, **kwargs)
+        base = base_class.from_pretrained(directory, **kwargs)
+        if settings.get("image_backend") == "pil" != base.image_processor.backend:  # by itself it prefers torchvision
+            base.image_processor = AutoImageProcessor.from_pretrained(directory, backend="pil", **kwargs)
+        return base
 
     @classmethod
     def with_settings(cls, base_processor, settings: dict[str, Any]) -> "GsvaBaseProcessor":

@@ -33,15 +33,11 @@ def check_expressions(images: list, expressions, no_targets) -> tuple[list[list[
     if not isinstance(no_targets, (list, tuple)):
         raise ValueError(f"no_targets is {shown(no_targets)}; give a list with true or false for each image.")
     if len(no_targets) != len(images):
-        raise ValueError(
-            f"{len(images)} images but {len(no_targets)} lists of no_targets; give one for each image."
-        )
+        raise ValueError(f"{len(images)} images but {len(no_targets)} lists of no_targets; give one for each image.")
     texts_of, absent_of = [], []
     for index, (texts, absent) in enumerate(zip(expressions, no_targets)):
         if isinstance(texts, str):
-            raise ValueError(
-                f"expressions[{index}] is the string {texts!r}; give a list of strings for each image."
-            )
+            raise ValueError(f"expressions[{index}] is the string {texts!r}; give a list of strings for each image.")
         if not isinstance(texts, (list, tuple)):
             raise ValueError(f"expressions[{index}] is {shown(texts)}; give a list of strings for each image.")
         if not isinstance(absent, (list, tuple, np.ndarray, type(None))):
@@ -52,7 +48,6 @@ def check_expressions(images: list, expressions, no_targets) -> tuple[list[list[
         texts_of.append(list(texts))
         absent_of.append(absent)
     return texts_of, absent_of
-
 
 
 def check_conversations(conversations: Any, image_index: Any, num_images: int) -> list[int]:
@@ -90,7 +85,6 @@ def check_conversations(conversations: Any, image_index: Any, num_images: int) -
                 f"{image}; write <image> where, and only where, a conversation has an image."
             )
     return image_index
-
 
 
 def check_masks(masks: Any, image_index: list[int], original_sizes: Any) -> list[torch.Tensor]:

@@ -25,12 +25,10 @@ class AnsweredText:
 
     Args:
         text: the whole of it, each image as the processor's placeholder.
-        prompts: where the model begins to answer each turn of the assistant, in characters.
-        answers: (begin, end) of what it is to say there, the token that ends the turn included, in characters.
+        answers: (begin, end) of what the assistant is to say, the token that ends the turn included, in characters.
     """
 
     text: str
-    prompts: list[int]
     answers: list[tuple[int, int]]
 
 
@@ -79,9 +77,8 @@ class ConversationFormat:
             except (TemplateError, TypeError, ValueError, KeyError) as error:
                 problem = str(error)
                 continue
-            if text.count(self.image_token) == 1 and text.count(_QUESTION) == text.count(_ANSWER) == 1:
-                if "'type'" not in text:
-                    return roles
+            if all(text.count(part) == 1 for part in (self.image_token, _QUESTION, _ANSWER)) and "'type'" not in text:
+                return roles
         raise ValueError(
             f"The chat template of {self.name} cannot place an image, a question and its answer, with content as a list of "
             f"parts or as a string ({problem}). Give another as chat_template; it must write {self.image_token!r} where the "
@@ -153,13 +150,13 @@ class ConversationFormat:
             ValueError: a template by which a prompt is no beginning of the whole conversation.
         """
         whole, marked = self._render(conversation)
-        answered = AnsweredText(whole, [], [])
+        answered = AnsweredText(whole, [])
         for number, message in enumerate(conversation):
             if message["role"] != "assistant":
                 continue
             prompt = self.render(conversation[:number], add_generation_prompt=True)
             through = self.render(conversation[: number + 1]) if number + 1 < len(conversation) else whole
-            begin, end = len(prompt), self._end(whole, through, len(prompt), conversation[number])
+            begin, end = len(prompt), self._end(whole, through, len(prompt), message)
             if not whole.startswith(prompt) or whole[:end] != through[:end]:
                 self._refuse(prompt, whole if not whole.startswith(prompt) else through, whole)
             if self.marks_answers:
@@ -168,7 +165,6 @@ class ConversationFormat:
                     continue
                 if whole[begin : spans[0][0]].strip():
                     self._refuse(prompt, whole[: spans[0][0]], whole)
-            answered.prompts.append(begin)
             answered.answers.append((begin, end))
         return answered
 

@@ -1,6 +1,5 @@
 """GsvaProcessor: images and expressions, or conversations, to model inputs; segmentation outputs back to results."""
 
-from collections.abc import Mapping
 from reprlib import repr as shown  # short, and safe for values that are nested deeply or contain themselves
 from typing import Any
 
@@ -28,6 +27,9 @@ from .prompts_gsva import (
     strip_wording,
 )
 from .segmentation_gsva import check_threshold
+
+# The entry of processor_config.json that names the processor of another base than LLaVA v1.
+BASE_CLASS = "base_processor_class"
 
 
 class GsvaProcessor(ProcessorMixin):
@@ -65,8 +67,12 @@ class GsvaProcessor(ProcessorMixin):
     def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
         """
         Overrides [`ProcessorMixin.from_args_and_dict`], which makes the processor of a directory, to refuse one without a
-        chat template: the model would be asked in the wording of another.
+        chat template: the model would be asked in the wording of another. Over another base it makes a [`GsvaBaseProcessor`].
         """
+        if BASE_CLASS in processor_dict:
+            from .base_processing_gsva import GsvaBaseProcessor
+
+            return GsvaBaseProcessor.with_settings(args[0], {**processor_dict, **kwargs})
         template = kwargs.get("chat_template") or processor_dict.get("chat_template")
         template = template or getattr(args[1] if len(args) > 1 else None, "chat_template", None)  # of the tokenizer
         if not template:
@@ -77,6 +83,15 @@ class GsvaProcessor(ProcessorMixin):
                 f"{', '.join(CHAT_TEMPLATES)}."
             )
         return super().from_args_and_dict(args, {**processor_dict, "chat_template": template}, **kwargs)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        """Overrides the parent, which loads tokenizer and image processor, to load a base's processor where there is one."""
+        if BASE_CLASS in (processor_dict or {}):
+            from .base_processing_gsva import GsvaBaseProcessor
+
+            return [GsvaBaseProcessor.load_base(pretrained_model_name_or_path, processor_dict, **kwargs)]
+        return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
 
     @classmethod
     def from_base(cls, base_processor, sam_config, prompts=None, chat_template=None) -> "GsvaProcessor":
@@ -300,26 +315,25 @@ class GsvaProcessor(ProcessorMixin):
         return_tensors, max_length = kwargs.pop("return_tensors", None), kwargs.pop("max_length", None)
         if max_length is not None:
             check_max_length(max_length)
-        asked: list[list[str]] = []
         if expressions is not None:
-            *conversations_of, asked = self._ask(images, expressions, no_targets, prompt, one_prompt_per_expression)
-            conversations, image_index = conversations_of
+            talks, index, asked = self._ask(images, expressions, no_targets, prompt, one_prompt_per_expression)
         else:
-            image_index = check_conversations(conversations, image_index, len(images))
+            index, asked = check_conversations(conversations, image_index, len(images)), None
+            talks = list(conversations or [])
         of_images, image_texts = self._encode_images(images, **kwargs)
         try:
-            encoded = self._encode_rows(list(conversations), image_index, images, image_texts)
+            encoded = self._encode_rows(talks, index, images, image_texts)
         except TemplateError as error:
             raise ValueError(f"The chat template does not take these conversations: {error}") from None
-        if asked:
-            data = self._for_segmentation(encoded, asked, image_index, max_length)
+        if asked is not None:
+            data = self._for_segmentation(encoded, asked, index, max_length)
         else:
-            data = self._for_training(encoded, image_index, max_length)
+            data = self._for_training(encoded, index, max_length)
         data.update(of_images)
         if masks is None and expressions is None and not self._has_slots(data["input_ids"]):
-            masks = [[]] * len(image_index)  # transformers' Trainer evaluates only batches that hold all labels
+            masks = [[]] * len(index)  # transformers' Trainer evaluates only batches that hold all labels
         if masks is not None:
-            data["mask_labels"] = check_masks(masks, image_index, data.get("original_sizes", []))
+            data["mask_labels"] = check_masks(masks, index, data.get("original_sizes", []))
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["expressions", "mask_labels"])
 
     def _encode_images(self, images: list, **kwargs) -> tuple[dict[str, Any], list[str] | None]:
@@ -398,14 +412,21 @@ class GsvaProcessor(ProcessorMixin):
 
     def _call_with_text(self, images, text, **kwargs) -> BatchFeature:
         data = super().__call__(images=images, text=text, **kwargs)
-        if images is not None and text is not None:
-            counts = [sample.count(self.image_token) for sample in ([text] if isinstance(text, str) else text)]
-            index = [sum(counts[:n]) if count else -1 for n, count in enumerate(counts)]
-            # Leave `image_index` out when there is one image per text: code that concatenates single examples would not
-            # offset it.
-            if max(counts) <= 1 and index != list(range(len(index))):
-                make = {torch.Tensor: torch.tensor, np.ndarray: np.array}.get(type(data["input_ids"]), list)
-                data["image_index"] = make(index)
+        if images is None or text is None:
+            return data
+        return self._add_image_index(
+            data, [sample.count(self.image_token) for sample in ([text] if isinstance(text, str) else text)]
+        )
+
+    @staticmethod
+    def _add_image_index(data: BatchFeature, counts: list[int]) -> BatchFeature:
+        """Add the image of each text, of texts that hold `counts` images, unless it is one each."""
+        index = [sum(counts[:n]) if count else -1 for n, count in enumerate(counts)]
+        # Leave `image_index` out when there is one image per text: code that concatenates single examples would not
+        # offset it.
+        if max(counts) <= 1 and index != list(range(len(index))):
+            make = {torch.Tensor: torch.tensor, np.ndarray: np.array}.get(type(data["input_ids"]), list)
+            data["image_index"] = make(index)
         return data
 
     def read_answer(self, token_ids: list[int]) -> list[tuple[str, bool]]:
