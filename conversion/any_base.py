@@ -93,7 +93,7 @@ def convert_base(args: argparse.Namespace) -> dict:
     with naming_output(output), new_folder(output) as folder:
         written = write_directory(folder, start.model, processor, start.tensors, None, args.max_shard_size)
         summary = summarize(directory, mask_model, start, tokens, written)
-        write_card(folder, START_CARD, args.push_to_hub or output.name, summary, sources=_sources(directory, mask_model))
+        write_card(folder, START_CARD, args.push_to_hub or output.name, summary, **_sources(directory, mask_model))
     if args.push_to_hub:
         push(args.push_to_hub, output)
         summary["pushed to"] = args.push_to_hub
