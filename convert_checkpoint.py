@@ -73,7 +73,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 f"--base is a model of today, and --{others[0]} belongs to checkpoints of the original: leave one of them out"
             )
         if args.sam is None:
-            parser.error("--base needs --sam, a mask model such as facebook/sam2.1-hiera-base-plus or sam_vit_h_4b8939.pth")
+            parser.error(
+                "--base needs --sam, a mask model such as facebook/sam2.1-hiera-base-plus or sam_vit_h_4b8939.pth"
+            )
     if args.reverse and args.checkpoint is None:
         parser.error("--reverse needs --checkpoint, a directory that this program wrote")
     return args

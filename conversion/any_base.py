@@ -88,7 +88,10 @@ def convert_base(args: argparse.Namespace) -> dict:
         create_repository(args.push_to_hub)  # now: without the rights to it, all the work would be for nothing
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     start = build_start(directory, config, mask_model, tokens, args.seed, dtype)
-    sizes = [torch.Size(tensor.shape).numel() * (tensor.dtype or torch.float32).itemsize for tensor in start.tensors.values()]
+    sizes = [
+        torch.Size(tensor.shape).numel() * (tensor.dtype or torch.float32).itemsize
+        for tensor in start.tensors.values()
+    ]
     check_room(output, sum(sizes))
     with naming_output(output), new_folder(output) as folder:
         written = write_directory(folder, start.model, processor, start.tensors, None, args.max_shard_size)
@@ -222,7 +225,9 @@ def _quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_whole(auto_class: Any, directory: ModelDirectory, config: PreTrainedConfig) -> tuple[PreTrainedModel, list[str]]:
+def load_whole(
+    auto_class: Any, directory: ModelDirectory, config: PreTrainedConfig
+) -> tuple[PreTrainedModel, list[str]]:
     """Load a model of transformers in its own precision, and return it with the names of tensors that its class ignores.
 
     The weights are mapped from their files, so that reading them takes no memory of its own.
@@ -237,9 +242,14 @@ def load_whole(auto_class: Any, directory: ModelDirectory, config: PreTrainedCon
                 trust_remote_code=False,
             )  # fmt: skip
     except (ValueError, OSError, RuntimeError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"The weights of {directory} cannot be read ({str(error).strip()}); download them again.") from error
+        raise ValueError(
+            f"The weights of {directory} cannot be read ({str(error).strip()}); download them again."
+        ) from error
     wrong = [f"{name} is missing" for name in sorted(report["missing_keys"])]
-    wrong += [f"{name} is {tuple(saved)}, config.json says {tuple(shape)}" for name, saved, shape in report["mismatched_keys"]]
+    wrong += [
+        f"{name} is {tuple(saved)}, config.json says {tuple(shape)}"
+        for name, saved, shape in report["mismatched_keys"]
+    ]
     wrong += [f"{name} cannot be converted" for name in sorted(report.get("conversion_errors") or ())]
     if wrong:
         raise ValueError(
@@ -346,7 +356,9 @@ def _written(
     name: str, part: torch.Tensor | LazyTensor, dtype: torch.dtype | None, base_dtype: torch.dtype
 ) -> LazyTensor:
     """Return a weight as it is written: in `dtype`; without one, of the base as it is and others in the base's precision."""
-    is_buffer = isinstance(part, torch.Tensor) and not isinstance(part, torch.nn.Parameter)  # which may hold infinities
+    is_buffer = isinstance(part, torch.Tensor) and not isinstance(
+        part, torch.nn.Parameter
+    )  # which may hold infinities
     lazy = part if isinstance(part, LazyTensor) else LazyTensor.of(part)
     if lazy.dtype is None or not lazy.dtype.is_floating_point:
         return lazy
@@ -356,7 +368,9 @@ def _written(
     def read() -> torch.Tensor:
         tensor = lazy.read()
         if not is_buffer and not is_finite(tensor):
-            raise ValueError(f"Numbers of {name} are not finite (NaN or infinite): its file is damaged, download it again.")
+            raise ValueError(
+                f"Numbers of {name} are not finite (NaN or infinite): its file is damaged, download it again."
+            )
         return in_dtype(tensor, target, name)
 
     return LazyTensor(lazy.shape, target, read)
@@ -387,7 +401,9 @@ def summarize(
 
     total, masks, projector = count(""), count("sam."), count("mask_projector.")
     config, rows = start.model.config, start.model.config.text_config.vocab_size
-    added = [f"{name} {token}" for name, token in (("[SEG]", tokens.seg), ("[REJ]", tokens.rej)) if token in tokens.new]
+    added = [
+        f"{name} {token}" for name, token in (("[SEG]", tokens.seg), ("[REJ]", tokens.rej)) if token in tokens.new
+    ]
     return {
         "base": f"{directory.public_name} ({config.vlm_config.model_type}), licence {directory.licence or 'not stated'}",
         "mask model": f"{mask_model.name} ({config.sam_config.model_type}), licence {mask_model.licence or 'not stated'}",

@@ -52,7 +52,7 @@ class ModelDirectory:
 
     @property
     def kind(self) -> str:
-        """Return the `model_type` of config.json, one that transformers has."""
+        """Return the `model_type` of config.json."""
         return self.settings["model_type"]
 
     @property
@@ -85,10 +85,8 @@ def find_directory(name: str, option: str) -> ModelDirectory:
 
     Raises:
         FileNotFoundError: There is no such directory, or it has no config.json.
-        ValueError: An adapter, a quantized model, or a type that transformers does not have.
+        ValueError: An adapter, a quantized model, a GSVA, or a config.json that names no type.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     folder = local_directory(name, option, SMALL_FILES)
     given = f"{option} {name}"
     if (folder / "adapter_config.json").is_file():
@@ -114,17 +112,6 @@ def find_directory(name: str, option: str) -> ModelDirectory:
         raise ValueError(
             f"{given} is a GSVA already, with its own mask model: run_gres.py --model takes it as it is, and the Auto classes "
             "load it."
-        )
-    if kind not in CONFIG_MAPPING:
-        has_code = bool(settings.get("auto_map"))
-        raise ValueError(
-            f"{given} has model_type {short_repr(kind)}, which this version of transformers does not have"
-            + (
-                ": its code lies in its own repository, and a GSVA's directory cannot carry code of others. Look for the same "
-                "model in the format of transformers (often a repository whose name ends with -hf)."
-                if has_code
-                else ". Install a newer transformers if it has this type; if not, take another model."
-            )
         )
     if quantized := _quantization(settings):
         raise ValueError(
@@ -152,6 +139,7 @@ def find_base(name: str) -> tuple[ModelDirectory, PreTrainedConfig]:
         ValueError: Another kind of model. The message says what to give.
     """
     from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -162,6 +150,17 @@ def find_base(name: str) -> tuple[ModelDirectory, PreTrainedConfig]:
     if kind.startswith(("sam", "edgetam")):
         raise ValueError(
             f"{directory} is a mask model ({kind}): pass it with --sam, and a vision-language model with --base."
+        )
+    if kind not in CONFIG_MAPPING:
+        has_code = bool(directory.settings.get("auto_map"))
+        raise ValueError(
+            f"{directory} has model_type {short_repr(kind)}, which this version of transformers does not have"
+            + (
+                ": its code lies in its own repository, and a GSVA's directory cannot carry code of others. Look for the same "
+                "model in the format of transformers (often a repository whose name ends with -hf)."
+                if has_code
+                else ". Install a newer transformers if it has this type; if not, take another model."
+            )
         )
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         what = "reads text only" if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "is no vision-language model"
@@ -211,11 +210,15 @@ def require_weights(directory: ModelDirectory) -> None:
     folder = directory.folder
     if is_hub_id(directory.name):
         for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-            if local_directory(directory.name, directory.option, [pattern], without=["*/*"]) and any(folder.glob(pattern)):
+            if local_directory(directory.name, directory.option, [pattern], without=["*/*"]) and any(
+                folder.glob(pattern)
+            ):
                 break  # the second are the same weights once more
     found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if found is None:
-        others = [path.name for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".bin", ".gguf", ".pth")]
+        others = [
+            path.name for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".bin", ".gguf", ".pth")
+        ]
         raise FileNotFoundError(
             f"{directory} has no weights that transformers reads ({' or '.join(WEIGHTS[::2])}, or the index of their shards)"
             + (f"; it has {listed(others, 4)}" if others else "")

@@ -70,7 +70,9 @@ def with_new_rows(table: torch.Tensor, rows: int, tokens: SlotTokens, seed: int)
     def read() -> torch.Tensor:
         old = table.detach()[: min(tokens.old_count, len(table))]
         mean, deviation = _mean_and_deviation(old)
-        noise = torch.randn(len(ids), *table.shape[1:], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        noise = torch.randn(
+            len(ids), *table.shape[1:], generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
         grown = table.new_zeros(rows, *table.shape[1:])
         grown[: len(table)] = table.detach()
         grown[ids] = (mean + NOISE * deviation * noise).to(grown.dtype)
@@ -82,6 +84,8 @@ def with_new_rows(table: torch.Tensor, rows: int, tokens: SlotTokens, seed: int)
 def _mean_and_deviation(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and standard deviation of each column in float64, with a few rows in that type at a time."""
     parts = [part for part in table.split(ROWS_AT_A_TIME)]
-    mean = sum((part.double().sum(0) for part in parts), table.new_zeros(table.shape[1:], dtype=torch.float64)) / len(table)
+    mean = sum((part.double().sum(0) for part in parts), table.new_zeros(table.shape[1:], dtype=torch.float64)) / len(
+        table
+    )
     squares = sum(((part.double() - mean).square().sum(0) for part in parts), torch.zeros_like(mean))
     return mean, (squares / len(table)).sqrt()
