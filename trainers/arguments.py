@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
 
@@ -51,6 +52,12 @@ class ModelArguments:
         default=None,
         metadata={
             "help": f"QLoRA: load the language model's frozen layers in {' or '.join(QUANTIZATIONS)} (bitsandbytes)."
+        },
+    )
+    object_score_loss_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the loss of SAM 2's object score, a second sign of absence. Default: the model's, 0 for new ones."
         },
     )
     architecture: str | None = field(
@@ -274,6 +281,7 @@ class GsvaTrainingArguments(TrainingArguments):
                 f"{usable_cores()}, or leave it out."
             )
         super().__post_init__()
+        self.dataloader_pin_memory &= torch.accelerator.is_available()  # PyTorch warns of it otherwise
 
 
 def check_best_metric(args: GsvaTrainingArguments) -> None:

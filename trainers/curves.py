@@ -27,14 +27,15 @@ def training_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     losses, metrics = figure.subplots(1, 2)
     for axes, names in (
-        (losses, ("loss", "ce_loss", "mask_bce_loss", "mask_dice_loss")),
+        (losses, ("loss", "ce_loss", "mask_bce_loss", "mask_dice_loss", "object_score_loss")),
         (metrics, ("eval_gIoU", "eval_cIoU", "eval_N_acc", "eval_T_acc", "slot_accuracy")),
     ):
         for name in names:
             points = [(entry["step"], entry[name]) for entry in history if name in entry]
             if points:
-                axes.plot(*zip(*points), label=name, marker="." if name.startswith("eval_") else None)
+                axes.plot(*zip(*points), label=name, marker=".")
         axes.set_xlabel("optimizer step")
+        axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         if axes.get_lines():
             axes.legend(fontsize="small")

@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny_bases as bases
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_bases import IMAGE, INDEX, REJ, SEG, conversation, images_in, make_gsva, padded_rows, rms
 from transformers import AutoConfig, AutoModel
 
@@ -120,6 +121,68 @@ def test_segment_saved_and_loaded(model, inputs, tmp_path):
             **bases.images_of(images_in(inputs), [image]),
         }  # fmt: skip
         assert rms(model.segment(**alone, threshold=-1e4).mask_logits[0], outputs.mask_logits[row]) < 1e-4
+
+
+@pytest.mark.parametrize("place", [{"": "disk"}, {"vlm": "cpu", "sam": "disk", "mask_projector": "disk"}])
+def test_offloaded_weights_give_the_same_masks(model, inputs, place, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    placed = GsvaForConditionalGeneration.from_pretrained(
+        tmp_path / "saved", device_map=place, offload_folder=tmp_path / "offload"
+    )
+    meta = {name for name, parameter in placed.named_parameters() if parameter.device.type == "meta"}
+    assert any(name.startswith("sam.") for name in meta)
+    outputs, expected = (m.segment(**inputs, threshold=-1e4) for m in (placed, model))
+    for given, truth in zip(outputs.mask_logits, expected.mask_logits):
+        assert rms(given, truth) < 1e-6
+    assert all(placed.get_parameter(name).device.type == "meta" for name in meta)  # and are gone again
+
+
+def test_a_decoder_that_peft_trains_in_full(kind, inputs):
+    """peft wraps it (ModulesToSave), and holds a copy of the same class."""
+    model = make_gsva("llava", bases.mask_config(kind))
+    expected = model.segment(**inputs, threshold=-1e4)
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mask_decoder"]))
+    assert "ModulesToSave" in type(model.sam.mask_decoder).__name__
+    for given, truth in zip(model.segment(**inputs, threshold=-1e4).mask_logits, expected.mask_logits):
+        assert torch.equal(given, truth)
+    trained = {name for name, p in peft.named_parameters() if p.requires_grad and "mask_decoder" in name}
+    assert len(trained) == len(list(model.sam.mask_decoder.original_module.parameters()))
+
+
+def test_what_the_maps_depend_on_is_trained_when_it_is_not_frozen(kind, pixels):
+    """Also the last layers of SAM 2's maps, which are part of its decoder, behind a frozen encoder."""
+    model = make_gsva("llava", bases.mask_config(kind))
+    parts = model.masks.encoding_parts()
+    assert "vision_encoder" in parts and len(parts) == (4 if model.masks.has_objects else 1)
+    for frozen in (False, True):
+        model.zero_grad()
+        model.sam.vision_encoder.requires_grad_(not frozen)
+        maps = model.get_sam_embeddings(pixels)
+        maps = [maps] if isinstance(maps, torch.Tensor) else maps
+        reached = [part for part in maps if part.requires_grad]
+        assert bool(reached) == (not frozen or model.masks.has_objects)
+        if reached:
+            sum(part.sin().sum() for part in reached).backward()
+        for name, part in parts.items():
+            parameters = [part] if isinstance(part, torch.nn.Parameter) else list(part.parameters())
+            unused = kind == "sam3_tracker" and name == "no_memory_embedding"
+            expected = not unused and not (frozen and name == "vision_encoder")
+            assert any(p.grad is not None for p in parameters) == expected
+
+
+def test_the_decoder_of_sam_2_compiles_whole():
+    model = make_gsva("llava", bases.mask_config("sam2"))
+    states, pixels = torch.randn(len(SLOTS), 32), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        maps = model.get_sam_embeddings(pixels)
+        expected = model.decode_masks(states, maps, SLOTS)
+        torch._dynamo.reset()
+        model.sam.mask_decoder.compile(fullgraph=True, backend="eager")
+        given = model.decode_masks(states, maps, SLOTS)
+        assert not torch._dynamo.utils.counters["graph_break"]
+        torch._dynamo.reset()
+    for value, truth in zip(given, expected):
+        assert rms(value, truth) < 1e-5
 
 
 @pytest.mark.parametrize("masked", [True, False])
