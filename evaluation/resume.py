@@ -189,6 +189,8 @@ def evaluation_identity(model, processor, config: EvaluationConfig) -> dict[str,
     elif config.protocol == "generate":
         options["max_new_tokens"] = config.max_new_tokens
         options["generation_config"] = _digest(model.generation_config.to_json_string().encode())
+    if model.config.rejection:  # the rows' probabilities depend on it
+        options["rejection"] = model.config.rejection_values
     parts = (model.config.text_config, model.config.vision_config, model.config.sam_config.vision_config)
     return {
         **options,
