@@ -4,6 +4,7 @@ import pytest
 import tiny_bases as bases
 import torch
 from tiny_bases import IMAGE, INDEX, REJ, SEG, conversation, images_in, make_gsva, padded_rows, rms
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from modeling_gsva import ConversationCache, GsvaForConditionalGeneration
 
@@ -110,13 +111,17 @@ def test_generate_writes_the_bases_own_tokens(model, inputs):
 
 @pytest.mark.parametrize("method", ["slots", "teacher_forced"])
 def test_segment_is_a_plain_forward_pass_over_the_same_tokens(model, inputs, method):
-    """States are compared by the scores of the slots, and by the masks that are made of them."""
+    """The hidden states that prompt the masks are compared, the scores of the slots, and the masks."""
     no_target = dict(inputs, answer_ids=inputs["answer_ids"].clone())
     if method == "teacher_forced":  # the second pass differs after a gold [REJ]
         for row in (0, 2):
             place = (inputs["answer_ids"][row] == SEG).nonzero()[0, 0]
             no_target["answer_ids"][row, place] = REJ
+    prompting = []  # the hidden states of slots that get a mask
+    hook = model.mask_projector.register_forward_pre_hook(lambda _, given: prompting.append(given[0].clone()))
     outputs = model.segment(**no_target, method=method)
+    hook.remove()
+    expected_states = []
     embeddings = model.get_sam_embeddings(inputs["sam_pixel_values"])
     for row, image in enumerate(INDEX):
         tokens_of, begin = conversation(no_target, row)
@@ -131,10 +136,42 @@ def test_segment_is_a_plain_forward_pass_over_the_same_tokens(model, inputs, met
             tokens_of[slots] = SEG
             states = alone(model, tokens_of, begin, image, images_in(inputs))[[slot - 1 for slot in slots]]
         kept = torch.ones(len(slots), dtype=torch.bool) if method == "teacher_forced" else ~outputs.is_rejected[row]
+        expected_states.append(states[kept])
         with torch.no_grad():
             masks, _ = model.decode_masks(states[kept], embeddings, torch.full((int(kept.sum()),), image))
         if kept.any():
             assert rms(outputs.mask_logits[row][kept], masks) < 1e-5
+    assert rms(torch.cat(prompting), torch.cat(expected_states)) < 2e-6
+
+
+class EveryThirdIsASlot(LogitsProcessor):
+    """Writes `[SEG]` at every third token, which a random model would hardly ever."""
+
+    def __init__(self, start: int):
+        self.start = start
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if (input_ids.shape[1] - self.start) % 3 == 2:
+            scores = torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([SEG]), 0.0)
+        return scores
+
+
+def test_generated_slots_are_prompted_by_the_bases_own_states(model, inputs):
+    prompting, start = [], inputs["input_ids"].shape[1]
+    hook = model.mask_projector.register_forward_pre_hook(lambda _, given: prompting.append(given[0].clone()))
+    outputs = model.segment(
+        **{k: v for k, v in inputs.items() if not k.startswith("answer")}, method="generate", max_new_tokens=7,
+        do_sample=False, eos_token_id=None, logits_processor=LogitsProcessorList([EveryThirdIsASlot(start)]),
+    )  # fmt: skip
+    hook.remove()
+    expected = []
+    for row, image in enumerate(INDEX):
+        prompt = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+        tokens_of = torch.cat([prompt, outputs.sequences[row, start:]])
+        slots = (tokens_of == SEG).nonzero()[:, 0]
+        assert len(slots) >= 2
+        expected.append(alone(model, tokens_of, len(prompt), image, images_in(inputs))[slots - 1])
+    assert rms(torch.cat(prompting), torch.cat(expected)) < 2e-6
 
 
 def test_two_batches_in_turn(model, inputs):
