@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 .PHONY: demo test test-slow deepspeed conformance matrix base lint types clean
 
 demo: $(VENV)/installed
-	$(VENV)/bin/accelerate launch run_gres.py configs/demo.yaml
+	$(VENV)/bin/accelerate launch --config_file configs/accelerate/cpu.yaml run_gres.py configs/demo.yaml
 
 test: $(VENV)/installed
 	$(RUN) -m pytest -n auto --dist loadscope -m "not slow and not deepspeed"

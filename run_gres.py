@@ -24,11 +24,12 @@ from evaluation.report import write_report
 from evaluation.run import recorded
 from trainers.arguments import DataArguments, GsvaTrainingArguments, ModelArguments, parse_arguments
 from trainers.card import write_card
+from trainers.console import quieten
 from trainers.data import evaluation_config, skip_list, skipped_images
 from trainers.failures import allow_any_file_name_in_output, report_failure
 from trainers.loading import load_model
 from trainers.lock import run_lock
-from trainers.output_folder import VALIDATION
+from trainers.output_folder import where_to_look
 from trainers.preflight import check_before_run
 from trainers.publishing import push
 from trainers.sharding import consolidate, refuse_what_shards_cannot
@@ -68,6 +69,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, training_args: Gsv
 def stages(model_args: ModelArguments, data_args: DataArguments, training_args: GsvaTrainingArguments) -> None:
     """Run the stages of a run, while no other run writes to the output folder."""
     check_before_run(training_args)
+    quieten(training_args.log_level)
     transformers.set_seed(training_args.seed)
     record = None
     if training_args.consolidated:
@@ -138,12 +140,10 @@ def predict(processor, model, data_args: DataArguments, training_args: GsvaTrain
 
 
 def print_summary(output_dir: Path) -> None:
-    """Print the results of the run, and the paths of its pictures."""
+    """Print the results of the run, and where to look."""
     records = read_results(output_dir)
-    print(f"\n{results_table(records)}\n" if records else "", skipped_images(output_dir), sep="", end="")
-    pictures = sorted([*output_dir.glob("*.html"), *output_dir.glob("*.png"), *output_dir.glob(VALIDATION)])
-    if pictures:
-        print("\npictures:\n" + "\n".join(f"  {path}" for path in pictures))
+    table = f"\n{results_table(records)}\n" if records else ""
+    print(table, skipped_images(output_dir), where_to_look(output_dir), sep="", end="")
 
 
 if __name__ == "__main__":

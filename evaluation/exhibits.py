@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from data_scripts.schema import decode_mask
 from data_scripts.transforms import read_image
 from metrics.gres import kind_of
 
 from .config import EvaluationConfig
-from .drawing import contours, data_url
+from .drawing import data_url
 from .loop import EvaluationResult
 from .questions import questions_of
+from .tiles import make_tiles, result_of
 
 # The groups of exhibits, in the order of the page.
 GROUPS = ("worst false rejections", "worst missed rejections", "worst masks", "best masks")
@@ -56,19 +56,19 @@ def choose_exhibits(
 
 
 def make_exhibits(result: EvaluationResult, config: EvaluationConfig) -> list[dict[str, Any]]:
-    """Return the exhibits of an evaluation whose rows hold their `prediction`: pictures with contours, and facts."""
+    """Return the exhibits of an evaluation whose rows hold their `prediction`: tiles without their texts, and facts."""
     exhibits = []
     for group, number, position in choose_exhibits(result.rows_by_image):
         row, source = result.rows_by_image[number][position], config.rows[number]
         question = questions_of(source, config)[position]
-        picture = contours(read_image(source["image"]), question.truth, decode_mask(row["prediction"]).astype(bool))
+        (tile,) = make_tiles(read_image(source["image"]), [result_of(row)], [question])
         names = ("image_id", "expression", "is_rejected", "score", "intersection", "union", "num_expressions")
         exhibits.append(
             {
                 "group": group,
                 "kind": kind_of(row["is_no_target"], row["num_targets"]),
                 **{name: row[name] for name in names},
-                "picture": data_url(picture, "JPEG", quality=88).partition(",")[2],
+                "picture": data_url(tile.picture, "JPEG", quality=88).partition(",")[2],
             }
         )
     return exhibits

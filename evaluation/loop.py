@@ -266,6 +266,7 @@ def _metric_rows(
                 "is_no_target": question.is_no_target,
                 "is_rejected": result["is_rejected"],
                 "score": result["score"] if np.isfinite(result["score"]) else None,
+                "probability": result["probability"] if np.isfinite(result["probability"]) else None,
                 "intersection": intersection,
                 "union": union,
                 "is_malformed": result["is_malformed"],

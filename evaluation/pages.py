@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data_scripts.files import render
 from metrics.gres import METRIC_KEYS, plot_rejection_curves
 
 from .config import PROTOCOL_NOTES
-from .drawing import data_url, overlay, shown_mask, verdict
+from .drawing import data_url
 from .exhibits import GROUPS
 from .published import SOURCE, published
 from .questions import Question
 from .records import MetricCell, Record, metric_cells, protocol_notes
+from .tiles import Tile, make_tiles
 
 TEMPLATES = Path(__file__).parent / "templates"
 CURVE_NUMBERS = 21  # points of a rejection curve in the table below it
@@ -38,6 +39,11 @@ class AnsweredImage:
     image: Image.Image
     questions: list[Question]
     results: list[dict[str, Any]]
+
+    @property
+    def tiles(self) -> list[Tile]:
+        """Return a tile for each expression."""
+        return make_tiles(self.image, self.results, self.questions)
 
 
 @dataclass(frozen=True)
@@ -59,49 +65,36 @@ class TableLine:
     is_published: bool = False
 
 
-def prediction_page(title: str, table: str, answered: Sequence[AnsweredImage]) -> str:
-    """Return a page with truth and prediction of every expression side by side.
+def prediction_page(title: str, text: str, answered: Sequence[AnsweredImage]) -> str:
+    """Return a page with a tile for every expression, which shows prediction and truth.
 
     Args:
         title: The heading.
-        table: Plain text above the images.
+        text: Plain text above the images.
         answered: The images with their results.
     """
-    images = []
-    for one in answered:
-        tiles = []
-        for question, result in zip(one.questions, one.results, strict=True):
-            pair = Image.new("RGB", (one.image.width * 2 + 4, one.image.height), "white")
-            pair.paste(overlay(one.image, [question.truth]), (0, 0))
-            pair.paste(overlay(one.image, [shown_mask(result)]), (one.image.width + 4, 0))
-            words, is_good = verdict(question, result)
-            tiles.append(
-                {
-                    "picture": _thumbnail(pair),
-                    "text": result["text"],
-                    "is_rejected": result["is_rejected"],
-                    "words": words,
-                    "is_good": is_good,
-                }
-            )
-        images.append({"image_id": one.image_id, "picture": _thumbnail(one.image), "tiles": tiles})
-    return render(TEMPLATES / "predictions.html.jinja", title=title, table=table, images=images)
+    groups = [(one.image_id, _for_page(one.tiles)) for one in answered]
+    return render(TEMPLATES / "predictions.html.jinja", title=title, text=text, groups=groups, has_truth=True)
 
 
-def overlay_page(note: str, predictions: Sequence[dict[str, Any]], overlays: Sequence[Image.Image]) -> str:
-    """Return a page with the overlays of image files and the text of each expression, whatever its alphabet.
+def file_page(text: str, files: Sequence[tuple[str, Sequence[Tile]]]) -> str:
+    """Return a page with the tiles of image files, whose truth is not known.
 
     Args:
-        note: The text above the images.
-        predictions: The entries of `predictions.json`.
-        overlays: The overlay of each.
+        text: Plain text above the images.
+        files: The name of each image file and its tiles.
     """
-    pictures = [{**one, "picture": data_url(picture)} for one, picture in zip(predictions, overlays, strict=True)]
-    return render(TEMPLATES / "overlays.html.jinja", note=note, predictions=pictures)
+    groups = [(name, _for_page(tiles)) for name, tiles in files]
+    return render(TEMPLATES / "predictions.html.jinja", title="Predictions", text=text, groups=groups, has_truth=False)
 
 
-def _thumbnail(image: Image.Image, side: int = 190) -> str:
-    return data_url(ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS), optimize=True)
+def _for_page(tiles: Sequence[Tile]) -> list[dict[str, Any]]:
+    """Return the context of the tiles' template."""
+    facts = ("text", "is_rejected", "decision", "verdict", "is_right", "colour")
+    return [
+        {**{name: getattr(tile, name) for name in facts}, "url": data_url(tile.picture, "JPEG", quality=88)}
+        for tile in tiles
+    ]
 
 
 def report_page(runs: Sequence[Run]) -> str:

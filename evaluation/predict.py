@@ -17,10 +17,9 @@ from data_scripts.skipped import SkipList
 from data_scripts.transforms import PictureError, read_image
 
 from .config import PROTOCOL_NOTES, EvaluationConfig
-from .drawing import labelled_overlay
-from .fonts import font_for
 from .loop import cpu_threads, evaluate_rows, evaluation_mode, gather_from_all, segment_images
-from .pages import AnsweredImage, overlay_page, prediction_page
+from .pages import AnsweredImage, file_page, prediction_page
+from .tiles import Tile, all_masks, make_tiles, sheet
 
 PREDICTIONS = "predictions.json"
 STEM_BYTES = 200  # of an overlay's name: most file systems allow 255 bytes with number and suffix
@@ -35,9 +34,7 @@ def predict_files(
     output_dir: str | Path,
     skip_list: SkipList | None = None,
 ) -> None:
-    """Segment every expression in every image file; write overlays and `predictions.json`.
-
-    If a legend cannot show an expression, a page is written too.
+    """Segment every expression in every image file; write a picture of each, a page of all, and `predictions.json`.
 
     Args:
         paths: Image files.
@@ -63,6 +60,7 @@ def predict_files(
         return
     output_dir = Path(output_dir)
     predictions: list[dict[str, Any]] = []
+    tiles: list[list[Tile]] = []
     try:
         with evaluation_mode(model), cpu_threads(config.threads):
             for number, path in enumerate(paths):
@@ -74,23 +72,23 @@ def predict_files(
                     skip_list.add(error)
                     continue
                 (results,) = segment_images(model, processor, [image], [list(expressions)], config)
-                predictions.append(_predict_file(number, path, image, results, config, output_dir))
+                tiles.append([all_masks(image, results), *make_tiles(image, results)])
+                predictions.append(_predict_file(number, path, image, results, tiles[-1], config, output_dir))
     except BaseException:
         if predictions:  # those before an image that cannot be read are kept
-            _write_predictions(predictions, expressions, config, output_dir)
+            _write_predictions(predictions, tiles, config, output_dir)
         raise
-    _write_predictions(predictions, expressions, config, output_dir)
+    _write_predictions(predictions, tiles, config, output_dir)
 
 
 def _write_predictions(
-    predictions: list[dict[str, Any]], expressions: Sequence[str], config: EvaluationConfig, output_dir: Path
+    predictions: list[dict[str, Any]], tiles: list[list[Tile]], config: EvaluationConfig, output_dir: Path
 ) -> None:
-    """Write `predictions.json`, and a page where a legend cannot show an expression."""
+    """Write `predictions.json` and the page."""
     write_json(output_dir / PREDICTIONS, predictions)
-    if not all(map(font_for, expressions)):
-        note = f"{config.protocol}: {PROTOCOL_NOTES[config.protocol]}"
-        overlays = [Image.open(output_dir / one["overlay"]) for one in predictions]
-        write_text(output_dir / "predictions.html", overlay_page(note, predictions, overlays))
+    note = f"{config.protocol}: {PROTOCOL_NOTES[config.protocol]}"
+    names = [one["image"] for one in predictions]
+    write_text(output_dir / "predictions.html", file_page(note, list(zip(names, tiles, strict=True))))
 
 
 def _predict_file(
@@ -98,6 +96,7 @@ def _predict_file(
     path: str,
     image: Image.Image,
     results: list[dict[str, Any]],
+    tiles: list[Tile],
     config: EvaluationConfig,
     output_dir: Path,
 ) -> dict[str, Any]:
@@ -106,7 +105,7 @@ def _predict_file(
     stem = Path(name).stem.replace("\\", "_").encode()[:STEM_BYTES].decode(errors="ignore")
     overlay_file = f"{number:03d}_{stem}.png"
     with replacing(output_dir / overlay_file) as temporary:
-        labelled_overlay(image, results).save(temporary)
+        sheet([("", tiles)]).save(temporary)
     for result in results:
         decision = "rejected" if result["is_rejected"] else f"{int(result['mask'].sum())} pixels"
         print(printable(f"{name}: {result['text']}: {decision} (score {result['score']:+.2f})", sys.stdout.encoding))

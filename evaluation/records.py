@@ -152,17 +152,36 @@ def protocol_notes(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     return {record["protocol"]: record.get("protocol_note", "") for record in records}
 
 
+def summary_line(record: Record) -> str:
+    """Return one record as a line, for the moment when an evaluation ends."""
+    facts = fact_cells(record)
+    metrics = ", ".join(f"{name} {metric_cells(record)[name].text}" for name in ("gIoU", "cIoU", "N_acc", "T_acc"))
+    stage = record.get("stage") or "evaluated"
+    return (
+        f"{stage}: {record['protocol']} on {facts['dataset']} {record['split']}, {facts[FACTS[-1]]} images: {metrics}"
+    )
+
+
 def results_table(records: Sequence[Record]) -> str:
-    """Return the records as a table of plain text, with the reasons of undefined metrics below it."""
-    table = [[*FACTS[:-1], "images", *METRIC_KEYS]]
+    """Return the records as a table of plain text that fits a terminal, with the reasons of undefined metrics below it.
+
+    Facts that all records share stand above the table. Conventions that give the same metrics share a line.
+    """
+    joined: dict[tuple[str, ...], list[str]] = {}
+    place = FACTS.index("convention")
     for record in records:
-        table.append([*fact_cells(record).values(), *(cell.text for cell in metric_cells(record).values())])
-    widths = [max(map(len, column)) for column in zip(*table)]
+        cells = [*fact_cells(record).values(), *(cell.text for cell in metric_cells(record).values())]
+        convention = cells.pop(place)
+        joined.setdefault(tuple(cells), []).append(convention)
+    table = [[*FACTS[:-1], "images", *METRIC_KEYS]]
+    table += [[*cells[:place], ", ".join(dict.fromkeys(names)), *cells[place:]] for cells, names in joined.items()]
     words = len(FACTS) - 1  # the number of images and the metrics are aligned to the right
-    lines = [
-        "  ".join(f"{cell:{'<' if n < words else '>'}{width}}" for n, (cell, width) in enumerate(zip(line, widths)))
-        for line in table
-    ]
+    columns = list(zip(*table))
+    shared = [n for n, column in enumerate(columns[:words]) if len(joined) > 1 and len(set(column[1:])) == 1]
+    lines = [", ".join(f"{columns[n][0]}: {columns[n][1]}" for n in shared)] * bool(shared)
+    kept = [n for n in range(len(columns)) if n not in shared]
+    widths = {n: max(map(len, columns[n])) for n in kept}
+    lines += ["  ".join(f"{row[n]:{'<' if n < words else '>'}{widths[n]}}" for n in kept).rstrip() for row in table]
     lines += metric_notes(records)
     if any(record["protocol"] == "teacher_forced" for record in records):
         lines.append(f"teacher_forced: {PROTOCOL_NOTES['teacher_forced']}")

@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from accelerate import PartialState
 
 from data_scripts.files import replacing, write_json, write_text
-from data_scripts.schema import decode_mask
 from data_scripts.transforms import read_image
 
 from .config import EvaluationConfig
-from .drawing import contact_sheet, labelled_overlay
 from .exhibits import make_exhibits
 from .loop import EvaluationResult, check_evaluation, evaluate_rows
 from .pages import AnsweredImage, prediction_page
@@ -26,9 +23,11 @@ from .records import (
     record_keys,
     results_table,
     rows_name,
+    summary_line,
     write_results,
 )
 from .resume import EvaluationProgress, evaluation_identity
+from .tiles import result_of, sheet
 
 ON_SHEET = 6  # images of an evaluation on its contact sheet, which the model card shows
 
@@ -92,7 +91,7 @@ def run_evaluation(
             model, processor, config, output_dir, stage, model_name, save_masks=True, num_pictures=num_pictures
         )
     elif state.is_main_process:
-        print(results_table(recorded(output_dir, config, stage)), flush=True)
+        print(summary_line(recorded(output_dir, config, stage)[0]), flush=True)
 
 
 def _lacks_masks(result: EvaluationResult, save_masks: bool) -> bool:
@@ -121,8 +120,7 @@ def _write(
         page = path.with_name(path.name.replace("rows_", "pictures_", 1)).with_suffix(".html")
         write_text(page, prediction_page(title, results_table(records), answered))
         with replacing(page.with_suffix(".png")) as temporary:
-            sheets = [labelled_overlay(one.image, one.results) for one in answered[:ON_SHEET]]
-            contact_sheet(sheets).save(temporary)
+            sheet([(one.image_id, one.tiles) for one in answered[:ON_SHEET]]).save(temporary)
     keys = record_keys(config, stage)
     others = [record for record in _with_rows(path.parent) if record_key(record) not in keys]
     write_results(path.parent, others + records)
@@ -131,14 +129,5 @@ def _write(
 def _answered(config: EvaluationConfig, result: EvaluationResult, number: int) -> AnsweredImage:
     """Return an image with its questions and the results that its metric rows hold."""
     row = config.rows[number]
-    results = [
-        {
-            "text": metric_row["expression"],
-            "mask": decode_mask(metric_row["prediction"]).astype(bool),
-            "is_rejected": metric_row["is_rejected"],
-            "score": np.nan if metric_row["score"] is None else metric_row["score"],
-            "is_malformed": metric_row["is_malformed"],
-        }
-        for metric_row in result.rows_by_image[number]
-    ]
+    results = [result_of(metric_row) for metric_row in result.rows_by_image[number]]
     return AnsweredImage(row["image_id"], read_image(row["image"]), questions_of(row, config), results)

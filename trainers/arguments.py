@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
 
@@ -274,6 +275,7 @@ class GsvaTrainingArguments(TrainingArguments):
                 f"{usable_cores()}, or leave it out."
             )
         super().__post_init__()
+        self.dataloader_pin_memory &= torch.accelerator.is_available()  # PyTorch warns of it otherwise
 
 
 def check_best_metric(args: GsvaTrainingArguments) -> None:

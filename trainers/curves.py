@@ -33,8 +33,9 @@ def training_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
         for name in names:
             points = [(entry["step"], entry[name]) for entry in history if name in entry]
             if points:
-                axes.plot(*zip(*points), label=name, marker="." if name.startswith("eval_") else None)
+                axes.plot(*zip(*points), label=name, marker=".")
         axes.set_xlabel("optimizer step")
+        axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         if axes.get_lines():
             axes.legend(fontsize="small")

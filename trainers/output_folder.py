@@ -1,5 +1,7 @@
 """Names of the files and folders that a run leaves in its output folder."""
 
+from pathlib import Path
+
 ADAPTER = "adapter"  # LoRA and the parts trained in full, without the base
 CARD = "README.md"
 CURVES = "curves.png"
@@ -12,3 +14,10 @@ SKIPPED = "skipped_images.txt"  # images that --on_bad_image skip has left out
 TENSORBOARD = "runs"
 TRAINING = "training.json"  # number of training images and seconds, for the model card
 VALIDATION = "validation"  # pictures of the evaluations during training
+
+
+def where_to_look(output_dir: Path) -> str:
+    """Return the last line of a run: its pages and pictures. Empty where there are none."""
+    names = ("report.html", "predictions.html", CURVES, VALIDATION)
+    paths = [str(output_dir / name) for name in names if (output_dir / name).exists()]
+    return f"\nlook at {', '.join(paths)}\n" if paths else ""

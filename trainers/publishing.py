@@ -10,6 +10,7 @@ from data_scripts.files import adding_files, replacing_folder
 from evaluation.records import RESULTS
 
 from .arguments import GsvaTrainingArguments
+from .console import quiet_saving
 from .output_folder import ADAPTER, CARD, CURVES, RUN, TRAINING
 
 # Files that a run publishes. Nothing in them names folders of this machine, and files that others put beside them stay.
@@ -21,7 +22,8 @@ UNPUBLISHED = ("*/*", ".*", "rows_*", "predictions*", RESULTS, TRAINING, RUN)
 def save(processor, model, output_dir: Path) -> None:
     """Save model and processor as a directory that the Auto classes load. Files are moved in when all are written."""
     with adding_files(output_dir) as folder:
-        model.save_pretrained(folder)
+        with quiet_saving():
+            model.save_pretrained(folder)
         processor.save_pretrained(folder)
 
 

@@ -22,9 +22,9 @@ from transformers.trainer_utils import sort_checkpoints
 from data_scripts.files import give_umask_permissions, remove_folder, replacing, write_json
 from data_scripts.transforms import read_image
 from evaluation.config import PROTOCOL_NOTES, EvaluationConfig
-from evaluation.drawing import expression_sheet
 from evaluation.loop import evaluate_rows
 from evaluation.questions import Question
+from evaluation.tiles import make_tiles, sheet
 
 from .divergence import DivergenceWatch
 from .feature_cache import FeatureCache
@@ -324,11 +324,11 @@ class GsvaTrainer(Trainer):
         if config is None or index >= getattr(self.args, "validation_pictures", 0):
             return
         title = (
-            f"{config.dataset} {config.split} {row['image_id']}, step {step}: prediction orange, truth blue; "
+            f"{config.dataset} {config.split} {row['image_id']}, step {step}: prediction tinted, truth outlined in white; "
             f"{config.protocol}: {PROTOCOL_NOTES[config.protocol]}"
         )
         with replacing(self._pictures / f"{index:03d}.png") as temporary:
-            expression_sheet(read_image(row["image"]), questions, results, title).save(temporary)
+            sheet([(title, make_tiles(read_image(row["image"]), results, questions))]).save(temporary)
 
     def _show_pictures(self) -> None:
         """Send the pictures that all processes have drawn to TensorBoard and W&B, if `report_to` names them."""

@@ -24,6 +24,7 @@ from evaluation.loop import cpu_threads
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
 
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
+from .console import show_as_table
 from .curves import training_curves
 from .data import GsvaCollator, ProcessorWording, evaluation_config, num_images, training_data
 from .freezing import (
@@ -248,6 +249,7 @@ def make_trainer(
         run_record=record,
         eval_dataset=[] if training_args.eval_strategy != "no" else None,
     )
+    show_as_table(trainer)
     if trainer.features is not None and PartialState().is_main_process:
         print(trainer.features.disk_report(num_images(dataset)), flush=True)
     return trainer

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation import drawing, fonts
-from evaluation.drawing import _drawable, labelled_overlay
+from evaluation import fonts
 from evaluation.fonts import font_for
-from evaluation.pages import overlay_page
+from evaluation.pages import file_page
+from evaluation.tiles import drawable, make_tiles, sheet
 
 RUSSIAN, ARABIC, CHINESE = "собака слева", "الكلب الأيسر", "左边的狗"
 
@@ -28,13 +28,12 @@ def test_without_a_font_the_text_is_in_the_page(monkeypatch):
     monkeypatch.setattr(fonts, "_system_fonts", list)
     fonts.font_for.cache_clear()
     assert font_for(CHINESE) is None
-    text, font = _drawable(CHINESE, "expression 1")
+    text, font = drawable(CHINESE, "expression 1")
     assert text == "expression 1" and font is not None
-    sheet = labelled_overlay(Image.new("RGB", (30, 20)), [result(CHINESE), result(RUSSIAN)])
-    assert sheet.height > 20 + 2 * 18
-    predictions = [{"image": "a.jpg", "expressions": [{"text": CHINESE, "is_rejected": False, "area": 600}]}]
-    page = overlay_page("note", predictions, [sheet])
-    assert CHINESE in page and "???" not in page
+    tiles = make_tiles(Image.new("RGB", (30, 20)), [result(CHINESE), result(RUSSIAN)])
+    assert sheet([("a.jpg", tiles)]).height > tiles[0].picture.height
+    page = file_page("note", [("a.jpg", tiles)])
+    assert CHINESE in page and RUSSIAN in page and "???" not in page
     fonts.font_for.cache_clear()
 
 
@@ -46,4 +45,3 @@ def test_a_system_font_is_taken_where_it_has_the_characters(monkeypatch):
     fonts.font_for.cache_clear()
     assert font_for(CHINESE, 11) == ("cjk.ttf", 11)
     fonts.font_for.cache_clear()
-    assert drawing.PALETTE

@@ -5,10 +5,10 @@ import pytest
 from evaluations import config_of
 
 from data_scripts.schema import decode_mask
-from evaluation.drawing import verdict
 from evaluation.loop import evaluate_rows
 from evaluation.questions import Question, num_questions, questions_of
 from evaluation.run import run_evaluation
+from evaluation.tiles import verdict
 from metrics.gres import check_together, read_rows
 
 PROTOCOLS = ("teacher_forced", "slots", "generate")
@@ -83,7 +83,7 @@ def test_the_iou_on_a_picture_is_that_of_its_row(model, processor, reasoning, ig
         on_prediction=lambda index, row, questions, results: verdicts.extend(map(verdict, questions, results)),
     )
     ious = [row["intersection"] / row["union"] for row in result.rows]
-    assert verdicts == [(f"IoU {iou:.2f}", iou >= 0.5) for iou in ious]
+    assert verdicts == [f"{'right' if iou >= 0.5 else 'wrong'}: IoU {iou:.2f}" for iou in ious]
     raw = [
         (decode_mask(row["expressions"][0]["mask"]) & mask).sum()
         / (decode_mask(row["expressions"][0]["mask"]) | mask).sum()

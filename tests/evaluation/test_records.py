@@ -74,6 +74,29 @@ def test_thresholds_have_rows_files_and_records_of_their_own():
     assert rows_name(given, "after") == "rows_after_generate_refcoco_val.jsonl"
     assert record_keys(given, "after") == record_keys(replace(given, threshold=0.0), "after")
     table = results_table(records).splitlines()
-    assert table[0].split()[:7] == ["dataset", "split", "stage", "protocol", "prompts", "threshold", "convention"]
-    assert "refcoco  val" in table[2] and "all expressions in one" in table[2] and "25.0" in table[2]
-    assert len(table) == 5 and table[4] == "N_acc on refcoco val: not defined here: no no-target expressions"
+    shared = "stage: after, protocol: slots, prompts: all expressions in one, convention: rela"
+    assert table[0] == f"dataset: refcoco, split: val, {shared}"
+    assert table[1].split()[:2] == ["threshold", "images"] and "25.0" in table[3]
+    assert len(table) == 6 and table[5] == "N_acc on refcoco val: not defined here: no no-target expressions"
+
+
+def test_facts_that_all_share_stand_above_and_equal_conventions_share_a_line():
+    facts = {
+        "dataset": "shapes",
+        "split": "test",
+        "protocol": "slots",
+        "samples": 9,
+        "prompts": "one",
+        "threshold": 0.0,
+    }
+    records = [
+        {**facts, "stage": stage, "convention": convention, "metrics": {"gIoU": value}}
+        for stage, convention, value in (("before", "rela", 0.5), ("before", "gsva", 0.5), ("after", "rela", 0.75))
+    ]
+    above, heading, *lines = results_table(records).splitlines()
+    assert above == "dataset: shapes, split: test, protocol: slots, prompts: one, threshold: 0.0"
+    assert heading.split()[:3] == ["stage", "convention", "images"]
+    assert [line.split()[0] for line in lines] == ["before", "after"] and "rela, gsva" in lines[0]
+    alone = results_table(records[2:]).splitlines()
+    assert len(alone) == 2 and alone[1].startswith("shapes") and "0.7500" in alone[1]
+    assert max(map(len, (heading, *lines))) <= 110

@@ -5,11 +5,9 @@ import io
 import json
 import re
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.drawing import PALETTE, contours
 from evaluation.exhibits import choose_exhibits
 from evaluation.pages import report_page
 from evaluation.published import PUBLISHED, published
@@ -86,7 +84,7 @@ def test_the_pictures_are_pictures(page, run_dir):
     assert len(shown) == len(kept) > 3
     assert {kind for *_, kind, _ in shown} == {entry["kind"] for entry in kept}
     for picture in {picture for *_, picture in shown}:
-        assert max(Image.open(io.BytesIO(base64.b64decode(picture))).size) == 320
+        assert max(Image.open(io.BytesIO(base64.b64decode(picture))).size) == 256
     for name in ("run", "group", "kind"):  # filters
         assert f"<select name={name}>" in page
 
@@ -205,16 +203,3 @@ def test_which_rows_are_worth_looking_at():
         ("best masks", 2, 0),
         ("best masks", 2, 1),
     ]
-
-
-def test_contours_show_truth_and_prediction():
-    truth, said = np.zeros((2, 20, 40), dtype=bool)
-    truth[2:18, 2:12], said[2:18, 25:38] = True, True
-    drawn = np.asarray(contours(Image.new("RGB", (40, 20), "black"), truth, said, side=80))
-    assert drawn.shape == (40, 80, 3)
-    colours = {tuple(colour) for colour in drawn.reshape(-1, 3)}
-    assert PALETTE[0] in colours and PALETTE[4] in colours
-    assert tuple(drawn[20, 14]) == (0, 0, 0)  # inside the truth nothing is tinted
-    assert tuple(drawn[20, 62]) == tuple(int(0.4 * c) for c in PALETTE[0])
-    empty = np.zeros((20, 40), dtype=bool)
-    assert not np.asarray(contours(Image.new("RGB", (40, 20), "black"), empty, empty)).any()
