@@ -322,7 +322,7 @@ class GsvaProcessor(ProcessorMixin):
             talks = list(conversations or [])
         of_images, image_texts = self._encode_images(images, **kwargs)
         try:
-            encoded = self._encode_rows(talks, index, images, image_texts)
+            encoded = self._encode_rows(talks, index, image_texts)
         except TemplateError as error:
             raise ValueError(f"The chat template does not take these conversations: {error}") from None
         if asked is not None:
@@ -347,7 +347,7 @@ class GsvaProcessor(ProcessorMixin):
             )
         return dict(inputs), None
 
-    def _encode_rows(self, conversations, image_index, images, image_texts) -> list[tuple[list[int], list[int]]]:
+    def _encode_rows(self, conversations, image_index, image_texts) -> list[tuple[list[int], list[int]]]:
         """Return ids and labels of conversations, of whose images `_encode_images` gave the texts."""
         return self.encode_conversations(conversations)
 
