@@ -51,6 +51,12 @@ class ModelArguments:
     lora_r: int = field(default=8, metadata={"help": "Rank of LoRA."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of LoRA, divided by the rank."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Last names of the language model's layers that get LoRA; default: its projections to queries and values."
+        },
+    )
     quantization: str | None = field(
         default=None,
         metadata={
