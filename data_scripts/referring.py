@@ -29,6 +29,7 @@ from typing import Any
 from .builder import RowBuilder
 from .images import check_image_size
 from .masks import check_annotation, empty_mask, merge_masks, segmentation_to_rle
+from .nouns import Categories
 from .records import (
     IMAGE,
     Kinds,
@@ -42,6 +43,7 @@ from .records import (
     short_repr,
 )
 from .schema import expression
+from .wordings import clean_expression
 
 # the fields of a ref that this project reads
 REF: Kinds = {
@@ -232,6 +234,28 @@ class ReferringBuilder(RowBuilder):
                 )
             check_annotation(annotation)
             return segmentation_to_rle(annotation["segmentation"], image["height"], image["width"])
+
+    def categories(self) -> Categories:
+        """Return the categories of all annotations of an image, also of those without a text, and of what texts name."""
+        content = read_json(self.folder / "instances.json")
+        names = {entry.get("id"): str(entry.get("name")) for entry in content.get("categories") or ()}
+        of_annotation: dict[Any, str] = {}
+        of_image: dict[str, set[str]] = {}
+        for number, annotation in self.instances[1].items():
+            if (name := names.get(annotation.get("category_id"))) is not None:
+                of_annotation[number] = name
+                of_image.setdefault(str(annotation.get("image_id")), set()).add(name)
+        of_text: dict[str, set[str]] = {}
+        for refs_of_image in self.refs.values():
+            for ref in (ref for refs in refs_of_image.values() for ref in refs):
+                ids = ref["ann_id"] if isinstance(ref["ann_id"], (list, tuple)) else [ref["ann_id"]]
+                of_ref = {of_annotation[number] for number in ids if number in of_annotation}
+                for sentence in ref["sentences"]:
+                    of_text.setdefault(clean_expression(sentence["sent"]).lower(), set()).update(of_ref)
+        return Categories(
+            {key: frozenset(found) for key, found in of_image.items()},
+            {key: frozenset(found) for key, found in of_text.items()},
+        )
 
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
         for image_id, refs in sorted(self.refs[split].items(), key=lambda item: (isinstance(item[0], str), item[0])):

@@ -17,6 +17,7 @@ from metrics.gres import METRIC_KEYS, plot_rejection_curves
 from .config import PROTOCOL_NOTES
 from .drawing import data_url
 from .exhibits import GROUPS
+from .measured import describe, differences
 from .published import SOURCE, published
 from .questions import Question
 from .records import MetricCell, Record, metric_cells, protocol_notes, shown_keys
@@ -88,6 +89,11 @@ def file_page(text: str, files: Sequence[tuple[str, Sequence[Tile]]]) -> str:
     return render(TEMPLATES / "predictions.html.jinja", title="Predictions", text=text, groups=groups, has_truth=False)
 
 
+def tiles_html(tiles: Sequence[Tile]) -> str:
+    """Return tiles as a piece of HTML with its style, for a page of somebody else."""
+    return render(TEMPLATES / "tiles.html.jinja", pictures=_for_page(tiles))
+
+
 def _for_page(tiles: Sequence[Tile]) -> list[dict[str, Any]]:
     """Return the context of the tiles' template."""
     facts = ("text", "is_rejected", "decision", "verdict", "is_right", "colour")
@@ -145,6 +151,8 @@ def _split(dataset: str, split: str, pairs: list[tuple[str, Record]]) -> dict[st
         "protocols": notes,
         "conventions": {name: CONVENTION_NOTES.get(name, "") for name in conventions},
         "notes": _notes(pairs),
+        "measured": list(dict.fromkeys(describe(record) for record in records)),
+        "differences": differences(pairs),
         **_curves(pairs),
         "metric_keys": keys,
         "breakdowns": [_breakdown(run, record, keys) for run, record in pairs if record.get("breakdown")],

@@ -14,6 +14,7 @@ from metrics.gres import BENCHMARK_KEYS, METRIC_KEYS, report, to_json
 
 from .config import PROTOCOL_NOTES, EvaluationConfig
 from .loop import EvaluationResult
+from .measured import annotations_digest, differences, kinds_of, measured_on
 
 RESULTS = "results.json"
 Record = dict[str, Any]
@@ -43,6 +44,8 @@ def make_record(
         "split": config.split,
         "samples": len(config.rows),
         "expressions": numbers["samples"],
+        "kinds": kinds_of(numbers),
+        "annotations": {"rows": annotations_digest(config.rows), "files": config.annotation_files},
         **{name: numbers[name] for name in ("metrics", "intervals", "breakdown", "curve", "notes")},
         "model": model,
         "seconds": round(result.seconds, 2),
@@ -170,6 +173,10 @@ def summary_line(record: Record) -> str:
     )
 
 
+def _name(record: Mapping[str, Any]) -> str:
+    return " ".join(filter(None, (record.get("stage"), record["protocol"])))
+
+
 def results_table(records: Sequence[Record]) -> str:
     """Return the records as a table of plain text, with the reasons of undefined metrics below it.
 
@@ -178,6 +185,7 @@ def results_table(records: Sequence[Record]) -> str:
     further = [key for key in shown_keys(records) if key not in BENCHMARK_KEYS]
     lines = _table(records, BENCHMARK_KEYS) + (["", *_table(records, further)] if further else [])
     lines += metric_notes(records)
+    lines += differences([(_name(record), record) for record in records]) or measured_on(records)
     if any(record["protocol"] == "teacher_forced" for record in records):
         lines.append(f"teacher_forced: {PROTOCOL_NOTES['teacher_forced']}")
     return "\n".join(lines)

@@ -179,7 +179,7 @@ def evaluation_identity(model, processor, config: EvaluationConfig) -> dict[str,
             weights.update(value.detach().flatten()[:: max(value.numel() // 64, 1)].float().cpu().numpy().tobytes())
     tokenizer = processor.tokenizer
     tokens = [sorted(tokenizer.get_vocab().items()), repr(sorted(tokenizer.added_tokens_decoder.items()))]
-    wording = [processor.prompts, processor.chat_template, processor.image_processor.to_dict(), tokens]
+    wording = [processor.prompts, processor.chat_template, processor.image_settings(), tokens]
     options: dict[str, Any] = {
         **{name: getattr(config, name) for name in ("dataset", "split", "protocol", "prompts", "ignore_region")},
         "task": "reasoning" if config.is_reasoning else "referring",

@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .image_processing_gsva import mask_input_size
 from .llava_v1_gsva import V1_FIELDS, LlavaV1Config
 
 if TYPE_CHECKING:
@@ -198,8 +199,7 @@ class GsvaConfig(PreTrainedConfig):
     @property
     def mask_input_size(self) -> int:
         """Side of the mask model's square input in pixels."""
-        size = getattr(self.sam_config.vision_config, "image_size", None)
-        return self.sam_config.prompt_encoder_config.image_size if size is None else size
+        return mask_input_size(self.sam_config)
 
     @property
     def image_seq_length(self) -> int:

@@ -144,8 +144,10 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         config.set_parts_dtype()
         hidden_size = config.get_text_config().hidden_size
         self.vlm = build_vlm(config.vlm_config)
+        masks = mask_adapter_class(config.sam_config.model_type)
+        masks.prepare_config(config.sam_config)
         self.sam = AutoModel.from_config(config.sam_config)
-        mask_adapter_class(config.sam_config.model_type).prepare(self.sam)
+        masks.prepare(self.sam)
         prompt_size = config.sam_config.prompt_encoder_config.hidden_size
         # text_hidden_fcs of the original
         self.mask_projector = nn.Sequential(

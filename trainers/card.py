@@ -11,6 +11,7 @@ from markupsafe import Markup
 from transformers import __version__ as transformers_version
 
 from data_scripts.files import render, write_text
+from evaluation.measured import measured_on
 from evaluation.records import (
     Record,
     fact_cells,
@@ -153,6 +154,7 @@ def write_card(model: ModelArguments, data: DataArguments, training: GsvaTrainin
 
     records, licence = read_results(output_dir), licence_of(model.model)
     notes = [*(f"{protocol}: {note}" for protocol, note in protocol_notes(records).items()), *metric_notes(records)]
+    notes += measured_on(records)
     keys = shown_keys(records)
     table = training_facts(model, data, training, read(LOG_HISTORY), dict(read(TRAINING)), read_record(output_dir))
     facts = {

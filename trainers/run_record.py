@@ -30,6 +30,9 @@ KEPT_OF_DATA = (
     "num_expressions",
     "wording",
     "all_absent",
+    "negatives",
+    "negatives_like",
+    "drop_no_targets",
     "max_length",
 )
 

@@ -25,9 +25,11 @@ from evaluation.config import PROTOCOL_NOTES, EvaluationConfig
 from evaluation.loop import evaluate_rows
 from evaluation.questions import Question
 from evaluation.tiles import make_tiles, sheet
+from metrics.gres import rejection_curve
 
 from .divergence import DivergenceWatch
 from .feature_cache import FeatureCache
+from .guard import CURVE_AREA, GuardTAcc, guarded_checkpoint
 from .output_folder import RUN, TENSORBOARD, VALIDATION
 
 LOSS_PARTS = ("ce_loss", "mask_bce_loss", "mask_dice_loss")
@@ -124,6 +126,8 @@ class GsvaTrainer(Trainer):
             mode=getattr(self.args, "divergence", "off"),
             rank=self.args.process_index,
         )
+        if (bound := getattr(self.args, "guard_T_acc", None)) is not None:
+            self.add_callback(GuardTAcc(bound, self.args.guard))
         self.features: FeatureCache | None = None
         if getattr(self.args, "feature_cache", None):
             plain = self.accelerator.unwrap_model(self.model)
@@ -146,7 +150,8 @@ class GsvaTrainer(Trainer):
         return self._sampler
 
     def _run_epoch(self, **kwargs) -> None:
-        if self.state.global_step >= self.state.max_steps:  # transformers would add a step to a run that is complete
+        # transformers would add a step to a run that is complete, or that a guard has stopped.
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
         # accelerate does not reach the sampler when several processes resume within an epoch.
@@ -207,9 +212,14 @@ class GsvaTrainer(Trainer):
         aside.rmdir()
         if limit := self.args.save_total_limit:
             checkpoints = sort_checkpoints(str(folder), use_mtime=True)
-            unprotected = [checkpoint for checkpoint in checkpoints[:-1] if checkpoint != best]
+            protected = {best, self._guarded_checkpoint()}
+            unprotected = [checkpoint for checkpoint in checkpoints[:-1] if checkpoint not in protected]
             for checkpoint in unprotected[: max(len(checkpoints) - limit, 0)]:
                 remove_folder(checkpoint)
+
+    def _guarded_checkpoint(self) -> str | None:
+        bound = getattr(self.args, "guard_T_acc", None)
+        return None if bound is None else guarded_checkpoint(self.state.log_history, bound, self.args.output_dir)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         start = time.perf_counter()
@@ -297,11 +307,8 @@ class GsvaTrainer(Trainer):
         with self.accelerator.autocast():  # half-precision frozen weights beside float32 trained ones
             model = self.accelerator.unwrap_model(self.model)
             result = evaluate_rows(model, self.processing_class, config, on_prediction=self._draw)
-        metrics = {
-            f"{metric_key_prefix}_{name}": value
-            for name, value in result.metrics(convention).items()
-            if not math.isnan(value)
-        }
+        values = {**result.metrics(convention), CURVE_AREA: rejection_curve(result.rows)["area"]}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items() if not math.isnan(value)}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         facts = {
             "protocol": config.protocol,
