@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .llava_v1_gsva import LlavaV1Config
 from .modeling_gsva import GsvaForConditionalGeneration
 
 # Largest accepted difference to torch, relative to the largest output: float32 rounding over some thirty layers.
@@ -75,8 +76,15 @@ def export_onnx(model: GsvaForConditionalGeneration, folder: str | Path, check: 
         For each file's name the largest difference to the model, relative to the largest output (0.0 unless `check`).
 
     Raises:
-        ValueError: a part that is not in float32, or a file whose outputs differ by more than `TOLERANCE`.
+        ValueError: another base than LLaVA v1 or another mask model than SAM, a part that is not in float32, or a file whose
+            outputs differ by more than `TOLERANCE`.
     """
+    base, sam = model.config.vlm_config.model_type, model.config.sam_config.model_type
+    if (base, sam) != (LlavaV1Config.model_type, "sam"):
+        raise ValueError(
+            f"A GSVA over {base!r} with a mask model of type {sam!r} cannot be exported to ONNX: only LLaVA v1 with SAM has one "
+            "map for each image. Serve it with torch."
+        )
     parts = (model.model.vision_tower, model.sam, model.mask_projector)
     kinds = {parameter.dtype for part in parts for parameter in part.parameters()}
     if kinds != {torch.float32}:
