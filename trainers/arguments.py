@@ -18,6 +18,7 @@ from .inherited_arguments import refuse_unsupported
 from .threads import usable_cores
 
 TRAIN_LANGUAGE_MODEL = ("lora", "full", "frozen")
+TRAIN_TOKENS = ("all", "new")
 QUANTIZATIONS = ("4bit", "8bit")
 ARCHITECTURES = ("7b", "13b")
 
@@ -48,6 +49,12 @@ class ModelArguments:
     lora_r: int = field(default=8, metadata={"help": "Rank of LoRA."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of LoRA, divided by the rank."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA."})
+    train_tokens: str = field(
+        default="all",
+        metadata={
+            "help": "With LoRA: train 'all' rows of the embedding and the language head, or only the 'new' ones of [SEG] and [REJ]."
+        },
+    )
     quantization: str | None = field(
         default=None,
         metadata={
@@ -61,6 +68,12 @@ class ModelArguments:
 
     def __post_init__(self):
         check_choice("train_language_model", self.train_language_model, TRAIN_LANGUAGE_MODEL)
+        check_choice("train_tokens", self.train_tokens, TRAIN_TOKENS)
+        if self.train_tokens == "new" and self.train_language_model != "lora":
+            raise ValueError(
+                f"train_tokens='new' is for training with LoRA, not for train_language_model={self.train_language_model!r}; "
+                "leave one of them out."
+            )
         if self.quantization is not None:
             check_choice("quantization", self.quantization, QUANTIZATIONS)
             if self.train_language_model != "lora":

@@ -5,12 +5,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from .arguments import ModelArguments
+from .loading import whole_weights
 
 # The language model's own projections: a plain ["q_proj", "v_proj"] would also wrap CLIP's and SAM's (the original
 # excludes them by name as well, main.py: find_linear_layers).
 LORA_TARGETS = r".*language_model\.layers\.\d+\.self_attn\.(q_proj|v_proj)"
 # Trained in full beside LoRA, as in the original; text_hidden_fcs is called mask_projector here.
-FULLY_TRAINED = ("model.language_model.embed_tokens", "lm_head", "sam.mask_decoder", "mask_projector")
+EMBEDDING_AND_HEAD = ("model.language_model.embed_tokens", "lm_head")
+FULLY_TRAINED = (*EMBEDDING_AND_HEAD, "sam.mask_decoder", "mask_projector")
 # Parts of SAM's decoder that a single mask (multimask_output=False) does not depend on, so they would get no gradient.
 WITHOUT_GRADIENT = ("sam.mask_decoder.iou_prediction_head",) + tuple(
     f"sam.mask_decoder.output_hypernetworks_mlps.{number}" for number in (1, 2, 3)
@@ -27,18 +29,26 @@ def prepare_for_training(model: nn.Module, args: ModelArguments) -> nn.Module:
     Return the model with the parts frozen that the paper freezes: vision tower, projector and SAM's encoders.
 
     With `train_language_model="lora"` the result is a [`PeftModel`] around the same model, whose adapter holds LoRA and
-    the fully trained parts. "full" trains the whole language model, "frozen" only its embedding and head.
+    the fully trained parts. "full" trains the whole language model, "frozen" only its embedding and head. With
+    `train_tokens="new"` only the rows of `[SEG]` and `[REJ]` of embedding and head are trained.
     """
     if args.train_language_model == "lora":
+        fully_trained, rows = list(FULLY_TRAINED), None
+        if args.train_tokens == "new":
+            slots = sorted((model.config.seg_token_id, model.config.rej_token_id))
+            rows = {part.rpartition(".")[2]: slots for part in EMBEDDING_AND_HEAD}
+            fully_trained = [part for part in FULLY_TRAINED if part not in EMBEDDING_AND_HEAD]
         config = LoraConfig(
             r=args.lora_r,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
             target_modules=LORA_TARGETS,
-            modules_to_save=[part.rpartition(".")[2] for part in FULLY_TRAINED],
+            modules_to_save=[part.rpartition(".")[2] for part in fully_trained],
+            trainable_token_indices=rows,
             task_type="CAUSAL_LM",
         )
-        model = get_peft_model(model, config)
+        with whole_weights():  # with ZeRO-3 peft would wait for shards, which there are not yet
+            model = get_peft_model(model, config)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and any(
                 part.partition("mask_decoder.")[2] in name for part in WITHOUT_GRADIENT

@@ -22,7 +22,8 @@ from .trainer import complete_checkpoints, last_complete_checkpoint
 logger = logging.getLogger(__name__)
 
 # Arguments of the model and the data that decide what is learned. The data's name, folder and options are in its digest.
-KEPT_OF_MODEL = ("dtype", "train_language_model", "lora_r", "lora_alpha", "lora_dropout", "quantization")
+KEPT_OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "train_tokens")
+KEPT_OF_MODEL = ("dtype", "train_language_model", *KEPT_OF_LORA, "quantization")
 KEPT_OF_DATA = (
     "mixture",
     "mixture_rates",
@@ -58,7 +59,7 @@ def make_record(
     kept |= {name: data_values[name] for name in KEPT_OF_DATA}
     kept |= {name: plain(getattr(training_args, name)) for name in sorted(KEPT)}
     if model_args.train_language_model != "lora":
-        kept |= {"lora_r": None, "lora_alpha": None, "lora_dropout": None}
+        kept |= dict.fromkeys(KEPT_OF_LORA)
     # As parsed: the same JSON may be written in several ways.
     kept |= {"mixture": data_args.mixture_families, "mixture_rates": data_args.mixture_family_rates}
     if data_args.dataset != "mixture":

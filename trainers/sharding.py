@@ -6,6 +6,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from transformers import IntervalStrategy
 from transformers.models.sam.modeling_sam import SamMaskDecoder
 
@@ -60,13 +61,14 @@ def refuse_what_shards_cannot(model_args: ModelArguments, args: GsvaTrainingArgu
 
 def untie_weights(model: torch.nn.Module) -> None:
     """
-    Give each tied parameter a separate tensor, in place. `tie_weights()` ties them again.
+    Give each tied frozen parameter a separate tensor, in place. `tie_weights()` ties them again.
 
-    DeepSpeed's `zero_to_fp32.py --safe_serialization` fails for tied parameters (SAM's positional embeddings).
+    DeepSpeed's `zero_to_fp32.py --safe_serialization` fails for tied parameters (SAM's positional embeddings). Trained ones
+    stay tied: apart they would learn apart.
     """
     names: dict[int, str] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if names.setdefault(id(parameter), name) == name:
+        if names.setdefault(id(parameter), name) == name or parameter.requires_grad:
             continue
         module, _, attribute = name.rpartition(".")
         copy = torch.nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
@@ -82,9 +84,10 @@ def prepare_for_deepspeed(model: torch.nn.Module, args: GsvaTrainingArguments) -
         from deepspeed.utils import set_z3_leaf_module
 
         # The mask decoder runs once for each piece of the slots, and processes have different numbers of slots. As a leaf
-        # its weights are gathered once per call, as all processes do, and not once per piece.
+        # its weights are gathered once per call, as all processes do, and not once per piece. peft's trained rows read the
+        # weights of the module inside without calling it.
         for module in model.modules():
-            if isinstance(module, SamMaskDecoder):
+            if isinstance(module, (SamMaskDecoder, TrainableTokensLayer)):
                 set_z3_leaf_module(module, True)
 
 
@@ -119,7 +122,7 @@ def load_trained_weights(
     if misfits := sorted(trained.keys() & set(keys.missing_keys)) + sorted(keys.unexpected_keys):
         raise ValueError(
             f"{len(misfits)} trained weights are missing or not this model's, among them {', '.join(misfits[:4])}; "
-            "give --model, --train_language_model and --lora_r as they were in training."
+            "give --model, --train_language_model, --train_tokens and --lora_r as they were in training."
         )
     return model
 
