@@ -5,7 +5,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from .arguments import ModelArguments
-from .loading import whole_weights
 
 # The language model's own projections: a plain ["q_proj", "v_proj"] would also wrap CLIP's and SAM's (the original
 # excludes them by name as well, main.py: find_linear_layers).
@@ -36,7 +35,9 @@ def prepare_for_training(model: nn.Module, args: ModelArguments) -> nn.Module:
         fully_trained, rows = list(FULLY_TRAINED), None
         if args.train_tokens == "new":
             slots = sorted((model.config.seg_token_id, model.config.rej_token_id))
-            rows = {part.rpartition(".")[2]: slots for part in EMBEDDING_AND_HEAD}
+            is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+            # peft shares the rows with a tied head if only the embedding is named.
+            rows = {part.rpartition(".")[2]: slots for part in EMBEDDING_AND_HEAD[: 1 if is_tied else 2]}
             fully_trained = [part for part in FULLY_TRAINED if part not in EMBEDDING_AND_HEAD]
         config = LoraConfig(
             r=args.lora_r,
@@ -47,8 +48,7 @@ def prepare_for_training(model: nn.Module, args: ModelArguments) -> nn.Module:
             trainable_token_indices=rows,
             task_type="CAUSAL_LM",
         )
-        with whole_weights():  # with ZeRO-3 peft would wait for shards, which there are not yet
-            model = get_peft_model(model, config)
+        model = get_peft_model(model, config)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and any(
                 part.partition("mask_decoder.")[2] in name for part in WITHOUT_GRADIENT

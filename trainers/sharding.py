@@ -6,7 +6,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
-from peft.tuners.trainable_tokens import TrainableTokensLayer
 from transformers import IntervalStrategy
 from transformers.models.sam.modeling_sam import SamMaskDecoder
 
@@ -46,6 +45,12 @@ def refuse_what_shards_cannot(model_args: ModelArguments, args: GsvaTrainingArgu
     eval_strategy = IntervalStrategy(args.eval_strategy).value if args.eval_strategy != "no" else None
     for name, value, instead in (
         ("feature_cache", args.feature_cache, "train without it"),
+        # peft's rows read the embedding without calling it, so that its shards would not be gathered.
+        (
+            "train_tokens",
+            model_args.train_tokens if model_args.train_tokens == "new" else None,
+            "give --train_tokens all, or train with DeepSpeed ZeRO-2 (configs/accelerate/zero2.yaml)",
+        ),
         ("quantization", model_args.quantization, "train without it, or data parallel (configs/accelerate/ddp.yaml)"),
         (
             "eval_strategy",
@@ -84,10 +89,9 @@ def prepare_for_deepspeed(model: torch.nn.Module, args: GsvaTrainingArguments) -
         from deepspeed.utils import set_z3_leaf_module
 
         # The mask decoder runs once for each piece of the slots, and processes have different numbers of slots. As a leaf
-        # its weights are gathered once per call, as all processes do, and not once per piece. peft's trained rows read the
-        # weights of the module inside without calling it.
+        # its weights are gathered once per call, as all processes do, and not once per piece.
         for module in model.modules():
-            if isinstance(module, (SamMaskDecoder, TrainableTokensLayer)):
+            if isinstance(module, SamMaskDecoder):
                 set_z3_leaf_module(module, True)
 
 

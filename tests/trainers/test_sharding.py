@@ -27,6 +27,7 @@ def words(tmp_path, monkeypatch):
     [
         (["--feature_cache", "kept"], "feature_cache=kept is not possible"),
         (["--quantization", "4bit"], "quantization=4bit is not possible"),
+        (["--train_tokens", "new"], "train_tokens=new is not possible"),
         (["--do_eval", "--eval_strategy", "steps", "--eval_steps", "5"], "give --eval_strategy no"),
         ([], None),
     ],
