@@ -90,11 +90,11 @@ def measure() -> dict:
         text = processor.tokenizer.decode(answer.sequences[0, int(answer.answer_starts[0]) :])
         second = conversation(processor, FIRST, text, SECOND)
         result["second_prompt"] = second["input_ids"].shape[1]
-        for way in seconds:
+        for way, times in seconds.items():
             count.tokens = count.images = 0
             start = time.perf_counter()
             model.segment(**second, **options, **({"cache": cache} if way == "with" else {}))
-            seconds[way].append(time.perf_counter() - start)
+            times.append(time.perf_counter() - start)
             result[way] = {"tokens": count.tokens, "images_encoded": count.images}
     for way, times in seconds.items():
         result[way]["seconds"] = round(statistics.median(times), 2)

@@ -8,12 +8,12 @@ codes of the processes, negative for a signal:
 
 `strategy` is an accelerate config of configs/accelerate/, or null for a single process without `accelerate launch`. The
 environment of the processes is the one that `accelerate launch` and torchrun give them. At optimizer step `kill_at` each process
-kills itself. `memory` names a folder in which each process leaves the memory it held, in bytes.
+kills itself. `memory` names a folder in which each process leaves the resident memory that training held at most, in bytes
+beyond what it held before the model was loaded.
 """
 
 import json
 import os
-import resource
 import runpy
 import signal
 import sys
@@ -63,15 +63,17 @@ def resident() -> int:
 
 
 def report_memory(folder: Path, rank: int) -> None:
-    """Write what the process holds before it trains, and its peak, when training ends."""
+    """Write the peak of training, when it ends. Loading before it may have held more for a moment."""
     from transformers import Trainer
 
     train, start = Trainer.train, resident()
 
     def measured(self, *args, **kwargs):
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak begins anew
         result = train(self, *args, **kwargs)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        (folder / f"{rank}.json").write_text(json.dumps({"start": start, "peak": peak, "end": resident()}))
+        status = Path("/proc/self/status").read_text()
+        peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+        (folder / f"{rank}.json").write_text(json.dumps({"held": peak - start}))
         return result
 
     Trainer.train = measured

@@ -194,3 +194,44 @@ def test_a_file_of_the_original_s_training_form_becomes_a_model(forked, original
         ours = run(original, whole, tmp_path / f"out{len(form)}", "--sam", str(original / "sam.pth"))
         assert_equal(ours, expected(original))
         shutil.rmtree(whole)
+
+
+@pytest.fixture(scope="module")
+def larger_model(tmp_path_factory):
+    """A random model of about 100 million parameters, beside which the memory of libraries and buffers is small."""
+    from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration, GsvaProcessor
+
+    folder, config = tmp_path_factory.mktemp("larger"), GsvaConfig.from_pretrained(MODEL)
+    for name, value in {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8}.items():
+        setattr(config.text_config, name, value)
+    config.text_config.head_dim = config.text_config.hidden_size // config.text_config.num_attention_heads
+    GsvaForConditionalGeneration(config).save_pretrained(folder)
+    GsvaProcessor.from_pretrained(MODEL).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "way"), [(s, way) for s in ("ddp", "zero2", "zero3") for way in WAYS])
+def test_the_plan_counts_what_the_processes_hold(forked, larger_model, tmp_path, monkeypatch, strategy, way):
+    from trainers.arguments import parse_arguments
+    from trainers.memory_plan import Strategy, count, memory_of
+
+    given = [
+        *words(strategy, way, tmp_path / "out"),
+        "--max_steps",
+        "2",
+        "--save_strategy",
+        "no",
+        "--max_length",
+        "256",
+    ]
+    given[given.index("--model") + 1] = str(larger_model)
+    forked("run_gres.py", given, strategy=strategy, processes=2, memory=str(tmp_path))
+    held = max(json.loads((tmp_path / f"{rank}.json").read_text())["held"] for rank in range(2))
+    monkeypatch.chdir(ROOT)
+    sizes, activations = count(*parse_arguments([*given, "--use_cpu"]))
+    plan = Strategy.read(f"configs/accelerate/{strategy}.yaml", 2)
+    plan.bucket = min(plan.bucket, 2 * sizes.trained)  # on a CPU only what is written to is resident
+    planned = memory_of(sizes, activations, plan, half=False)
+    print(f"{strategy} {way}: planned {planned.total / 2**20:.0f} MiB ({planned}), held {held / 2**20:.0f} MiB")
+    assert held == pytest.approx(planned.total, rel=0.2)
