@@ -229,7 +229,7 @@ class TodayBase:
     learns_prompts = learns_places = True
     # Neither needs the other: they may run at the same time (`--stage vision` and `--stage masks`), with one thread each.
     tower_stages = {"vision": ("vision",), "masks": ("masks",)}
-    steps = {"vision": 3000, "masks": 1100, "words": 400, "language": 700}
+    steps = {"vision": 3000, "masks": 1100, "words": 200, "language": 500}
     mask_stride = 2
     generation_config = {"pad_token_id": 0, "eos_token_id": 2, "max_new_tokens": 128}
     sam_side, sam_stride = shapes.PICTURE_SIDE, 16  # the images' own size; the main map is 8 x 8, masks are 32 x 32
