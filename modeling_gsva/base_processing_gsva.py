@@ -15,14 +15,14 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, pr
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .chat_gsva import check_chat_files, check_contents
-from .conversations_gsva import ConversationFormat
+from .conversations_gsva import PROBE, AnsweredText, ConversationFormat
 from .image_processing_gsva import GsvaSamImageProcessor
 from .processing_gsva import GsvaProcessor
 from .prompts_gsva import BASE_PROMPTS, IMAGE_TOKEN, REJ_TOKEN, SEG_TOKEN, add_slot_tokens, merged_prompts
 
 # What the base's processor makes of text, beside what it makes of images.
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "text_replacement_offsets"}
-_EXTRAS = {"torchvision": "torchvision", "num2words": "smolvlm"}
+_ANY_IMAGE = Image.new("RGB", (1, 1))  # stands for one where its pixels do not matter
 
 
 def check_extras(processor_class: type[ProcessorMixin]) -> None:
@@ -30,15 +30,15 @@ def check_extras(processor_class: type[ProcessorMixin]) -> None:
     Raise ImportError where a processor needs a library that is not installed, with the extra that brings it. By itself
     transformers says so only in some cases.
     """
-    needed = ["torchvision"] if "video_processor" in processor_class.get_attributes() else []
-    needed += ["num2words"] if processor_class.__name__ == "SmolVLMProcessor" else []
-    for name in needed:
+    needs_words = processor_class.__name__ == "SmolVLMProcessor"
+    # Lfm2Vl's images have no way by Pillow alone.
+    has_videos = "video_processor" in processor_class.get_attributes() or processor_class.__name__ == "Lfm2VlProcessor"
+    extra = "smolvlm" if needs_words else "torchvision"
+    for name in ["torchvision"] * has_videos + ["num2words"] * needs_words:
         if importlib.util.find_spec(name) is None:
             raise ImportError(
-                f"{processor_class.__name__} needs {name}, which is not installed: pip install -e '.[{_EXTRAS[name]}]' (with "
-                f"torch's own index for the same version of CUDA)."
-                if name == "torchvision"
-                else f"{processor_class.__name__} needs {name}, which is not installed: pip install -e '.[{_EXTRAS[name]}]'."
+                f"{processor_class.__name__} needs {name}, which is not installed: pip install -e '.[{extra}]'"
+                f"{' (from the index that torch came from)' if name == 'torchvision' else ''}."
             )
 
 
@@ -71,6 +71,11 @@ def _check_base(processor: Any) -> None:
             f"{name} has no image token, so its model cannot be the base of a GSVA: the text must say where the image is. "
             "Take a model of the type llava, qwen3_vl, internvl or smolvlm."
         )
+    if getattr(transformers, name, None) is not type(processor):
+        raise ValueError(
+            f"{name} is not a processor of transformers, so a saved directory could not be loaded. Take a base that needs no "
+            "code of its own."
+        )
 
 
 def named_images(chat: list[dict]) -> list:
@@ -101,9 +106,8 @@ class GsvaBaseProcessor(GsvaProcessor):
     def __init__(self, base_processor, sam_image_processor, prompts=None, chat_template=None):
         _check_base(base_processor)
         name, tokenizer = type(base_processor).__name__, base_processor.tokenizer
-        template = chat_template or base_processor.chat_template or getattr(tokenizer, "chat_template", None)
-        if isinstance(template, dict):
-            template = template.get("default")
+        templates = chat_template or base_processor.chat_template or getattr(tokenizer, "chat_template", None)
+        template = templates.get("default") if isinstance(templates, dict) else templates
         if not template:
             raise ValueError(
                 f"{name} has no chat template, without which nobody knows how questions are asked. Give one: GsvaProcessor."
@@ -113,14 +117,17 @@ class GsvaBaseProcessor(GsvaProcessor):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.base = copy.copy(base_processor)
-        self.base.chat_template = template
+        self.base.chat_template = templates
         self._sam_image_processor = sam_image_processor
         self.prompts = merged_prompts(BASE_PROMPTS, prompts)
         self.image_token = self.base.image_token  # in text, for one image
         self.image_token_id = self.base.image_token_ids[0]  # in input_ids, many; Gemma 3's differ
         self.seg_token_id, self.rej_token_id = tokenizer.convert_tokens_to_ids([SEG_TOKEN, REJ_TOKEN])
-        ProcessorMixin.__init__(self, tokenizer, chat_template=template)
+        ProcessorMixin.__init__(self, tokenizer, chat_template=templates)
         self.format = ConversationFormat(tokenizer, template, self.image_token, name)
+        defaults = self.base._merge_kwargs(tokenizer_init_kwargs=tokenizer.init_kwargs)["text_kwargs"]
+        self.adds_special_tokens = defaults.get("add_special_tokens", True)
+        self._tokenize(self.format.answered(PROBE).pieces())  # raises where it would be asked otherwise than it learns
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -140,7 +147,7 @@ class GsvaBaseProcessor(GsvaProcessor):
     @property
     def reserved_tokens(self) -> set[str]:
         """Return the texts that no expression may hold."""
-        return {SEG_TOKEN, REJ_TOKEN, IMAGE_TOKEN, self.image_token, *self.tokenizer.all_special_tokens}
+        return {SEG_TOKEN, REJ_TOKEN, IMAGE_TOKEN, self.image_token, *self.format.special_tokens}
 
     def image_settings(self) -> dict[str, Any]:
         """Return how images are prepared, for the language model and for the mask model."""
@@ -184,9 +191,8 @@ class GsvaBaseProcessor(GsvaProcessor):
 
         recorder.get_text_with_replacements = record
         text = [self.image_token] * len(pictures)
-        inputs = recorder(
-            images=[[picture] for picture in pictures], text=text, padding=True, return_tensors="pt", **kwargs
-        )
+        options = {"padding": True, **kwargs, "return_tensors": "pt"}
+        inputs = recorder(images=[[picture] for picture in pictures], text=text, **options)
         if len(texts) != len(pictures):
             raise ValueError(
                 f"{type(self.base).__name__} does not say by which text it replaces an image "
@@ -206,45 +212,42 @@ class GsvaBaseProcessor(GsvaProcessor):
             images: per conversation its image, or None.
         """
         images = [None] * len(conversations) if images is None else images
-        given = [image for image in images if image is not None]
-        texts = iter(self._encode_images(given)[1] or [])
-        rows = [(self._read([image])[0], next(texts)) if image is not None else (None, None) for image in images]
-        return self._rows(conversations, rows, add_generation_prompt)
-
-    def _encode_rows(self, conversations, image_index, images, image_texts) -> list[tuple[list[int], list[int]]]:
-        rows = [(images[n], image_texts[n]) if n >= 0 else (None, None) for n in image_index]
-        return self._rows(conversations, rows)
-
-    def _rows(self, conversations, images, add_generation_prompt=False) -> list[tuple[list[int], list[int]]]:
+        texts = iter(self._encode_images([image for image in images if image is not None])[1] or [])
+        of_rows = [None if image is None else next(texts) for image in images]
         return [
-            self._row(conversation, image, text, add_generation_prompt)
-            for conversation, (image, text) in zip(conversations, images, strict=True)
+            self._row(conversation, text, add_generation_prompt)
+            for conversation, text in zip(conversations, of_rows, strict=True)
         ]
 
-    def _row(self, conversation, image, image_text, add_generation_prompt) -> tuple[list[int], list[int]]:
-        """Return ids and labels of a conversation about an image that the base replaces by `image_text`."""
+    def _encode_rows(self, conversations, image_index, image_texts) -> list[tuple[list[int], list[int]]]:
+        texts = [image_texts[image] if image >= 0 else None for image in image_index]
+        return [self._row(conversation, text) for conversation, text in zip(conversations, texts, strict=True)]
+
+    def _row(
+        self, conversation: list[dict], image_text: str | None, add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Return ids and labels of a conversation about an image that the base replaces by `image_text`, None for none."""
         if add_generation_prompt:
-            whole, cuts = self.format.render(conversation, add_generation_prompt=True), []
+            answered = AnsweredText(self.format.render(conversation, add_generation_prompt=True), [])
         else:
             answered = self.format.answered(conversation)
-            whole, cuts = answered.text, [place for span in answered.answers for place in span]
-        if (count := whole.count(self.image_token)) != (image is not None):
+        if (count := answered.text.count(self.image_token)) != (image_text is not None):
             raise ValueError(
                 f"A conversation holds {count} <image> placeholders; GSVA reads one image per conversation, and only where "
                 "there is one. Ask about each image in a conversation of its own."
             )
-        pieces = [whole[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(whole)])]
-        pieces[0] = self._lay_out(pieces[0], image, len(cuts) > 2)
-        if image is not None:
+        pieces = answered.pieces()
+        pieces[0] = self._lay_out(pieces[0], image_text is not None, len(pieces) > 2)
+        if image_text is not None:
             pieces = [piece.replace(self.image_token, image_text) for piece in pieces]
-        return self._tokenize(pieces[:-1] or pieces)
+        return self._tokenize(pieces)
 
-    def _lay_out(self, prompt: str, image, has_more: bool) -> str:
+    def _lay_out(self, prompt: str, has_image: bool, has_more: bool) -> str:
         """Return the first prompt as the base's processor lays it out."""
-        if image is None:
+        if not has_image:
             self.base.validate_inputs(images=None, text=[prompt])
             return prompt
-        _, (text,), *_ = self.base.prepare_inputs_layout(images=[[image]], text=[prompt])
+        _, (text,), *_ = self.base.prepare_inputs_layout(images=[[_ANY_IMAGE]], text=[prompt])
         if has_more and text != prompt:
             raise ValueError(
                 f"{type(self.base).__name__} lays out one question with its answer; ask each question in a conversation of its "
@@ -256,10 +259,8 @@ class GsvaBaseProcessor(GsvaProcessor):
         """Return ids and labels of a text in pieces, of which every second is said by the assistant."""
         text = "".join(pieces)
         bos = self.tokenizer.bos_token
-        defaults = self.base._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs)["text_kwargs"]
-        options = {"add_special_tokens": defaults.get("add_special_tokens", True)}
-        if bos is not None and text.startswith(bos):  # as apply_chat_template does
-            options["add_special_tokens"] = False
+        begins_with_bos = bos is not None and text.startswith(bos)  # asked as apply_chat_template does
+        options = {"add_special_tokens": self.adds_special_tokens and not begins_with_bos}
         ids = self.tokenizer(text, return_attention_mask=False, **options)["input_ids"]
         labels, done = [-100] * len(ids), 0
         ends = np.cumsum([len(piece) for piece in pieces]).tolist()
@@ -283,7 +284,7 @@ class GsvaBaseProcessor(GsvaProcessor):
 
     # ---- text and chats, as the base's processor takes them ----
     def _call_with_text(self, images, text, **kwargs) -> BatchFeature:
-        if images is None:
+        if images is None or (isinstance(images, (list, tuple)) and not images):
             return self.base(text=text, **kwargs)
         pictures = self._read(images)
         if text is None:
@@ -332,7 +333,7 @@ class GsvaBaseProcessor(GsvaProcessor):
             "sam_image_processor": self.sam_image_processor.to_dict(),
             "prompts": self.prompts,
             # Which of transformers' two ways prepares images; they differ by a level of 255 where images are reduced.
-            "image_backend": self.image_processor.backend,
+            "image_backend": getattr(self.image_processor, "backend", None),
         }
         own = {"auto_map": self.auto_map} if hasattr(self, "auto_map") else {}
         return {**self.base.to_dict(), **ours, **own}

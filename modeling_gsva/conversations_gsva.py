@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from jinja2 import TemplateError
@@ -16,6 +17,7 @@ _LAYOUTS = (("user", "assistant", "system"), ("user",), ())
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Words that no template holds, to see where it puts them.
 _QUESTION, _ANSWER = "What is 9f0e3c there?", "Sure,it is 5d7a1b."
+PROBE = [{"role": "user", "content": f"{IMAGE_TOKEN}\n{_QUESTION}"}, {"role": "assistant", "content": _ANSWER}]
 
 
 @dataclass
@@ -30,6 +32,11 @@ class AnsweredText:
 
     text: str
     answers: list[tuple[int, int]]
+
+    def pieces(self) -> list[str]:
+        """Return the text in pieces, of which every second is an answer, without what follows the last answer."""
+        cuts = [0, *(place for answer in self.answers for place in answer)]
+        return [self.text[begin:end] for begin, end in pairwise(cuts)] or [self.text]
 
 
 class ConversationFormat:
@@ -51,29 +58,29 @@ class ConversationFormat:
 
     def __init__(self, tokenizer, chat_template: str, image_token: str, name: str):
         self.tokenizer, self.chat_template, self.image_token, self.name = tokenizer, chat_template, image_token, name
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special |= set(tokenizer.all_special_tokens)
-        self.ends = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        self.special_tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self.special_tokens |= set(tokenizer.all_special_tokens)
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        self.ends = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self.marks_answers = bool(_GENERATION.search(chat_template))
         self.needs_end = False
-        probe = [{"role": "user", "content": f"<image>\n{_QUESTION}"}, {"role": "assistant", "content": _ANSWER}]
-        self.parts_of = self._find_layout(probe)
-        text = self.render(probe)
+        self.parts_of = self._find_layout()
+        text = self.render(PROBE)
         self.needs_end = not self.ends.search(text, text.index(_ANSWER) + len(_ANSWER))
         if self.needs_end and tokenizer.eos_token is None:
             raise ValueError(
                 f"Neither the chat template of {name} nor its tokenizer has a token that ends an answer, so that none would "
                 "end. Set tokenizer.eos_token."
             )
-        self.answered(probe)
+        self.answered(PROBE)
 
-    def _find_layout(self, probe: list[dict]) -> tuple[str, ...]:
+    def _find_layout(self) -> tuple[str, ...]:
         """Return the roles whose content the template takes as a list of parts."""
         problem = "it loses the image or the text"
         for roles in _LAYOUTS:
             self.parts_of = roles
             try:
-                text = self.render(probe)
+                text = self.render(PROBE)
             except (TemplateError, TypeError, ValueError, KeyError) as error:
                 problem = str(error)
                 continue
@@ -156,15 +163,15 @@ class ConversationFormat:
                 continue
             prompt = self.render(conversation[:number], add_generation_prompt=True)
             through = self.render(conversation[: number + 1]) if number + 1 < len(conversation) else whole
+            if not whole.startswith(prompt):
+                self._refuse(prompt, whole)
             begin, end = len(prompt), self._end(whole, through, len(prompt), message)
-            if not whole.startswith(prompt) or whole[:end] != through[:end]:
-                self._refuse(prompt, whole if not whole.startswith(prompt) else through, whole)
             if self.marks_answers:
                 spans = [span for span in marked if span[1] > begin and span[0] < end]
                 if not spans:
                     continue
                 if whole[begin : spans[0][0]].strip():
-                    self._refuse(prompt, whole[: spans[0][0]], whole)
+                    self._refuse(prompt, whole)
             answered.answers.append((begin, end))
         return answered
 
@@ -174,10 +181,17 @@ class ConversationFormat:
         parts = prepared["content"]
         content = (parts if isinstance(parts, str) else self._text(parts)).strip()
         place = whole.find(content, begin)
-        place = begin if place < 0 else place + len(content)  # a template may change the words
+        if self.needs_end and place < 0:
+            raise ValueError(
+                f"The chat template of {self.name} changes the words of an answer, {content[:60]!r}; give another as "
+                "chat_template."
+            )
+        place = begin if place < 0 else place + len(content)
+        limit = len(os.path.commonprefix([whole, through]))
+        if limit < place:
+            self._refuse(through, whole)
         if self.needs_end:
             return place
-        limit = len(os.path.commonprefix([whole, through]))
         end = self.ends.search(whole, place, limit)
         if end is None:
             raise ValueError(
@@ -186,14 +200,15 @@ class ConversationFormat:
             )
         return end.end()
 
-    def _refuse(self, prompt: str, other: str, whole: str) -> None:
-        place = len(os.path.commonprefix([prompt, other, whole]))
+    def _refuse(self, asked: str, whole: str) -> None:
+        """Raise ValueError for a text with which the model is asked, and the conversation that it learns."""
+        place = max(len(os.path.commonprefix([asked, whole])) - 20, 0)
         raise ValueError(
-            f"The chat template of {self.name} renders {prompt[place:][:60]!r} where the model is to answer, but "
-            f"{whole[place:][:60]!r} in the whole conversation: it would be asked in other words than it learned. Give as "
+            f"The chat template of {self.name} renders {asked[place : place + 60]!r} where the model is to answer, but "
+            f"{whole[place : place + 60]!r} in the whole conversation: it would be asked in other words than it learned. Give as "
             "chat_template one whose prompt is the beginning of the conversation (without thinking blocks), or each question "
             "in a conversation of its own."
         )
 
 
-__all__ = ["AnsweredText", "ConversationFormat"]
+__all__ = ["PROBE", "AnsweredText", "ConversationFormat"]

@@ -22,7 +22,8 @@ from .trainer import complete_checkpoints, last_complete_checkpoint
 logger = logging.getLogger(__name__)
 
 # Arguments of the model and the data that decide what is learned. The data's name, folder and options are in its digest.
-KEPT_OF_MODEL = ("dtype", "train_language_model", "lora_r", "lora_alpha", "lora_dropout", "quantization")
+KEPT_OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+KEPT_OF_MODEL = ("dtype", "train_language_model", *KEPT_OF_LORA, "quantization", "object_score_loss_weight")
 KEPT_OF_DATA = (
     "mixture",
     "mixture_rates",
@@ -30,6 +31,9 @@ KEPT_OF_DATA = (
     "num_expressions",
     "wording",
     "all_absent",
+    "negatives",
+    "negatives_like",
+    "drop_no_targets",
     "max_length",
 )
 
@@ -58,7 +62,7 @@ def make_record(
     kept |= {name: data_values[name] for name in KEPT_OF_DATA}
     kept |= {name: plain(getattr(training_args, name)) for name in sorted(KEPT)}
     if model_args.train_language_model != "lora":
-        kept |= {"lora_r": None, "lora_alpha": None, "lora_dropout": None}
+        kept |= dict.fromkeys(KEPT_OF_LORA)
     # As parsed: the same JSON may be written in several ways.
     kept |= {"mixture": data_args.mixture_families, "mixture_rates": data_args.mixture_family_rates}
     if data_args.dataset != "mixture":

@@ -20,13 +20,21 @@ from transformers.trainer_utils import TrainOutput
 
 from data_scripts.files import write_json
 from data_scripts.transforms import Wording
+from evaluation.config import EvaluationConfig
 from evaluation.loop import cpu_threads
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
 
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
 from .console import show_as_table
 from .curves import training_curves
-from .data import GsvaCollator, ProcessorWording, evaluation_config, num_images, training_data
+from .data import (
+    GsvaCollator,
+    ProcessorWording,
+    describe_negatives,
+    evaluation_config,
+    num_images,
+    training_data,
+)
 from .freezing import (
     cast_trained,
     merge_lora,
@@ -37,6 +45,7 @@ from .freezing import (
     snapshot,
     unmoved,
 )
+from .guard import check_watched
 from .loading import load_model, merge
 from .output_folder import ADAPTER, CURVES, LOG_HISTORY, RUN, TRAINING
 from .publishing import save, save_adapter
@@ -79,6 +88,8 @@ def train(
     threads = record["threads"] = choose_threads(training_args, record.get("threads"))
     if state.is_main_process:
         print(parts_table(model), flush=True)
+        if sentence := describe_negatives(dataset):
+            print(sentence, flush=True)
         check_disk(model, training_args)
     prepare_for_deepspeed(model, training_args)
     before = snapshot(model)
@@ -118,10 +129,13 @@ def begin_run(
         model: The base model as it was loaded.
 
     Raises:
-        ValueError: The output folder holds another run, or one of more steps than are asked for.
+        ValueError: The output folder holds another run, or one of more steps than are asked for; or evaluations cannot give
+            a metric that is to be watched.
     """
     checkpoint = resume_point(training_args)
     check_optimizer(checkpoint, training_args)
+    if training_args.do_eval:
+        check_watched(training_args, evaluation_in_training(data_args, training_args))
     record = make_record(processor, model, model_args, data_args, training_args)
     record = check_resumed(record, checkpoint, training_args)
     if PartialState().is_main_process and (sentence := describe_changes(record, checkpoint)):
@@ -221,6 +235,12 @@ def choose_threads(args: GsvaTrainingArguments, recorded: int | None) -> int | N
     return threads
 
 
+def evaluation_in_training(data_args: DataArguments, training_args: GsvaTrainingArguments) -> EvaluationConfig:
+    """Return the settings of the evaluations during training."""
+    limit = data_args.max_eval_samples_in_training
+    return evaluation_config(data_args, training_args, data_args.protocols[0], limit=limit)
+
+
 def make_trainer(
     processor: GsvaProcessor,
     model: nn.Module,
@@ -234,10 +254,7 @@ def make_trainer(
     # folder, where from_pretrained puts them on top of the merged weights.
     trainer_args = copy.copy(training_args)
     trainer_args.push_to_hub = False
-    evaluation = None
-    if training_args.do_eval:
-        limit = data_args.max_eval_samples_in_training
-        evaluation = evaluation_config(data_args, training_args, data_args.protocols[0], limit=limit)
+    evaluation = evaluation_in_training(data_args, training_args) if training_args.do_eval else None
     trainer = GsvaTrainer(
         callbacks=[RefuseFewerSteps()],
         model=model,
