@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_outputs import ModelOutput
 
+from .configuration_gsva import WITH_OBJECT_SCORE
 from .llava_v1_gsva import grad_if_trained
 from .sam_attention_gsva import use_chunked_attention
 from .sam_decoder_gsva import rows_of, share_images, used_by_weight
@@ -36,7 +37,6 @@ class MaskAdapter:
     """
 
     encoding: tuple[str, ...] = ("vision_encoder",)  # the parts on which the maps of an image depend
-    has_objects = False  # whether the decoder tells if there is an object
 
     def __init__(self, sam: nn.Module):
         self.sam, self.decoder = sam, sam.mask_decoder
@@ -50,6 +50,11 @@ class MaskAdapter:
         """Change a new model in place: the faster attention of SAM's encoder, and the mask decoder that shares images."""
         use_chunked_attention(sam)
         share_images(sam)
+
+    @property
+    def has_objects(self) -> bool:
+        """Whether the decoder tells if there is an object."""
+        return self.sam.config.model_type in WITH_OBJECT_SCORE
 
     def encoding_parts(self) -> dict[str, nn.Module | nn.Parameter]:
         """Return by name the parts of the mask model on which the maps of an image depend."""
@@ -143,7 +148,6 @@ class Sam2Adapter(MaskAdapter):
     """SAM 2 and SAM 3's tracker, whose decoders add maps of higher resolution and tell whether there is an object."""
 
     encoding = ("vision_encoder", "no_memory_embedding", "mask_decoder.conv_s0", "mask_decoder.conv_s1")
-    has_objects = True
 
     @staticmethod
     def prepare_config(config: PreTrainedConfig) -> None:

@@ -463,7 +463,10 @@ class GsvaProcessor(ProcessorMixin):
     def _candidate(outputs, number: int):
         """Return the output that holds only the `number`-th answer of each prompt."""
         rows = slice(number, None, outputs.num_candidates)
-        per_row = ("sequences", "answer_starts", "mask_logits", "scores", "is_rejected", "iou_scores", "image_index")
+        per_row = (
+            *("sequences", "answer_starts", "mask_logits", "scores", "probabilities", "is_rejected", "iou_scores"),
+            *("object_scores", "image_index"),
+        )
         parts = {name: value[rows] for name in per_row if (value := outputs.get(name)) is not None}
         return type(outputs)(method=outputs.method, **parts)
 
@@ -509,7 +512,8 @@ class GsvaProcessor(ProcessorMixin):
             expression (in free chat the phrase before the slot), a (height, width) boolean array (all False where
             rejected), the log-odds of `[SEG]` against `[REJ]` and the probability that the expression is there (both NaN
             where the answer has no slot for the expression, which counts as rejected), and whether the answer's slots
-            were not the ones asked for. With `num_return_sequences` above 1, per image one such list for
+            were not the ones asked for. Where the mask model has an object score (SAM 2, SAM 3's tracker), `"object_score"` is
+            its logit of an object being there, NaN where no mask was made. With `num_return_sequences` above 1, per image one such list for
             each candidate, the best first.
         """
         if threshold is not None:
@@ -567,6 +571,10 @@ class GsvaProcessor(ProcessorMixin):
                         "is_malformed": malformed,
                     }
                 )
+                if outputs.object_scores is not None:
+                    results[image][-1]["object_score"] = (
+                        float("nan") if n is None else float(outputs.object_scores[row][n])
+                    )
         return results
 
 

@@ -63,6 +63,12 @@ class ModelArguments:
             "help": f"QLoRA: load the language model's frozen layers in {' or '.join(QUANTIZATIONS)} (bitsandbytes)."
         },
     )
+    object_score_loss_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the loss of SAM 2's object score, a second sign of absence. Default: the model's, 0 for new ones."
+        },
+    )
     architecture: str | None = field(
         default=None,
         metadata={"help": f"--plan: size of `model` if it is not on this machine, {' or '.join(ARCHITECTURES)}."},

@@ -32,7 +32,7 @@ from .feature_cache import FeatureCache
 from .guard import CURVE_AREA, GuardTAcc, guarded_checkpoint
 from .output_folder import RUN, TENSORBOARD, VALIDATION
 
-LOSS_PARTS = ("ce_loss", "mask_bce_loss", "mask_dice_loss")
+LOSS_PARTS = ("ce_loss", "mask_bce_loss", "mask_dice_loss", "object_score_loss")
 
 
 class EpochSampler(Sampler[int]):
@@ -226,21 +226,26 @@ class GsvaTrainer(Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._data_seconds += time.perf_counter() - start
         self._steps += 1
-        count = torch.tensor(sum(self._num_masks(batch) for batch in batches), device=device)
+        masks, slots = (
+            (sum(counts) for counts in zip(*(self._counts(batch) for batch in batches))) if batches else (0, 0)
+        )
+        count = torch.tensor([masks, slots], device=device)
         if self.args.world_size > 1:
             count = self.accelerator.reduce(count)
         for batch in batches:
-            batch["num_masks_in_batch"] = count.clamp(min=1)
+            batch["num_masks_in_batch"], batch["num_slots_in_batch"] = count.clamp(min=1)
             self._images += len(batch.get("pixel_values", ()))
         # There may be no supervised tokens, where max_length cuts off every answer: do not divide by zero.
         return batches, num_items.clamp(min=1) if torch.is_tensor(num_items) else num_items
 
-    def _num_masks(self, batch) -> int:
+    def _counts(self, batch) -> tuple[int, int]:
+        """Return how many masks of a batch count in the mask losses, and how many slots with a true mask it has."""
         config = self.accelerator.unwrap_model(self.model).config
         masks = batch.get("mask_labels", [])
+        slots = sum(len(mask) for mask in masks)
         if config.rejected_slot_loss == "zero_logits":
-            return sum(len(mask) for mask in masks)
-        return sum(int(mask.flatten(1).any(1).sum()) for mask in masks if len(mask))
+            return slots, slots
+        return sum(int(mask.flatten(1).any(1).sum()) for mask in masks if len(mask)), slots
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.features is not None:
@@ -281,7 +286,9 @@ class GsvaTrainer(Trainer):
             sums = torch.stack([torch.as_tensor(self._parts.get(n, 0.0), dtype=torch.float32).cpu() for n in names])
             sums = self.accelerator.reduce(sums.to(self.args.device)).tolist()
             parts = dict(zip(names, sums))
-            logs.update({name: parts[name] / self._steps for name in LOSS_PARTS})
+            trains_objects = self.accelerator.unwrap_model(self.model).config.object_score_loss_weight
+            shown = LOSS_PARTS if trains_objects else LOSS_PARTS[:-1]
+            logs.update({name: parts[name] / self._steps for name in shown})
             if parts["slots"]:
                 logs["slot_accuracy"] = parts["slots_right"] / parts["slots"]
             if parts["masks"]:
