@@ -290,6 +290,11 @@ class Categories:
     of_text: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @classmethod
+    def of(cls, of_image: Mapping[str, Iterable[str]], of_text: Mapping[str, Iterable[str]]) -> Categories:
+        """Return categories that nothing changes any more."""
+        return cls(*({key: frozenset(names) for key, names in part.items()} for part in (of_image, of_text)))
+
+    @classmethod
     def united(cls, several: Iterable[Categories]) -> Categories:
         """Return the categories of several data sets together."""
         of_image: dict[str, frozenset[str]] = {}

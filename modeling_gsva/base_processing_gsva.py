@@ -22,7 +22,6 @@ from .prompts_gsva import BASE_PROMPTS, IMAGE_TOKEN, REJ_TOKEN, SEG_TOKEN, add_s
 
 # What the base's processor makes of text, beside what it makes of images.
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "text_replacement_offsets"}
-
 _ANY_IMAGE = Image.new("RGB", (1, 1))  # stands for one where its pixels do not matter
 
 
@@ -71,6 +70,11 @@ def _check_base(processor: Any) -> None:
         raise ValueError(
             f"{name} has no image token, so its model cannot be the base of a GSVA: the text must say where the image is. "
             "Take a model of the type llava, qwen3_vl, internvl or smolvlm."
+        )
+    if getattr(transformers, name, None) is not type(processor):
+        raise ValueError(
+            f"{name} is not a processor of transformers, so a saved directory could not be loaded. Take a base that needs no "
+            "code of its own."
         )
 
 
@@ -121,9 +125,9 @@ class GsvaBaseProcessor(GsvaProcessor):
         self.seg_token_id, self.rej_token_id = tokenizer.convert_tokens_to_ids([SEG_TOKEN, REJ_TOKEN])
         ProcessorMixin.__init__(self, tokenizer, chat_template=templates)
         self.format = ConversationFormat(tokenizer, template, self.image_token, name)
-        self._tokenize(
-            self.format.answered(PROBE).pieces()
-        )  # raises where a prompt could not be asked as it is learned
+        defaults = self.base._merge_kwargs(tokenizer_init_kwargs=tokenizer.init_kwargs)["text_kwargs"]
+        self.adds_special_tokens = defaults.get("add_special_tokens", True)
+        self._tokenize(self.format.answered(PROBE).pieces())  # raises where it would be asked otherwise than it learns
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -187,9 +191,8 @@ class GsvaBaseProcessor(GsvaProcessor):
 
         recorder.get_text_with_replacements = record
         text = [self.image_token] * len(pictures)
-        inputs = recorder(
-            images=[[picture] for picture in pictures], text=text, padding=True, return_tensors="pt", **kwargs
-        )
+        options = {"padding": True, **kwargs, "return_tensors": "pt"}
+        inputs = recorder(images=[[picture] for picture in pictures], text=text, **options)
         if len(texts) != len(pictures):
             raise ValueError(
                 f"{type(self.base).__name__} does not say by which text it replaces an image "
@@ -256,10 +259,8 @@ class GsvaBaseProcessor(GsvaProcessor):
         """Return ids and labels of a text in pieces, of which every second is said by the assistant."""
         text = "".join(pieces)
         bos = self.tokenizer.bos_token
-        defaults = self.base._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs)["text_kwargs"]
-        options = {"add_special_tokens": defaults.get("add_special_tokens", True)}
-        if bos is not None and text.startswith(bos):  # as apply_chat_template does
-            options["add_special_tokens"] = False
+        begins_with_bos = bos is not None and text.startswith(bos)  # asked as apply_chat_template does
+        options = {"add_special_tokens": self.adds_special_tokens and not begins_with_bos}
         ids = self.tokenizer(text, return_attention_mask=False, **options)["input_ids"]
         labels, done = [-100] * len(ids), 0
         ends = np.cumsum([len(piece) for piece in pieces]).tolist()
@@ -283,7 +284,7 @@ class GsvaBaseProcessor(GsvaProcessor):
 
     # ---- text and chats, as the base's processor takes them ----
     def _call_with_text(self, images, text, **kwargs) -> BatchFeature:
-        if images is None:
+        if images is None or (isinstance(images, (list, tuple)) and not images):
             return self.base(text=text, **kwargs)
         pictures = self._read(images)
         if text is None:
@@ -332,7 +333,7 @@ class GsvaBaseProcessor(GsvaProcessor):
             "sam_image_processor": self.sam_image_processor.to_dict(),
             "prompts": self.prompts,
             # Which of transformers' two ways prepares images; they differ by a level of 255 where images are reduced.
-            "image_backend": self.image_processor.backend,
+            "image_backend": getattr(self.image_processor, "backend", None),
         }
         own = {"auto_map": self.auto_map} if hasattr(self, "auto_map") else {}
         return {**self.base.to_dict(), **ours, **own}

@@ -163,15 +163,15 @@ class ConversationFormat:
                 continue
             prompt = self.render(conversation[:number], add_generation_prompt=True)
             through = self.render(conversation[: number + 1]) if number + 1 < len(conversation) else whole
+            if not whole.startswith(prompt):
+                self._refuse(prompt, whole)
             begin, end = len(prompt), self._end(whole, through, len(prompt), message)
-            if not whole.startswith(prompt) or whole[:end] != through[:end]:
-                self._refuse(prompt, whole if not whole.startswith(prompt) else through, whole)
             if self.marks_answers:
                 spans = [span for span in marked if span[1] > begin and span[0] < end]
                 if not spans:
                     continue
                 if whole[begin : spans[0][0]].strip():
-                    self._refuse(prompt, whole[: spans[0][0]], whole)
+                    self._refuse(prompt, whole)
             answered.answers.append((begin, end))
         return answered
 
@@ -187,9 +187,11 @@ class ConversationFormat:
                 "chat_template."
             )
         place = begin if place < 0 else place + len(content)
+        limit = len(os.path.commonprefix([whole, through]))
+        if limit < place:
+            self._refuse(through, whole)
         if self.needs_end:
             return place
-        limit = len(os.path.commonprefix([whole, through]))
         end = self.ends.search(whole, place, limit)
         if end is None:
             raise ValueError(
@@ -198,11 +200,12 @@ class ConversationFormat:
             )
         return end.end()
 
-    def _refuse(self, prompt: str, other: str, whole: str) -> None:
-        place = len(os.path.commonprefix([prompt, other, whole]))
+    def _refuse(self, asked: str, whole: str) -> None:
+        """Raise ValueError for a text with which the model is asked, and the conversation that it learns."""
+        place = max(len(os.path.commonprefix([asked, whole])) - 20, 0)
         raise ValueError(
-            f"The chat template of {self.name} renders {prompt[place:][:60]!r} where the model is to answer, but "
-            f"{whole[place:][:60]!r} in the whole conversation: it would be asked in other words than it learned. Give as "
+            f"The chat template of {self.name} renders {asked[place : place + 60]!r} where the model is to answer, but "
+            f"{whole[place : place + 60]!r} in the whole conversation: it would be asked in other words than it learned. Give as "
             "chat_template one whose prompt is the beginning of the conversation (without thinking blocks), or each question "
             "in a conversation of its own."
         )

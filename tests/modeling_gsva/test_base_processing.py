@@ -1,16 +1,23 @@
 """The processor of a GSVA over any base: what the base's own processor gives, images once, and answers by its chat template."""
 
+import importlib.util
 import io
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import tiny_processors as tiny
 import torch
+import transformers
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from modeling_gsva import GsvaPipeline, GsvaProcessor
-from modeling_gsva.prompts_gsva import add_slot_tokens
+from modeling_gsva.base_processing_gsva import check_extras, load_base_processor
+from modeling_gsva.prompts_gsva import BARE_TEMPLATE, add_slot_tokens
+from modeling_gsva.reading_gsva import AnsweredBatch, PrefixCache
 
 NEEDS_TORCHVISION = pytest.mark.skipif(not tiny.HAS_TORCHVISION, reason="these processors need torchvision")
 FAMILIES = [*tiny.WITH_PILLOW, *(pytest.param(name, marks=NEEDS_TORCHVISION) for name in tiny.WITH_TORCHVISION)]
@@ -199,10 +206,11 @@ def test_whole_batches_train(processor, base, model, family):
     for row, (image, asked) in enumerate([(1, "What is left?"), (0, "And right?")]):
         answer = batch["labels"][row][batch["labels"][row] != -100].tolist()
         states = own_states(model, base, PICTURES[image], asked, answer)
-        logits = model.language.logits(states[-len(answer) - 1 : -1])
-        total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum"))
+        logits = model.language.logits(states[-len(answer) - 1 : -1]).detach()
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
+        total += loss.item()
         count += len(answer)
-    assert float(outputs.ce_loss) == pytest.approx(total / count, rel=1e-4)
+    assert outputs.ce_loss.item() == pytest.approx(total / count, rel=1e-4)
     assert outputs.mask_bce_loss > 0 and outputs.loss.requires_grad
 
 
@@ -309,3 +317,113 @@ def test_saved_and_loaded(processor, family, tmp_path):
     assert base.to_dict() == processor.base.to_dict() and base.chat_template == processor.chat_template
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == processor.tokenizer.get_vocab()
     assert isinstance(AutoImageProcessor.from_pretrained(tmp_path, backend="pil"), type(processor.image_processor))
+
+
+REMOTE = """
+import sys
+import numpy as np
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(processor).__module__.startswith("transformers_modules"), type(processor)
+picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+inputs = processor(images=[picture], expressions=[["a dog", "the man"]], return_tensors="pt")
+print(*model.segment(**inputs).scores[0].tolist())
+processor.save_pretrained(sys.argv[2])
+again = AutoProcessor.from_pretrained(sys.argv[2], trust_remote_code=True)
+assert again.to_dict() == processor.to_dict() and again.chat_template == processor.chat_template
+"""
+
+
+def test_loads_where_the_project_is_not_installed(tmp_path):
+    processor = tiny.make_processor("llava_next")
+    model = tiny.make_model("llava_next", processor)
+    processor.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "saved")
+    inputs = processor(images=PICTURES[:1], expressions=[["a dog", "the man"]], return_tensors="pt")
+    expected = model.segment(**inputs).scores[0].tolist()
+    (tmp_path / "code.py").write_text(REMOTE)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "code.py", "saved", "again"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**environment, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [float(score) for score in done.stdout.split()] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sam2", "sam3_tracker"])
+def test_images_of_other_mask_models(kind):
+    processor = tiny.make_processor("llava", sam=kind)
+    model = tiny.make_model("llava", processor, sam=kind)
+    inputs = processor(images=PICTURES, expressions=EXPRESSIONS, return_tensors="pt")
+    side = processor.mask_input_size
+    assert inputs["sam_pixel_values"].shape == (2, 3, side, side)
+    assert inputs["reshaped_input_sizes"].tolist() == [[side, side]] * 2
+    results = processor.post_process_segmentation(model.segment(**inputs, threshold=-1e9), inputs)
+    assert [of_image[0]["mask"].shape for of_image in results] == [(40, 60), (70, 33)]
+
+
+def sam_config():
+    return AutoConfig.for_model(**{"model_type": "sam", **tiny.bases.mask_config("sam")})
+
+
+def test_processors_that_are_refused():
+    base = tiny.base_processor("llava")
+    with pytest.raises(
+        ValueError, match="PreTrainedTokenizerFast prepares no images|TokenizersBackend prepares no images"
+    ):
+        GsvaProcessor.from_base(base.tokenizer, sam_config())
+    base.image_token = None
+    with pytest.raises(ValueError, match="LlavaProcessor has no image token"):
+        GsvaProcessor.from_base(base, sam_config())
+    base = tiny.base_processor("paligemma")
+    with pytest.raises(ValueError, match="PaliGemmaProcessor has no chat template.*BARE_TEMPLATE"):
+        GsvaProcessor.from_base(base, sam_config())
+    assert GsvaProcessor.from_base(base, sam_config(), chat_template=BARE_TEMPLATE).chat_template == BARE_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("name", "needed", "extra"),
+    [("Qwen3VLProcessor", "torchvision", "torchvision"), ("LlavaOnevisionProcessor", "torchvision", "torchvision"),
+     ("InternVLProcessor", "torchvision", "torchvision"), ("Lfm2VlProcessor", "torchvision", "torchvision"),
+     ("SmolVLMProcessor", "torchvision", "smolvlm"), ("SmolVLMProcessor", "num2words", "smolvlm")],
+)  # fmt: skip
+def test_what_a_processor_needs_is_named(name, needed, extra, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec",
+        lambda module, *rest: None if module == needed else find("os") if module in ("torchvision", "num2words") else find(module, *rest),
+    )  # fmt: skip
+    with pytest.raises(ImportError, match=rf"{name} needs {needed}, which is not installed: .*\[{extra}\]"):
+        check_extras(getattr(transformers, name))
+    check_extras(transformers.LlavaNextProcessor)
+
+
+def test_a_bases_directory(tmp_path):
+    """The base's processor is loaded from its directory; one that needs torchvision says so before anything else."""
+    base = tiny.base_processor("gemma3")
+    base.save_pretrained(tmp_path / "gemma3")
+    tiny.bases.base_config("gemma3").save_pretrained(tmp_path / "gemma3")
+    assert type(load_base_processor(tmp_path / "gemma3")).__name__ == "Gemma3Processor"
+    AutoConfig.for_model("llama").save_pretrained(tmp_path / "llama")
+    base.tokenizer.save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match="cannot be the base of a GSVA"):
+        load_base_processor(tmp_path / "llama")
+    if not tiny.HAS_TORCHVISION:
+        tiny.bases.base_config("qwen3_vl").save_pretrained(tmp_path / "qwen3_vl")
+        with pytest.raises(ImportError, match=r"Qwen3VLProcessor needs torchvision.*\[torchvision\]"):
+            load_base_processor(tmp_path / "qwen3_vl")
+
+
+def test_a_prefix_model_shares_no_prefix():
+    processor = tiny.make_processor("paligemma")
+    model = tiny.make_model("paligemma", processor)
+    inputs = processor(images=PICTURES[:1], expressions=[["a dog"]], return_tensors="pt")
+    images = model.language.encode(inputs)
+    start = inputs["input_ids"].shape[1]
+    batch = AnsweredBatch(inputs["input_ids"], inputs["attention_mask"], start, inputs["image_index"], images)
+    with pytest.raises(ValueError, match="Prompts of paligemma cannot share the run of their beginning"):
+        PrefixCache(model.language, batch)

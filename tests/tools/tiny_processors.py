@@ -5,7 +5,7 @@ import importlib.util
 import tiny_bases as bases
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration, GsvaProcessor
@@ -99,6 +99,8 @@ def byte_tokenizer(family: str) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if family in ("llava", "llava_next", "gemma3"):  # Gemma's template writes it as well
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     ends = {"gemma3": "<end_of_turn>", "smolvlm": "<end_of_utterance>"}
     chats = [] if family in ("llava", "llava_next", "paligemma", "gemma3") else CHAT
     special = {"bos_token": "<s>", "eos_token": ends.get(family, chats[-1] if chats else "</s>"), "pad_token": "<pad>"}
