@@ -135,20 +135,29 @@ def prepare_for_training(model: nn.Module, args: ModelArguments) -> nn.Module:
     Return the model with the parts frozen that the paper freezes: vision tower, projector and the mask model's encoders.
 
     With `train_language_model="lora"` the result is a [`PeftModel`] around the same model, whose adapter holds LoRA and
-    the fully trained parts. "full" trains the whole language model, "frozen" only its embedding and head.
+    the fully trained parts. "full" trains the whole language model, "frozen" only its embedding and head. With
+    `train_tokens="new"` only the rows of `[SEG]` and `[REJ]` of embedding and head are trained.
 
     Raises:
         ValueError: LoRA finds no layers in the language model.
     """
     parts = parts_of(model)
     if args.train_language_model == "lora":
+        in_full, rows = parts.in_full, None
+        if args.train_tokens == "new":
+            slots = sorted((model.config.seg_token_id, model.config.rej_token_id))
+            # peft shares the rows with a tied head if only the embedding is named.
+            with_rows = (parts.embedding,) if parts.is_tied else (parts.embedding, parts.head)
+            rows = {_short_name(model, part): slots for part in with_rows}
+            in_full = MASK_PARTS
         config = LoraConfig(
             r=args.lora_r,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
             target_modules=lora_targets(model, args.lora_target_modules),
-            modules_to_save=[_short_name(model, part) for part in parts.in_full],
-            ensure_weight_tying=parts.is_tied,
+            modules_to_save=[_short_name(model, part) for part in in_full],
+            trainable_token_indices=rows,
+            ensure_weight_tying=parts.is_tied and rows is None,
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, config)

@@ -128,7 +128,7 @@ def _needed(name: str) -> tuple[str, ...]:
 def _kinds(config: EvaluationConfig) -> set[str]:
     """Return the kinds of expressions that an evaluation asks about."""
     kinds: set[str] = set()
-    rows = config.rows
+    rows: Any = config.rows
     if hasattr(rows, "select_columns") and "expressions" in rows.column_names:
         rows = rows.select_columns(["expressions"])  # no image is decoded
     for row in rows:

@@ -97,7 +97,8 @@ class Strategy:
 
     - "NO", "MULTI_GPU": every card holds everything; the latter's buckets hold the gradients once more.
     - "zero2": with bf16, DeepSpeed keeps all weights in 2 bytes on every card, and shards of the gradients (2 bytes) and of
-      the optimizer (float32 weights and two moments).
+      the optimizer (float32 weights and two moments); without bf16, 4 bytes each. Gradients are reduced in one buffer of
+      `reduce_bucket_size`, with `overlap_comm` in two (deepspeed/runtime/zero/stage_1_and_2.py, setup_buckets).
     - "zero3": also shards of the weights. Two layers of the language model are gathered at a time: one that is used and
       one that is prefetched.
     - "fsdp2": shards of weights, gradients and optimizer. Two layers are gathered at a time, and all modules that are not
@@ -107,6 +108,7 @@ class Strategy:
     name: str
     kind: str
     processes: int
+    bucket: int = 0  # numbers in the buffers of gradients that are reduced
 
     @classmethod
     def read(cls, path: str | Path, processes: int | None = None) -> Strategy:
@@ -120,20 +122,22 @@ class Strategy:
         content = yaml.safe_load(path.read_text()) if path.is_file() else None
         if not isinstance(content, dict) or "distributed_type" not in content:
             raise ValueError(f"{path} is no accelerate config; those of this project are in configs/accelerate/.")
-        kind = str(content["distributed_type"])
+        kind, bucket = str(content["distributed_type"]), 0
         if kind == "DEEPSPEED":
             settings = content.get("deepspeed_config", {})
             file = settings.get("deepspeed_config_file")
             if file is not None:
                 settings = yaml.safe_load(Path(file).read_text())["zero_optimization"]
             kind = f"zero{settings.get('stage', settings.get('zero_stage'))}"
+            if kind == "zero2":
+                bucket = int(settings.get("reduce_bucket_size", 5e8)) * (2 if settings.get("overlap_comm") else 1)
         elif kind == "FSDP":
             kind = "fsdp2"
         if kind not in ("NO", "MULTI_GPU", "zero2", "zero3", "fsdp2"):
             raise ValueError(
                 f"{path}: --plan does not know distributed_type {kind}; choose NO, MULTI_GPU, DEEPSPEED or FSDP."
             )
-        return cls(path.stem, kind, processes or int(content.get("num_processes", 1)))
+        return cls(path.stem, kind, processes or int(content.get("num_processes", 1)), bucket)
 
 
 @dataclass
@@ -366,20 +370,29 @@ def activation_bytes(
     return counter.peak if is_v1 else max(counter.peak, tower_bytes(config, images, length, half))
 
 
-def memory_of(sizes: Sizes, activations: int, strategy: Strategy) -> Memory:
-    """Return the memory per process of a model with these sizes and activations; see `Strategy`."""
-    n, trained = strategy.processes, sizes.trained
+def memory_of(sizes: Sizes, activations: int, strategy: Strategy, half: bool = True) -> Memory:
+    """
+    Return the memory per process of a model with these sizes and activations; see `Strategy`.
+
+    Args:
+        half: Whether training computes in half precision, so that DeepSpeed keeps weights and gradients in 2 bytes.
+    """
+    n, trained, width = strategy.processes, sizes.trained, 2 if half else 4
     if strategy.kind in ("NO", "MULTI_GPU"):
         buckets = sizes.trained_bytes if strategy.kind == "MULTI_GPU" else 0
         buffers = buckets + sizes.dequantized
         return Memory(sizes.weights, sizes.trained_bytes, 8 * trained, activations, buffers)
     if strategy.kind == "zero2":
         return Memory(
-            sizes.frozen_bytes + 2 * trained, 2 * trained / n, 12 * trained / n, activations, sizes.dequantized
+            sizes.frozen_bytes + width * trained,
+            width * trained / n,
+            12 * trained / n,
+            activations,
+            sizes.dequantized + width * strategy.bucket,
         )
     if strategy.kind == "zero3":
-        weights = (sizes.frozen_bytes + 2 * trained) / n
-        return Memory(weights, 2 * trained / n, 12 * trained / n, activations, 2 * sizes.layer_bytes)
+        weights = (sizes.frozen_bytes + width * trained) / n
+        return Memory(weights, width * trained / n, 12 * trained / n, activations, 2 * sizes.layer_bytes)
     weights = sizes.weights / n
     return Memory(
         weights, sizes.trained_bytes / n, 8 * trained / n, activations, sizes.root_bytes + 2 * sizes.layer_bytes
@@ -425,7 +438,7 @@ def plan(model_args: ModelArguments, data_args: DataArguments, training: GsvaTra
     head = f"{'strategy':<10}{'cards':>6}" + "".join(f"{name:>13}" for name in names)
     lines = [title, f"{head}  fits (with {MARGIN / GIB:g} GiB to spare)"]
     for strategy in strategies:
-        memory = memory_of(sizes, activations, strategy)
+        memory = memory_of(sizes, activations, strategy, training.bf16 or training.fp16)
         numbers = "".join(f"{getattr(memory, name) / GIB:>13.1f}" for name in names)
         fits = [name for name, size in cards.items() if memory.total + MARGIN <= size * GIB]
         lines.append(f"{strategy.name:<10}{strategy.processes:>6}{numbers}  {', '.join(fits) or 'none'}")
