@@ -23,7 +23,8 @@ from .threads import usable_cores
 TRAIN_LANGUAGE_MODEL = ("lora", "full", "frozen")
 TRAIN_TOKENS = ("all", "new")
 QUANTIZATIONS = ("4bit", "8bit")
-ARCHITECTURES = ("7b", "13b")
+# Files of configs/architectures: the paper's two models, and bases of today.
+ARCHITECTURES = ("7b", "13b", "llava15_sam2", "qwen3vl_4b_sam2", "smolvlm_500m_sam2")
 
 
 def _json_object(name: str, text: str | None) -> dict | None:
@@ -78,7 +79,7 @@ class ModelArguments:
     )
     architecture: str | None = field(
         default=None,
-        metadata={"help": f"--plan: size of `model` if it is not on this machine, {' or '.join(ARCHITECTURES)}."},
+        metadata={"help": f"--plan: size of `model` if it is not on this machine: {', '.join(ARCHITECTURES)}."},
     )
 
     def __post_init__(self):
