@@ -69,7 +69,7 @@ def check_types(config: GsvaConfig) -> None:
         if kind != known:
             raise ValueError(
                 f"Only a GSVA over LLaVA v1 with the masks of SAM can be exported to ONNX: images of a fixed size, one map of each. "
-                f"This one's {name} is of type {kind!r}. Use it with torch, or export an original checkpoint after conversion."
+                f"This one's {name} is of type {kind!r}. Use it with torch."
             )
 
 

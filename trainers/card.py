@@ -1,6 +1,7 @@
 """The model card of a run: data, hyper-parameters, results, licences of the bases, citation."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -76,7 +77,9 @@ def parts_with_licences(base: str, output_dir: Path) -> dict[str, str]:
     if kinds == {"base": LlavaV1Config.model_type, "mask model": "sam"}:
         return {}
     card = card_of(base)
-    stated = dict(re.findall(r"^\| (base|mask model) \| (.+) \|$", card.text if card is not None else "", re.MULTILINE))
+    stated = dict(
+        re.findall(r"^\| (base|mask model) \| (.+) \|$", card.text if card is not None else "", re.MULTILINE)
+    )
     return {part: stated.get(part, f"of the type {kind}, licence not stated") for part, kind in kinds.items()}
 
 

@@ -20,7 +20,6 @@ from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
 from .arguments import ModelArguments
 from .output_folder import ADAPTER
 
-
 # The base and the mask model of the presets that begin with them, by their architecture.
 STARTS = {
     "llava15_sam2": ("llava-hf/llava-1.5-7b-hf", "facebook/sam2.1-hiera-base-plus"),

@@ -32,7 +32,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import yaml
-from peft import PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -302,8 +301,8 @@ def tower_bytes(config: GsvaConfig, images: int, length: int, half: bool) -> int
     input of a layer and what its attention and its perceptron make of it, for the patches of conversations full of images.
     """
     vision = config.vision_config
-    hidden = getattr(vision, "hidden_size", None) or getattr(vision, "embed_dim", 0)
-    wide = getattr(vision, "intermediate_size", None) or 4 * hidden
+    hidden = int(getattr(vision, "hidden_size", 0) or getattr(vision, "embed_dim", 0))
+    wide = int(getattr(vision, "intermediate_size", 0) or 4 * hidden)
     return images * length * PATCHES_PER_TOKEN * (6 * hidden + 2 * wide) * (2 if half else 4)
 
 

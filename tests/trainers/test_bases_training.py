@@ -41,7 +41,16 @@ def test_two_steps(family, sam, rows, tmp_path):
     prepared = prepare_for_training(model, ModelArguments(lora_dropout=0.0))
     frozen = {name: p.detach().clone() for name, p in prepared.named_parameters() if not p.requires_grad}
     words = ["--use_cpu", "--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--learning_rate", "1e-2"]
-    words += ["--per_device_train_batch_size", "2", "--save_steps", "1", "--save_strategy", "steps", "--logging_steps", "1"]
+    words += [
+        "--per_device_train_batch_size",
+        "2",
+        "--save_steps",
+        "1",
+        "--save_strategy",
+        "steps",
+        "--logging_steps",
+        "1",
+    ]
     words += ["--warmup_steps", "0", "--lr_scheduler_type", "constant"]
     *_, arguments = parse_arguments(words)
     dataset = TrainingDataset(rows, ReferringTransform(ProcessorWording(processor), 2, False), 0)
