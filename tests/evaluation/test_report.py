@@ -165,7 +165,7 @@ def test_a_run_that_does_not_fit_is_refused(run_dir, tmp_path, capsys, damage):
         said = "these rows do not belong together: protocol is"
     elif damage == "numbers":
         rows.write_text("".join(line + "\n" for line in rows.read_text().splitlines()[:-3]))
-        said = "gIoU"
+        said = "does not belong to the record of teacher_forced"
     elif damage == "pictures":
         rows.with_suffix(".pictures.json").write_text("[{")
         said = ".pictures.json is no JSON"
