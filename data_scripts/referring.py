@@ -252,10 +252,7 @@ class ReferringBuilder(RowBuilder):
                 of_ref = {of_annotation[number] for number in ids if number in of_annotation}
                 for sentence in ref["sentences"]:
                     of_text.setdefault(clean_expression(sentence["sent"]).lower(), set()).update(of_ref)
-        return Categories(
-            {key: frozenset(found) for key, found in of_image.items()},
-            {key: frozenset(found) for key, found in of_text.items()},
-        )
+        return Categories.of(of_image, of_text)
 
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
         for image_id, refs in sorted(self.refs[split].items(), key=lambda item: (isinstance(item[0], str), item[0])):

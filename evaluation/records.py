@@ -178,13 +178,17 @@ def _name(record: Mapping[str, Any]) -> str:
 
 
 def results_table(records: Sequence[Record]) -> str:
-    """Return the records as a table of plain text that fits a terminal, with the reasons of undefined metrics below it.
+    """Return the records as tables of plain text that fit a terminal, with the reasons of undefined metrics below them.
 
-    Facts that all records share stand above the table. Conventions that give the same metrics share a line. The metrics that
-    are not the benchmark's are a second table, so that the lines stay short.
+    Facts that all records share stand above a table. Conventions that give the same metrics share a line. The metrics that
+    are not the benchmark's are a second table.
     """
     further = [key for key in shown_keys(records) if key not in BENCHMARK_KEYS]
-    lines = _table(records, BENCHMARK_KEYS) + (["", *_table(records, further)] if further else [])
+    shared, lines = _table(records, BENCHMARK_KEYS)
+    lines = shared + lines
+    if further:
+        above, more = _table(records, further)
+        lines += ["", *(above if above != shared else []), *more]
     lines += metric_notes(records)
     lines += differences([(_name(record), record) for record in records]) or measured_on(records)
     if any(record["protocol"] == "teacher_forced" for record in records):
@@ -192,8 +196,8 @@ def results_table(records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def _table(records: Sequence[Record], keys: Sequence[str]) -> list[str]:
-    """Return the lines of a table of records with these metrics."""
+def _table(records: Sequence[Record], keys: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the line of the facts that all records share, if there are some, and the lines of a table of these metrics."""
     joined: dict[tuple[str, ...], list[str]] = {}
     place = FACTS.index("convention")
     for record in records:
@@ -205,9 +209,8 @@ def _table(records: Sequence[Record], keys: Sequence[str]) -> list[str]:
     words = len(FACTS) - 1  # the number of images and the metrics are aligned to the right
     columns = list(zip(*table))
     shared = [n for n, column in enumerate(columns[:words]) if len(joined) > 1 and len(set(column[1:])) == 1]
-    lines = [", ".join(f"{columns[n][0]}: {columns[n][1]}" for n in shared)] * bool(shared)
+    above = [", ".join(f"{columns[n][0]}: {columns[n][1]}" for n in shared)] * bool(shared)
     kept = [n for n in range(len(columns)) if n not in shared]
     widths = {n: max(map(len, columns[n])) for n in kept}
-    return lines + [
-        "  ".join(f"{row[n]:{'<' if n < words else '>'}{widths[n]}}" for n in kept).rstrip() for row in table
-    ]
+    lines = ["  ".join(f"{row[n]:{'<' if n < words else '>'}{widths[n]}}" for n in kept).rstrip() for row in table]
+    return above, lines

@@ -113,6 +113,23 @@ def test_the_published_sets_have_categories():
     assert data_scripts.categories("shapes") == Categories()
 
 
+def test_captions_of_own_coco_files_have_categories(tmp_path):
+    trees.picture(tmp_path / "1.jpg")
+    annotations = [
+        {"id": 1, "image_id": 1, "category_id": 7, "caption": "the collie", "segmentation": [trees.SQUARE]},
+        {"id": 2, "image_id": 1, "category_id": 8, "segmentation": [trees.SQUARE]},
+    ]
+    content = {
+        "images": [{"id": 1, "file_name": "1.jpg", "height": trees.HEIGHT, "width": trees.WIDTH}],
+        "annotations": annotations,
+        "categories": [{"id": 7, "name": "dog"}, {"id": 8, "name": "cat"}],
+    }
+    trees.write(tmp_path / "train.json", content)
+    known = data_scripts.categories("own", tmp_path)
+    assert known == Categories.of({"1": ["dog", "cat"]}, {"the collie": ["dog"], "cat": ["cat"]})
+    assert data_scripts.categories("own", own_data(tmp_path / "lines")) == Categories()
+
+
 def test_rows_of_one_image_share_what_they_say():
     rows = [row(1, a_dog=(0, 5)), row(1, a_cat=(6, 9)), row(2, a_cow=(0, 5))]
     assert Negatives([rows[:1], rows[1:]], 0.5).draw(rows[0], 3, Draws(0)) == ["a cow"]
