@@ -73,3 +73,20 @@ def test_a_card_shows_names_as_they_are(tmp_path):
     assert "- slots: the model's &amp; nobody's." in text
     assert "<script>" not in text.partition("\n---\n")[2]  # the front matter is YAML
     assert text.count("```") % 2 == 0 and "&#" not in text
+
+
+def test_a_card_names_base_and_mask_model_with_their_licences(tmp_path):
+    """As the card of the start states them, or else by their types."""
+    folder, start = tmp_path / "pets", tmp_path / "start"
+    folder.mkdir()
+    start.mkdir()
+    config = {"model_type": "gsva", "vlm_config": {"model_type": "qwen3_vl"}, "sam_config": {"model_type": "sam2"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    text = write_card(*arguments(tmp_path, "--model", str(start))).read_text()
+    assert "| base | of the type qwen3_vl, licence not stated |" in text
+    assert "| mask model | of the type sam2, licence not stated |" in text
+    assert "LLaMA" not in text and "CLIP" not in text
+    facts = "| base | Qwen/Qwen3-VL-4B-Instruct (qwen3_vl), licence apache-2.0 |\n| mask model | a/b (sam2), licence mit |\n"
+    (start / "README.md").write_text(f"---\nlibrary_name: transformers\n---\n# start\n\n| | |\n| --- | --- |\n{facts}")
+    text = write_card(*arguments(tmp_path, "--model", str(start))).read_text()
+    assert facts in text and "| part | what, and its licence |" in text

@@ -217,3 +217,56 @@ def test_bad_arguments_say_what_to_write(words, message):
 
     with pytest.raises(ValueError, match=message):
         parse_arguments([*words, "--use_cpu"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "finetune_smolvlm_sam2",
+        pytest.param("finetune_llava15_sam2", marks=pytest.mark.slow),
+        pytest.param("finetune_qwen3vl_sam2", marks=pytest.mark.slow),
+    ],
+)
+def test_presets_over_bases_of_today_fit_a_card_of_24_gb(name):
+    """By `--plan`, without the models: a batch of 20 images in any split."""
+    from trainers.arguments import parse_arguments
+    from trainers.memory_plan import plan
+
+    strategy = str(CONFIGS / "accelerate" / "one_gpu.yaml")
+    groups = parse_arguments(
+        [str(CONFIGS / f"{name}.yaml"), "--plan", "--plan_strategy", strategy, "--plan_memory", "24"]
+    )
+    model, _, training = groups
+    assert model.train_language_model == "lora" and not Path(model.model).exists()
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 20
+    table = plan(*groups).splitlines()
+    assert table[1].startswith("assumed: ") and table[-1].startswith("one_gpu") and table[-1].endswith("24 GiB")
+
+
+@pytest.mark.parametrize("name", ["llava15_sam2", "qwen3vl_4b_sam2", "smolvlm_500m_sam2"])
+def test_architectures_of_today_have_the_sizes_of_their_names(name):
+    from modeling_gsva import GsvaForConditionalGeneration
+    from trainers.memory_plan import architecture
+
+    with torch.device("meta"):
+        model = GsvaForConditionalGeneration(architecture(name))
+
+    def count(part):
+        return sum(parameter.numel() for parameter in part.parameters())
+
+    base, encoder = {
+        "llava15_sam2": (7.06e9, 69.1e6), "qwen3vl_4b_sam2": (4.44e9, 69.1e6), "smolvlm_500m_sam2": (0.507e9, 27.2e6),
+    }[name]  # fmt: skip
+    assert count(model.vlm) == pytest.approx(base, rel=2e-3)
+    assert count(model.sam.vision_encoder) == pytest.approx(encoder, rel=2e-3)
+
+
+def test_a_preset_whose_model_is_missing_says_how_to_make_it(monkeypatch):
+    from trainers.arguments import ModelArguments
+    from trainers.loading import load_model
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    arguments = ModelArguments(model="weights/llava15-sam2", architecture="llava15_sam2")
+    command = "python convert_checkpoint.py --base llava-hf/llava-1.5-7b-hf --sam facebook/sam2.1-hiera-base-plus "
+    with pytest.raises(ValueError, match=f"Make it first: {command}--output weights/llava15-sam2"):
+        load_model(arguments, "cpu")
