@@ -29,15 +29,6 @@ HELP = (
 logger = logging.getLogger(__name__)
 
 
-class ImageFile(gr.Image):
-    """gradio's image, which leaves reading the file to the processor: gradio itself says only "Error" of a broken one."""
-
-    is_template = True  # for the browser it is gradio's image
-
-    def preprocess(self, payload: Any) -> str | None:
-        return payload.path if payload is not None else None
-
-
 def build(assistant: Assistant, examples: Path) -> gr.Blocks:
     """Return the page.
 
@@ -50,7 +41,8 @@ def build(assistant: Assistant, examples: Path) -> gr.Blocks:
         gr.Markdown(f"# GSVA\n{HELP}")
         with gr.Row():
             with gr.Column(scale=1):
-                image = ImageFile(type="filepath", sources=["upload", "clipboard"], label="Image", elem_id="image")
+                image = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Image", elem_id="image")
+                image.preprocess = _path_of  # the processor reads the file: gradio says only "Error" of a broken one
                 expressions = gr.Textbox(label="Expressions, one on each line", lines=4, elem_id="expressions")
                 segment = gr.Button("Segment", variant="primary", elem_id="segment")
                 question = gr.Textbox(label="Or a question in your own words", elem_id="question")
@@ -85,6 +77,10 @@ def build(assistant: Assistant, examples: Path) -> gr.Blocks:
         gr.Examples(_examples(examples), [image, expressions])
         gr.api(_api(assistant), api_name="segment")
     return page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1)
+
+
+def _path_of(payload: Any) -> str | None:
+    return payload.path if payload is not None else None
 
 
 def _answer(assistant: Assistant, ask: Callable[..., None], read: Callable[[str], Any]) -> Callable[..., tuple]:
