@@ -75,7 +75,11 @@ def measure(work: Path, megabytes: int) -> dict:
     write_mask_model(work / "sam")
     mask_bytes = sum(file.stat().st_size for file in (work / "sam").glob("*.safetensors"))
     figures = {"benchmark": "convert_base", "mask_model_megabytes": mask_bytes / 1e6, "shard_megabytes": 100}
-    for name, shape in {"nothing": (1, 8, 64), "padding": (layers, HIDDEN, 64), "growing": (layers, HIDDEN, 0)}.items():
+    for name, shape in {
+        "nothing": (1, 8, 64),
+        "padding": (layers, HIDDEN, 64),
+        "growing": (layers, HIDDEN, 0),
+    }.items():
         size = write_base(work / name, *shape)
         command = [sys.executable, str(ROOT / "convert_checkpoint.py"), "--base", str(work / name), "--sam", str(work / "sam"),
                    "--output", str(work / f"{name}-start"), "--max_shard_size", "100MB"]  # fmt: skip

@@ -103,8 +103,8 @@ class HalluSegBuilder(RowBuilder):
                 text, absent = (texts.get(name) or pair[f"{name}_label"] for name in (kind, other))
                 of_image = asked.setdefault(pair[f"{kind}_image_path"], [])
                 of_image.append((where, text, pair[f"{kind}_mask_path"], is_sentence, absent))
-        for image, questions in asked.items():
-            row = self.attempt(self.row, path.parent, image, questions)
+        for image, of_image in asked.items():
+            row = self.attempt(self.row, path.parent, image, of_image)
             if row is not None:
                 yield row
 

@@ -229,5 +229,6 @@ def load_mixture(
         dropped = any(getattr(source.transform, "drop_no_targets", False) for source in sources)
         drawn = Negatives([source.rows for source in sources], negatives, negatives_like, known, dropped)
         for source in sources:
-            source.transform.negatives = drawn
+            if isinstance(source.transform, ReferringTransform):
+                source.transform.negatives = drawn
     return Mixture(families, length, seed)

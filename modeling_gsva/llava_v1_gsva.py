@@ -174,8 +174,8 @@ class GsvaModel(LlavaV1PreTrainedModel):
             image_index: (conversations,) the image of each conversation, -1 for none; by default one each, in order.
 
         Returns:
-            An output whose `pooler_output` lists one (positions, hidden) tensor per conversation that has an image, and
-            whose `last_hidden_state` is `vision_features`; on demand also the vision tower's hidden states and attentions.
+            An output whose `pooler_output` lists one (positions, hidden) tensor per conversation that has an image (an empty
+            one if none has), and whose `last_hidden_state` is `vision_features`; on demand also the vision tower's hidden states and attentions.
         """
         tower = {}
         if vision_features is None:
@@ -190,7 +190,8 @@ class GsvaModel(LlavaV1PreTrainedModel):
                 raise ValueError(
                     f"image_index points to image {max(indices)}, but only {len(features)} images were given."
                 )
-            per_text = [features[i] for i in indices if i >= 0]
+            # Images that no conversation shows give an empty tensor, so that the projector has a (zero) gradient all the same.
+            per_text = [features[i] for i in indices if i >= 0] or [features[:0].flatten(0, 1)]
         return BaseModelOutputWithPooling(
             last_hidden_state=vision_features,
             pooler_output=per_text,

@@ -25,7 +25,13 @@ from .loading_gsva import GsvaWeightsError, StrictLoadingMixin
 from .losses_gsva import batch_mask_losses, mask_losses, object_score_loss, upscaled_mask_losses
 from .masks_gsva import MaskAdapter, main_map, mask_adapter_class
 from .pipeline_gsva import CUSTOM_PIPELINES
-from .segmentation_gsva import ConversationCache, GsvaSegmentationOutput, SegmentationMixin, check_padding
+from .segmentation_gsva import (
+    ConversationCache,
+    GsvaSegmentationOutput,
+    SegmentationMixin,
+    check_padding,
+    check_training_length,
+)
 
 # Inputs that only the masks need: the language model has no use for them, so `generate` drops them.
 MASK_ONLY_INPUTS = (
@@ -332,8 +338,13 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
                 averaged by itself, as the original does. Given only the number of tokens (by a plain `Trainer`), the mean
                 over a batch's masks counts by its part of these tokens.
             shift_labels: (conversations, length), `labels` aligned with the positions that predict them (sharded sequences).
+
+        Raises:
+            ValueError: labels of a conversation that is longer than the model's context; the positions of its image count.
         """
         shift_labels = kwargs.pop("shift_labels", None)
+        if labels is not None and input_ids is not None:
+            check_training_length(self.config, input_ids.shape[1])
         outputs = self.language.run(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -118,6 +118,17 @@ def check_context(config, prompt: int, answer: int) -> None:
         )
 
 
+def check_training_length(config, length: int) -> None:
+    """Raise ValueError if a conversation to learn from, `length` tokens with its image, does not fit the model's context."""
+    limit = context_length(config.text_config)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"A conversation to learn from has {length} tokens with its image, but the model has {limit} positions "
+            f"(max_position_embeddings). max_length={limit} cuts longer conversations (of the processor, or --max_length); "
+            "fewer expressions per image make them shorter."
+        )
+
+
 def check_method(method: str, answer_ids: torch.Tensor | None, generate_kwargs: dict, cache=None) -> None:
     """Raise ValueError for an unknown method, or arguments that do not belong to it."""
     if method not in ("slots", "generate", "teacher_forced"):

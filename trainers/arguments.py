@@ -21,8 +21,10 @@ from .inherited_arguments import refuse_unsupported
 from .threads import usable_cores
 
 TRAIN_LANGUAGE_MODEL = ("lora", "full", "frozen")
+TRAIN_TOKENS = ("all", "new")
 QUANTIZATIONS = ("4bit", "8bit")
-ARCHITECTURES = ("7b", "13b")
+# Files of configs/architectures: the paper's two models, and bases of today.
+ARCHITECTURES = ("7b", "13b", "llava15_sam2", "qwen3vl_4b_sam2", "smolvlm_500m_sam2")
 
 
 def _json_object(name: str, text: str | None) -> dict | None:
@@ -57,6 +59,12 @@ class ModelArguments:
             "help": "Last names of the language model's layers that get LoRA; default: its projections to queries and values."
         },
     )
+    train_tokens: str = field(
+        default="all",
+        metadata={
+            "help": "With LoRA: train 'all' rows of the embedding and the language head, or only the 'new' ones of [SEG] and [REJ]."
+        },
+    )
     quantization: str | None = field(
         default=None,
         metadata={
@@ -71,11 +79,17 @@ class ModelArguments:
     )
     architecture: str | None = field(
         default=None,
-        metadata={"help": f"--plan: size of `model` if it is not on this machine, {' or '.join(ARCHITECTURES)}."},
+        metadata={"help": f"--plan: size of `model` if it is not on this machine: {', '.join(ARCHITECTURES)}."},
     )
 
     def __post_init__(self):
         check_choice("train_language_model", self.train_language_model, TRAIN_LANGUAGE_MODEL)
+        check_choice("train_tokens", self.train_tokens, TRAIN_TOKENS)
+        if self.train_tokens == "new" and self.train_language_model != "lora":
+            raise ValueError(
+                f"train_tokens='new' is for training with LoRA, not for train_language_model={self.train_language_model!r}; "
+                "leave one of them out."
+            )
         if self.quantization is not None:
             check_choice("quantization", self.quantization, QUANTIZATIONS)
             if self.train_language_model != "lora":

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 from datasets import Image
 from transformers import BatchFeature, ProcessorMixin
 
@@ -173,10 +174,13 @@ class GsvaCollator:
     Args:
         processor: A [`GsvaProcessor`].
         max_length: Longest conversation in tokens, including the placeholders of the image.
+        always_an_image: Whether a batch without images gets a black one that no conversation shows. Where each process holds
+            a shard of the weights (ZeRO-3), all of them must run the frozen towers, or they wait for each other forever.
     """
 
     processor: ProcessorMixin
     max_length: int | None = None
+    always_an_image: bool = False
 
     def __call__(self, examples: list[dict[str, Any]]) -> BatchFeature:
         images, conversations, image_index, masks = [], [], [], []
@@ -188,6 +192,8 @@ class GsvaCollator:
                 has_image = example["image"] is not None and any("<image>" in turn["content"] for turn in conversation)
                 image_index.append(len(images) - 1 if has_image else -1)
                 masks.append(mask)
+        if self.always_an_image and not images:
+            images.append(PIL.Image.new("RGB", (64, 64)))
         return self.processor(
             images=images,
             conversations=conversations,

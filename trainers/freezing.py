@@ -135,25 +135,34 @@ def prepare_for_training(model: nn.Module, args: ModelArguments) -> nn.Module:
     Return the model with the parts frozen that the paper freezes: vision tower, projector and the mask model's encoders.
 
     With `train_language_model="lora"` the result is a [`PeftModel`] around the same model, whose adapter holds LoRA and
-    the fully trained parts. "full" trains the whole language model, "frozen" only its embedding and head.
+    the fully trained parts. "full" trains the whole language model, "frozen" only its embedding and head. With
+    `train_tokens="new"` only the rows of `[SEG]` and `[REJ]` of embedding and head are trained.
 
     Raises:
         ValueError: LoRA finds no layers in the language model.
     """
     parts = parts_of(model)
     if args.train_language_model == "lora":
+        in_full, rows = parts.in_full, None
+        if args.train_tokens == "new":
+            slots = sorted((model.config.seg_token_id, model.config.rej_token_id))
+            # peft shares the rows with a tied head if only the embedding is named.
+            with_rows = (parts.embedding,) if parts.is_tied else (parts.embedding, parts.head)
+            rows = {_short_name(model, part): slots for part in with_rows}
+            in_full = MASK_PARTS
         config = LoraConfig(
             r=args.lora_r,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
             target_modules=lora_targets(model, args.lora_target_modules),
-            modules_to_save=[_short_name(model, part) for part in parts.in_full],
-            ensure_weight_tying=parts.is_tied,
+            modules_to_save=[_short_name(model, part) for part in in_full],
+            trainable_token_indices=rows,
+            ensure_weight_tying=parts.is_tied and rows is None,
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, config)
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and _is_in(_plain_name(name), parts.without_gradient):
+            if parameter.requires_grad and _is_in(plain_name(name), parts.without_gradient):
                 parameter.requires_grad_(False)
         return model
     trained = parts.in_full + ((parts.decoder,) if args.train_language_model == "full" else ())
@@ -168,7 +177,7 @@ def _short_name(model: nn.Module, part: str) -> str:
     return last if [name for name, _ in model.named_modules() if name.endswith(last)] == [part] else part
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """Return the name that a parameter has without peft."""
     name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     return re.sub(r"\.(modules_to_save\.\w+|original_module)\.", ".", name)
@@ -190,7 +199,7 @@ def _part_namer(model: nn.Module) -> Callable[[str], str]:
     known = (*parts.in_full, parts.decoder, *parts.encoders)
 
     def part_of(name: str) -> str:
-        name = _plain_name(name)
+        name = plain_name(name)
         if "lora_" in name:
             return "LoRA of the language model"
         part = next((part for part in known if _is_in(name, (part,))), None)

@@ -22,7 +22,7 @@ from .trainer import complete_checkpoints, last_complete_checkpoint
 logger = logging.getLogger(__name__)
 
 # Arguments of the model and the data that decide what is learned. The data's name, folder and options are in its digest.
-KEPT_OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+KEPT_OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "train_tokens")
 KEPT_OF_MODEL = ("dtype", "train_language_model", *KEPT_OF_LORA, "quantization", "object_score_loss_weight")
 KEPT_OF_DATA = (
     "mixture",

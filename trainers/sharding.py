@@ -44,6 +44,12 @@ def refuse_what_shards_cannot(model_args: ModelArguments, args: GsvaTrainingArgu
     eval_strategy = IntervalStrategy(args.eval_strategy).value if args.eval_strategy != "no" else None
     for name, value, instead in (
         ("feature_cache", args.feature_cache, "train without it"),
+        # peft's rows read the embedding without calling it, so that its shards would not be gathered.
+        (
+            "train_tokens",
+            model_args.train_tokens if model_args.train_tokens == "new" else None,
+            "give --train_tokens all, or train with DeepSpeed ZeRO-2 (configs/accelerate/zero2.yaml)",
+        ),
         ("quantization", model_args.quantization, "train without it, or data parallel (configs/accelerate/ddp.yaml)"),
         (
             "eval_strategy",
@@ -59,13 +65,14 @@ def refuse_what_shards_cannot(model_args: ModelArguments, args: GsvaTrainingArgu
 
 def untie_weights(model: torch.nn.Module) -> None:
     """
-    Give each tied parameter a separate tensor, in place. `tie_weights()` ties them again.
+    Give each tied frozen parameter a separate tensor, in place. `tie_weights()` ties them again.
 
-    DeepSpeed's `zero_to_fp32.py --safe_serialization` fails for tied parameters (SAM's positional embeddings).
+    DeepSpeed's `zero_to_fp32.py --safe_serialization` fails for tied parameters (SAM's positional embeddings). Trained ones
+    stay tied: apart they would learn apart.
     """
     names: dict[int, str] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if names.setdefault(id(parameter), name) == name:
+        if names.setdefault(id(parameter), name) == name or parameter.requires_grad:
             continue
         module, _, attribute = name.rpartition(".")
         copy = torch.nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
@@ -120,7 +127,7 @@ def load_trained_weights(
     if misfits := sorted(trained.keys() & set(keys.missing_keys)) + sorted(keys.unexpected_keys):
         raise ValueError(
             f"{len(misfits)} trained weights are missing or not this model's, among them {', '.join(misfits[:4])}; "
-            "give --model, --train_language_model and --lora_r as they were in training."
+            "give --model, --train_language_model, --train_tokens and --lora_r as they were in training."
         )
     return model
 

@@ -23,6 +23,7 @@ from data_scripts.transforms import Wording
 from evaluation.config import EvaluationConfig
 from evaluation.loop import cpu_threads
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
+from modeling_gsva.segmentation_gsva import context_length
 
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
 from .console import show_as_table
@@ -46,8 +47,10 @@ from .freezing import (
     unmoved,
 )
 from .guard import check_watched
-from .loading import load_model, merge
+from .loading import load_model, merge, whole_weights
+from .memory_plan import trained_model
 from .output_folder import ADAPTER, CURVES, LOG_HISTORY, RUN, TRAINING
+from .processes import on_main_process
 from .publishing import save, save_adapter
 from .run_record import FewerStepsError, check_resumed, describe_changes, make_record, refuse_fewer_steps, resume_point
 from .sharding import gather_trained_model, prepare_for_deepspeed, shards_weights
@@ -90,7 +93,6 @@ def train(
         print(parts_table(model), flush=True)
         if sentence := describe_negatives(dataset):
             print(sentence, flush=True)
-        check_disk(model, training_args)
     prepare_for_deepspeed(model, training_args)
     before = snapshot(model)
     trainer = make_trainer(processor, model, dataset, data_args, training_args, record)
@@ -129,13 +131,15 @@ def begin_run(
         model: The base model as it was loaded.
 
     Raises:
-        ValueError: The output folder holds another run, or one of more steps than are asked for; or evaluations cannot give
-            a metric that is to be watched.
+        ValueError: The output folder holds another run, or one of more steps than are asked for; evaluations cannot give a
+            metric that is to be watched; or the disk is too small.
     """
     checkpoint = resume_point(training_args)
     check_optimizer(checkpoint, training_args)
     if training_args.do_eval:
         check_watched(training_args, evaluation_in_training(data_args, training_args))
+    on_main_process(lambda: check_disk(planned_model(model, model_args, training_args), training_args))
+    warn_of_long_conversations(model, data_args)
     record = make_record(processor, model, model_args, data_args, training_args)
     record = check_resumed(record, checkpoint, training_args)
     if PartialState().is_main_process and (sentence := describe_changes(record, checkpoint)):
@@ -168,16 +172,38 @@ def check_optimizer(checkpoint: str | None, args: GsvaTrainingArguments) -> None
         )
 
 
+def planned_model(model: nn.Module, model_args: ModelArguments, args: GsvaTrainingArguments) -> nn.Module:
+    """Return the model as training will prepare it, without content; quantized weights in the type they are saved in."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    with whole_weights():  # with ZeRO-3 transformers would share out what it makes, and wait for the other processes
+        return trained_model(model.config, replace(model_args, dtype=dtype, quantization=None), args.bf16 or args.fp16)
+
+
+def warn_of_long_conversations(model: nn.Module, args: DataArguments) -> None:
+    """Warn if conversations may be longer than the model's context, which would end the run when one comes."""
+    limit = context_length(model.config.text_config)
+    if limit is not None and (args.max_length is None or args.max_length > limit) and PartialState().is_main_process:
+        logger.warning(
+            "The model has %d positions, but max_length=%s allows longer conversations, and one of them would end the run. "
+            "--max_length %d cuts them.",
+            limit,
+            args.max_length,
+            limit,
+        )
+
+
 def check_disk(model: nn.Module, args: GsvaTrainingArguments) -> None:
-    """Raise ValueError if the free disk space is too small for the checkpoints and the model of a run."""
+    """
+    Raise ValueError if the free disk space is too small for the checkpoints and the model of a run.
+
+    Args:
+        model: The model as it is prepared for training, with or without content.
+    """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    in_checkpoint = sum(p.numel() * p.element_size() for p in trained) if isinstance(model, PeftModel) else weights
-    optimizer = 0 if args.save_only_model else sum(8 * parameter.numel() for parameter in trained)  # AdamW, float32
     # One checkpoint more than is kept exists for a moment. Without a limit, count two.
     count = 0 if args.save_strategy == "no" else (args.save_total_limit or 1) + 1
     existing = sum(1 for _ in Path(args.output_dir).glob("checkpoint-*"))
-    needed = max(count - existing, 0) * (in_checkpoint + optimizer) + weights
+    needed = max(count - existing, 0) * checkpoint_bytes(model, args) + weights
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(args.output_dir).free
     if needed > free:
@@ -185,6 +211,19 @@ def check_disk(model: nn.Module, args: GsvaTrainingArguments) -> None:
             f"{args.output_dir}: {count} checkpoints and the model take {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are "
             "free; make room, give an --output_dir on another disk, or a smaller --save_total_limit."
         )
+
+
+def checkpoint_bytes(model: nn.Module, args: GsvaTrainingArguments) -> int:
+    """Return the size of a checkpoint in bytes: weights, and AdamW's two float32 moments."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    saved = trained if isinstance(model, PeftModel) else list(model.parameters())
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in saved)
+    if args.save_only_model:
+        return weights
+    numbers = sum(parameter.numel() for parameter in trained)
+    if args.deepspeed_plugin is None:
+        return weights + 8 * numbers
+    return 2 * weights + 12 * numbers  # also the model in its own format, and float32 weights
 
 
 def run_trainer(trainer: GsvaTrainer, checkpoint: str | None) -> TrainOutput:
@@ -260,7 +299,7 @@ def make_trainer(
         model=model,
         args=trainer_args,
         train_dataset=dataset,
-        data_collator=GsvaCollator(processor, data_args.max_length),
+        data_collator=GsvaCollator(processor, data_args.max_length, always_an_image=shards_weights(training_args)),
         processing_class=processor,
         evaluation=evaluation,
         run_record=record,

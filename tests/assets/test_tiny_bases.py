@@ -17,7 +17,9 @@ TODAY = ROOT / "assets/tiny_gsva_today"
 
 @pytest.fixture(scope="module")
 def today():
-    return GsvaForConditionalGeneration.from_pretrained(TODAY, dtype=torch.float32), GsvaProcessor.from_pretrained(TODAY)
+    return GsvaForConditionalGeneration.from_pretrained(TODAY, dtype=torch.float32), GsvaProcessor.from_pretrained(
+        TODAY
+    )
 
 
 def test_the_base_of_todays_parts_is_small_and_of_the_types_that_it_names(today):
@@ -47,7 +49,9 @@ def test_it_segments_expressions_and_answers_in_words(today):
             assert entry["text"] == text and not entry["is_rejected"]
             ious.append((entry["mask"] & truth).sum() / (entry["mask"] | truth).sum())
     assert np.mean(ious) > 0.7
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is there from left to right?"}]}]
+    chat = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is there from left to right?"}]}
+    ]
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
     inputs = processor(images=[images[0]], text=[prompt], return_tensors="pt")
     with torch.no_grad():
@@ -65,7 +69,17 @@ def test_the_demo_runs_over_it(tmp_path):
     options = json.dumps({"size": 8, "cache_dir": str(tmp_path / "cache")})
     words = ["configs/demo_today.yaml", "--output_dir", str(tmp_path / "out"), "--dataset_options", options]
     words += ["--model", str(TODAY), "--max_steps", "1", "--warmup_steps", "0", "--per_device_train_batch_size", "2"]
-    words += ["--max_eval_samples", "4", "--protocols", "slots", "--num_pictures", "0", "--use_cpu", "--disable_tqdm", "true"]
+    words += [
+        "--max_eval_samples",
+        "4",
+        "--protocols",
+        "slots",
+        "--num_pictures",
+        "0",
+        "--use_cpu",
+        "--disable_tqdm",
+        "true",
+    ]
     words[0] = str(ROOT / words[0])
     assert run_gres.main(words) in (0, None)
     entries = json.loads((tmp_path / "out/results.json").read_text())

@@ -1,7 +1,10 @@
-"""Training with DeepSpeed as it is, on two CPU processes: losses, checkpoints, continuation, consolidated weights.
+"""Sharded training as it is, on two CPU processes: DeepSpeed's ZeRO-2 and ZeRO-3, and FSDP2, each in full and with LoRA.
 
 `make deepspeed` installs the extra of that name and runs these tests. DeepSpeed compiles an operation once, which takes
 minutes; TORCH_EXTENSIONS_DIR names the folder for it. A killed compilation leaves a lock there that stops all later ones.
+
+The libraries are imported once for all runs but one (tests/tools/forked_runs.py). Each run is killed in its last but one step,
+with a checkpoint of two steps, and started again.
 """
 
 import json
@@ -13,12 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conversions import FROZEN, assert_equal, expected, peft_names, run
 from paths import ROOT
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.deepspeed
 MODEL = str(ROOT / "assets" / "tiny_gsva")
 WAYS = {"lora": (), "full": ("--train_language_model", "full")}
+SHARDED = [(strategy, way) for strategy in ("zero2", "zero3", "fsdp2") for way in WAYS]
+SIGKILL = -9
 
 
 @pytest.fixture(scope="module")
@@ -31,28 +37,64 @@ def environment(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def launched(environment, tmp_path_factory):
-    """Train four steps by a strategy and return the output folder; each combination is run once."""
+def forked(environment, tmp_path_factory):
+    """Run a script in one or more processes, forked from one that has imported the libraries; return their exit codes."""
+    logs = tmp_path_factory.mktemp("logs")
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests/tools/forked_runs.py")],
+        cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+
+    def answer():
+        for line in server.stdout:
+            if line.startswith("{"):  # DeepSpeed prints lines of its own
+                return json.loads(line)
+        raise AssertionError(f"forked_runs.py has ended with {server.wait()}")
+
+    assert "ready" in answer()
+
+    def start(script, words, killed=False, **options):
+        log = logs / f"{len(list(logs.iterdir()))}.log"
+        run = {"script": str(script), "words": [str(word) for word in words], "log": str(log), **options}
+        server.stdin.write(json.dumps(run) + "\n")
+        server.stdin.flush()
+        codes = answer()["codes"]
+        text = Path(f"{log}.0").read_text(errors="replace")
+        assert set(codes) == {SIGKILL if killed else 0}, f"{codes}\n{text[-4000:]}"
+        return text
+
+    yield start
+    server.stdin.close()
+    server.wait(30)
+
+
+def words(strategy, way, out):
+    """The command of four steps with a checkpoint after two."""
+    given = ["--model", MODEL, "--dataset_options", '{"size": 16}', "--do_train", "--max_steps", "4", "--save_steps", "2",
+             "--per_device_train_batch_size", "2", "--learning_rate", "1e-3", "--threads", "1", "--logging_steps", "1",
+             "--lora_dropout", "0", "--disable_tqdm", "true", "--output_dir", str(out), *WAYS[way]]  # fmt: skip
+    # With use_cpu accelerate trains data parallel whatever the config says; the tool for FSDP2 lets it shard all the same.
+    return given + (["--use_cpu"] if strategy in ("ddp", "fsdp2") else ["--ddp_backend", "gloo"])
+
+
+@pytest.fixture(scope="module")
+def trained(forked, tmp_path_factory):
+    """Train by a strategy and return the output folder; each combination is trained once, killed on the way and resumed."""
     folder = tmp_path_factory.mktemp("runs")
 
-    def launch(strategy, way, fresh=True):
+    def train(strategy, way):
         out = folder / f"{strategy}-{way}"
-        if fresh and out.exists():
+        if out.exists():
             return out
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{strategy}.yaml",
-                   "--num_processes", "2", "--main_process_port", "0", "run_gres.py", "--model", MODEL, "--dataset_options",
-                   '{"size": 16}', "--do_train", "--max_steps", "4", "--save_steps", "2", "--per_device_train_batch_size", "2",
-                   "--learning_rate", "1e-3", "--threads", "1", "--logging_steps", "1", "--lora_dropout", "0",
-                   "--disable_tqdm", "true", "--output_dir", str(out), *WAYS[way]]  # fmt: skip
-        # With use_cpu accelerate trains data parallel whatever the config says.
-        command += ["--use_cpu"] if strategy == "ddp" else ["--ddp_backend", "gloo"]
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        script = "tests/tools/fsdp_on_cpu.py" if strategy == "fsdp2" else "run_gres.py"
+        options = {"strategy": strategy, "processes": 2}
+        if strategy != "ddp":
+            forked(script, words(strategy, way, out), killed=True, kill_at=3, **options)
+            assert (out / "checkpoint-2").exists() and not (out / "model.safetensors").exists()
+        forked(script, words(strategy, way, out), **options)
         return out
 
-    return launch
+    return train
 
 
 def losses(folder: Path) -> list[float]:
@@ -63,9 +105,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize(("strategy", "way"), [("zero3", "lora"), ("zero3", "full"), ("zero2", "lora")])
-def test_losses_and_weights_are_those_of_data_parallel(launched, strategy, way):
-    sharded, plain = launched(strategy, way), launched("ddp", way)
+@pytest.mark.parametrize(("strategy", "way"), SHARDED)
+def test_killed_and_resumed_it_has_the_losses_and_weights_of_data_parallel(trained, strategy, way):
+    sharded, plain = trained(strategy, way), trained("ddp", way)
     assert len(losses(sharded)) == 4 and losses(sharded) == pytest.approx(losses(plain), rel=1e-5)
     found, expected, start = weights(sharded), weights(plain), weights(Path(MODEL))
     assert found.keys() == expected.keys()
@@ -73,30 +115,123 @@ def test_losses_and_weights_are_those_of_data_parallel(launched, strategy, way):
     worst = max(float((found[name].float() - expected[name].float()).abs().max()) for name in expected)
     assert moved > 1e-3 and worst < 0.05 * moved
     assert (sharded / "adapter").exists() == (way == "lora")
-    assert list((sharded / "checkpoint-4").glob("global_step4/*model_states.pt"))  # DeepSpeed wrote it
+    parts = {"fsdp2": "pytorch_model_fsdp_0/__1_0.distcp"}.get(strategy, "global_step4/*model_states.pt")
+    assert list((sharded / "checkpoint-4").glob(parts))  # the library wrote it
 
 
-def test_killed_and_resumed_with_zero3_it_ends_with_the_same_weights(launched):
-    out = launched("zero3", "lora")
-    expected = weights(out)
-    shutil.rmtree(out / "checkpoint-4")
-    (out / "model.safetensors").unlink()
-    launched("zero3", "lora", fresh=False)
-    assert all(torch.equal(value, expected[name]) for name, value in weights(out).items())
+def test_the_documented_command_ends_with_the_weights_of_the_resumed_run(trained, environment, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/zero3.yaml"]
+    launch += [
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+        "run_gres.py",
+        *words("zero3", "lora", tmp_path / "out"),
+    ]
+    done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    resumed = weights(trained("zero3", "lora"))
+    assert all(torch.equal(value, resumed[name]) for name, value in weights(tmp_path / "out").items())
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("form", [[], ["--safe_serialization"], ["--safe_serialization", "--max_shard_size", "2MB"]])
-def test_consolidated_checkpoints_are_the_end_of_training(launched, environment, tmp_path, way, form):
-    out, whole = launched("zero3", way), tmp_path / "whole"
-    script = out / "checkpoint-4" / "zero_to_fp32.py"
-    command = [sys.executable, str(script), str(script.parent), str(whole), *form]
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=200)
-    command = [sys.executable, "run_gres.py", "--model", MODEL, "--use_cpu", *WAYS[way], "--consolidated", str(whole)]
-    command += ["--output_dir", str(tmp_path / "out")]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=200)
-    expected = weights(out)
-    found = weights(tmp_path / "out")
+FORMS = [[], ["--safe_serialization"], ["--safe_serialization", "--max_shard_size", "2MB"]]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "way", "form"),
+    [*(("zero3", way, form) for way in WAYS for form in FORMS), *(("zero2", way, FORMS[1]) for way in WAYS)],
+)
+def test_consolidated_checkpoints_are_the_end_of_training(trained, forked, tmp_path, strategy, way, form):
+    out, whole = trained(strategy, way), tmp_path / "whole"
+    checkpoint = out / "checkpoint-4"
+    forked(checkpoint / "zero_to_fp32.py", [checkpoint, whole, *form])
+    more = ["--model", MODEL, "--use_cpu", *WAYS[way], "--output_dir", tmp_path / "out"]
+    forked("run_gres.py", [*more, "--consolidated", whole])
+    expected, found = weights(out), weights(tmp_path / "out")
     assert found.keys() == expected.keys()
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_with_zero3_batches_may_have_no_image(forked, tmp_path):
+    """In some steps on one process, in some on both, in some on none."""
+    from data_scripts.shapes import make_row
+
+    pictures = tmp_path / "data" / "coco" / "train2017"
+    pictures.mkdir(parents=True)
+    records = []
+    for number, has_image in enumerate((True, True, False, False, True, False, False, False)):
+        turns = [{"from": "human", "value": "Is there a dog?"}, {"from": "gpt", "value": "No."}]
+        record = {"id": str(number), "conversations": turns}
+        if has_image:
+            (pictures / f"{number}.png").write_bytes(make_row(0, "train", number)["image"]["bytes"])
+            record["image"], turns[0]["value"] = f"{number}.png", "<image>\nIs there a dog?"
+        records.append(record)
+    (tmp_path / "data" / "llava_dataset").mkdir()
+    (tmp_path / "data" / "llava_dataset" / "llava_instruct_150k.json").write_text(json.dumps(records))
+    given = words("zero3", "lora", tmp_path / "out")
+    given[given.index("--dataset_options") + 1] = "{}"
+    given[given.index("--per_device_train_batch_size") + 1] = "1"
+    given += ["--dataset", "llava_instruct_150k", "--data_dir", tmp_path / "data", "--save_strategy", "no"]
+    forked("run_gres.py", given, strategy="zero3", processes=2)
+    assert len(losses(tmp_path / "out")) == 4
+
+
+def test_a_file_of_the_original_s_training_form_becomes_a_model(forked, original, tmp_path):
+    """DeepSpeed's ZeRO-2, as the original trains, around weights with peft's names, most of them frozen."""
+    state = peft_names(original)
+    torch.save(state, tmp_path / "state.pt")
+    frozen = [
+        name for name in state if "lora_" not in name and name.removeprefix("base_model.model.").startswith(FROZEN)
+    ]
+    (tmp_path / "frozen.json").write_text(json.dumps(frozen))
+    forked("tests/tools/deepspeed_checkpoint.py", [tmp_path], strategy="zero2", processes=2)
+    checkpoint = tmp_path / "checkpoint"
+    for form in ([], ["--safe_serialization"]):
+        whole = tmp_path / f"whole{len(form)}"
+        forked(checkpoint / "zero_to_fp32.py", [checkpoint, whole, *form])
+        ours = run(original, whole, tmp_path / f"out{len(form)}", "--sam", str(original / "sam.pth"))
+        assert_equal(ours, expected(original))
+        shutil.rmtree(whole)
+
+
+@pytest.fixture(scope="module")
+def larger_model(tmp_path_factory):
+    """A random model of about 100 million parameters, beside which the memory of libraries and buffers is small."""
+    from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration, GsvaProcessor
+
+    folder, config = tmp_path_factory.mktemp("larger"), GsvaConfig.from_pretrained(MODEL)
+    for name, value in {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8}.items():
+        setattr(config.text_config, name, value)
+    config.text_config.head_dim = config.text_config.hidden_size // config.text_config.num_attention_heads
+    GsvaForConditionalGeneration(config).save_pretrained(folder)
+    GsvaProcessor.from_pretrained(MODEL).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "way"), [(s, way) for s in ("ddp", "zero2", "zero3") for way in WAYS])
+def test_the_plan_counts_what_the_processes_hold(forked, larger_model, tmp_path, monkeypatch, strategy, way):
+    from trainers.arguments import parse_arguments
+    from trainers.memory_plan import Strategy, count, memory_of
+
+    given = [
+        *words(strategy, way, tmp_path / "out"),
+        "--max_steps",
+        "2",
+        "--save_strategy",
+        "no",
+        "--max_length",
+        "256",
+    ]
+    given[given.index("--model") + 1] = str(larger_model)
+    forked("run_gres.py", given, strategy=strategy, processes=2, memory=str(tmp_path))
+    held = max(json.loads((tmp_path / f"{rank}.json").read_text())["held"] for rank in range(2))
+    monkeypatch.chdir(ROOT)
+    sizes, activations = count(*parse_arguments([*given, "--use_cpu"]))
+    plan = Strategy.read(f"configs/accelerate/{strategy}.yaml", 2)
+    plan.bucket = min(plan.bucket, 2 * sizes.trained)  # on a CPU only what is written to is resident
+    planned = memory_of(sizes, activations, plan, half=False)
+    print(f"{strategy} {way}: planned {planned.total / 2**20:.0f} MiB ({planned}), held {held / 2**20:.0f} MiB")
+    assert held == pytest.approx(planned.total, rel=0.2)

@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from trainers.arguments import ModelArguments
-from trainers.freezing import lora_targets, moved_table, parts_of, parts_table, plain_model, prepare_for_training, snapshot
+from trainers.freezing import (
+    lora_targets,
+    moved_table,
+    parts_of,
+    parts_table,
+    plain_model,
+    prepare_for_training,
+    snapshot,
+)
 
 FAMILIES = (*bases.FIRST_RANK, *bases.SECOND_RANK)
 
@@ -142,7 +150,9 @@ def test_a_language_model_of_unknown_names_lists_its_layers(model):
         for name in ("q_proj", "v_proj"):
             layer.self_attn.add_module(f"my_{name[0]}", getattr(layer.self_attn, name))
             delattr(layer.self_attn, name)
-    with pytest.raises(ValueError, match=r"LlamaModel has no projections .*its linear layers are .*my_q, my_v.*--lora_target"):
+    with pytest.raises(
+        ValueError, match=r"LlamaModel has no projections .*its linear layers are .*my_q, my_v.*--lora_target"
+    ):
         prepare_for_training(renamed, ModelArguments())
     assert lora_targets(renamed, ["my_q"]) == r".*text_model\.layers\.\d+\.self_attn\.(my_q)"
     with pytest.raises(ValueError, match="no linear layer named what; its linear"):
@@ -169,7 +179,10 @@ def test_fused_projections():
         "llava", text_config=text, vision_config={**bases.TOWER, "model_type": "clip_vision_model"}, image_token_index=bases.IMAGE
     )  # fmt: skip
     config = GsvaConfig(
-        vlm_config=config.to_dict(), sam_config=bases.mask_config("sam"), seg_token_id=bases.SEG, rej_token_id=bases.REJ
+        vlm_config=config.to_dict(),
+        sam_config=bases.mask_config("sam"),
+        seg_token_id=bases.SEG,
+        rej_token_id=bases.REJ,
     )
     model = GsvaForConditionalGeneration(config)
     assert lora_targets(model) == r".*language_model\.layers\.\d+\.self_attn\.(qkv_proj)"

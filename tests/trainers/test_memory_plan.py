@@ -110,7 +110,7 @@ def test_the_papers_sizes():
 SHARED = [
     ("one_gpu", None, (140, 40, 80, 0)),
     ("ddp", 8, (140, 40, 80, 40)),
-    ("zero2", 4, (120, 5, 30, 0)),
+    ("zero2", 4, (120, 5, 30, 2 * 2 * 10**9)),  # the two buffers of deepspeed_zero2.json
     ("zero3", 4, (30, 5, 30, 2 * 7)),
     ("fsdp2", 4, (35, 10, 20, 50 + 2 * 7)),
 ]
@@ -124,6 +124,10 @@ def test_sharing_out_by_hand(name, processes, expected, monkeypatch):
     memory = memory_of(sizes, 1000, strategy)
     assert (memory.weights, memory.gradients, memory.optimizer, memory.buffers) == expected
     assert memory.total == sum(expected) + 1000
+    if name.startswith("zero"):  # in float32 weights, gradients and buffers take 4 bytes
+        single = memory_of(sizes, 1000, strategy, half=False)
+        assert single.gradients == 2 * memory.gradients and single.optimizer == memory.optimizer
+        assert single.weights == (140 if name == "zero2" else 35)
 
 
 def test_the_table(make_model, tmp_path, monkeypatch):
@@ -139,7 +143,7 @@ def test_the_table(make_model, tmp_path, monkeypatch):
 
 
 def test_the_plan_needs_a_size_and_a_config(tmp_path):
-    with pytest.raises(ValueError, match="--architecture 7b or 13b"):
+    with pytest.raises(ValueError, match="--architecture 7b, 13b, .* or smolvlm"):
         planned_config(ModelArguments(model=str(tmp_path / "nothing")))
     assert planned_config(ModelArguments(model="nothing", architecture="13b")).text_config.hidden_size == 5120
     (tmp_path / "x.yaml").write_text("a: 1")

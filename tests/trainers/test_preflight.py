@@ -99,6 +99,38 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
     training.check_disk(layer, arguments(tmp_path, save_strategy="no"))
 
 
+def test_the_disk_is_looked_at_before_the_first_evaluation(words, tmp_path, monkeypatch, capsys):
+    usage = types.SimpleNamespace(free=100_000)
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: usage)
+    assert run_gres.main([*words, "--do_train", "--do_eval", "--output_dir", str(tmp_path / "run")]) == 1
+    assert "GB are free; make room" in capsys.readouterr().err
+    assert not [*(tmp_path / "run").glob("rows_*"), *(tmp_path / "run").glob("results*")]
+
+
+def test_deepspeed_writes_more(tmp_path):
+    layer, args = torch.nn.Linear(1000, 1, bias=False), arguments(tmp_path, save_strategy="no")
+    assert training.checkpoint_bytes(layer, args) == 12_000
+    args.deepspeed_plugin = types.SimpleNamespace(zero_stage=3)
+    assert (
+        training.checkpoint_bytes(layer, args) == 20_000
+    )  # float32 weights for AdamW, and the model in its own format
+
+
+def test_conversations_longer_than_the_context_end_the_run_before_the_step(words, model_dir, tmp_path, capsys, caplog):
+    """And max_length cuts them. The image of the small model takes 16 positions."""
+    short = shutil.copytree(model_dir, tmp_path / "short")
+    config = (short / "config.json").read_text(encoding="utf-8")
+    (short / "config.json").write_text(
+        config.replace('"max_position_embeddings": 1024', '"max_position_embeddings": 90')
+    )
+    more = ["--model", str(short), "--do_train", "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
+    assert run_gres.main([*words, *more]) == 1
+    error = capsys.readouterr().err
+    assert "tokens with its image, but the model has 90 positions" in error and "max_length=90 cuts" in error
+    assert "one of them would end the run" in caplog.text
+    assert run_gres.main([*words, *more[:-1], str(tmp_path / "cut"), "--max_length", "90"]) == 0
+
+
 def test_an_output_folder_that_is_a_file_is_one_line(words, tmp_path, capsys):
     (tmp_path / "run").write_text("")
     assert run_gres.main([*words, "--do_eval", "--output_dir", str(tmp_path / "run")]) == 1

@@ -27,6 +27,7 @@ def words(tmp_path, monkeypatch):
     [
         (["--feature_cache", "kept"], "feature_cache=kept is not possible"),
         (["--quantization", "4bit"], "quantization=4bit is not possible"),
+        (["--train_tokens", "new"], "train_tokens=new is not possible"),
         (["--do_eval", "--eval_strategy", "steps", "--eval_steps", "5"], "give --eval_strategy no"),
         ([], None),
     ],
@@ -52,7 +53,10 @@ def test_what_needs_whole_weights_is_refused_before_anything_is_loaded(words, mo
         refuse_what_shards_cannot(model_args, args)
 
 
-@pytest.mark.parametrize("way", ["lora", "full"])
+WAYS = {"lora": {}, "new": {"train_tokens": "new"}, "full": {"train_language_model": "full"}}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("layout", ["parameters", "adapter", "bin"])
 def test_consolidated_weights_become_a_model(words, tmp_path, monkeypatch, way, layout):
     """As zero_to_fp32.py names them (as parameters, in several files), and as FSDP's checkpoints do with LoRA."""
@@ -61,7 +65,7 @@ def test_consolidated_weights_become_a_model(words, tmp_path, monkeypatch, way, 
     from trainers.freezing import merge_lora, prepare_for_training
     from trainers.loading import load_model
 
-    args = ModelArguments(model=MODEL, train_language_model=way)
+    args = ModelArguments(model=MODEL, **WAYS[way])
     model = prepare_for_training(load_model(args, "cpu")[1], args)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -71,7 +75,7 @@ def test_consolidated_weights_become_a_model(words, tmp_path, monkeypatch, way, 
     weights = {
         name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
     }
-    if layout == "adapter" and way == "lora":
+    if layout == "adapter" and way != "full":
         from peft import get_peft_model_state_dict
 
         weights = {
@@ -85,7 +89,11 @@ def test_consolidated_weights_become_a_model(words, tmp_path, monkeypatch, way, 
             torch.save({name: weights[name] for name in part}, folder / f"pytorch_model-{number}.bin")
         else:
             save_file({name: weights[name] for name in part}, folder / f"model-{number}.safetensors")
-    words += ["--train_language_model", way, "--consolidated", str(folder)]
+    words += [
+        *(word for name, value in WAYS[way].items() for word in (f"--{name}", value)),
+        "--consolidated",
+        str(folder),
+    ]
     assert run_gres.main(words) == 0
     expected = merge_lora(model).state_dict()
     found = load_model(ModelArguments(model=str(tmp_path / "out")), "cpu")[1].state_dict()
@@ -99,7 +107,10 @@ def test_consolidated_weights_of_another_training_are_refused(words, tmp_path, c
 
     save_file({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     assert run_gres.main([*words, "--consolidated", str(tmp_path / "model.safetensors")]) == 1
-    assert "give --model, --train_language_model and --lora_r as they were in training" in capsys.readouterr().err
+    assert (
+        "give --model, --train_language_model, --train_tokens and --lora_r as they were in training"
+        in capsys.readouterr().err
+    )
     assert run_gres.main([*words, "--consolidated", str(tmp_path / "nothing")]) == 1
     assert "no folder with .safetensors or .bin" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
