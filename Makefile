@@ -3,10 +3,16 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test test-slow deepspeed conformance matrix base lint types clean
+.PHONY: demo web test test-slow deepspeed conformance matrix base lint types clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/accelerate launch --config_file configs/accelerate/cpu.yaml run_gres.py configs/demo.yaml
+
+# Open the web demo of MODEL in a browser.
+MODEL ?= runs/demo
+web: $(VENV)/installed
+	$(RUN) -m pip install --quiet --constraint configs/constraints.txt --editable '.[demo]'
+	$(RUN) -m demo --model $(MODEL)
 
 test: $(VENV)/installed
 	$(RUN) -m pytest -n auto --dist loadscope -m "not slow and not deepspeed"

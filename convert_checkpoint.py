@@ -1,13 +1,15 @@
-"""Turn checkpoints of the original GSVA code into a directory that the Auto classes load, and back.
+"""Make the start of a GSVA from a vision-language model and a mask model, or convert checkpoints of the original, and back.
 
+    python convert_checkpoint.py --base llava-hf/llava-1.5-7b-hf --sam facebook/sam2.1-hiera-base-plus --output start
     python convert_checkpoint.py --checkpoint gsva-7b-ft-gres.bin --llava LLAVA_DIR --clip CLIP_DIR --output gsva-7b
     python convert_checkpoint.py --llava LLAVA_DIR --clip CLIP_DIR --sam sam_vit_h_4b8939.pth --output gsva-7b-start
     python convert_checkpoint.py --checkpoint gsva-7b --reverse --output gsva-7b.bin
 
-The second command makes the model that the original's training starts from: without a checkpoint, the weights that GSVA adds
-to the bases are drawn at random (--seed). The checkpoint is a file, the index of a sharded one, or a directory. Parts that it
-lacks come from --llava (or --llama with --llava_delta), --clip and --sam. Tensors are read and written one at a time, so that
-memory stays at a few tensors, however big the checkpoint.
+All write a directory that the Auto classes load, but the last. The first takes any image-text-to-text model of transformers
+and any SAM, SAM-HQ, SAM 2 or tracker of SAM 3, and adds the tokens [SEG] and [REJ] and the mask projector, drawn at random
+(--seed). The third does so for LLaVA v1 and makes the model that the original's training starts from. A checkpoint is a file,
+the index of a sharded one, or a directory. Parts that it lacks come from --llava (or --llama with --llava_delta), --clip and
+--sam. Tensors are read and written one at a time, so that memory stays at a few tensors, however big the checkpoint.
 """
 
 import argparse
@@ -24,14 +26,21 @@ INTERRUPTED = (
 if __name__ == "__main__":  # before the imports that take seconds
     signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))
 
-from conversion import build_llama_tokenizer, convert, reverse, to_original, to_ours
+from conversion import build_llama_tokenizer, convert, convert_base, reverse, to_original, to_ours
 
-__all__ = ["build_llama_tokenizer", "convert", "main", "reverse", "to_original", "to_ours"]
+__all__ = ["build_llama_tokenizer", "convert", "convert_base", "main", "reverse", "to_original", "to_ours"]
+
+# Options that have no meaning with --base.
+ONLY_FOR_THE_ORIGINAL = (
+    "checkpoint", "llava", "llama", "llava_delta", "clip", "tokenizer", "conv_type", "lora_alpha", "keep_lora", "reverse",
+    "peft_names",
+)  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("--base", help="directory or Hub id of a vision-language model of transformers, with --sam")
     add("--checkpoint", help="checkpoint of the original: .bin, .safetensors, an index or a directory; with --reverse a "
         "directory that this program wrote; left out, the result is the model that training starts from")  # fmt: skip
     add("--output", required=True, help="directory to write; with --reverse a .bin file")
@@ -39,13 +48,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--llama", help="LLaMA, if LLaVA is given as a delta")
     add("--llava_delta", help="LLaVA's delta, which is added to --llama")
     add("--clip", help="CLIP, a directory or Hub name: config.json and the weights that the checkpoint lacks")
-    add("--sam", help="SAM's .pth file (ViT-H, L or B, recognised by its tensors)")
+    add("--sam", help="SAM's .pth file (ViT-H, L or B, recognised by its tensors); with --base also a directory or Hub id of SAM, "
+        "SAM-HQ, SAM 2 or SAM 3 in the format of transformers")  # fmt: skip
     add("--tokenizer", help="tokenizer.model, if the LLaVA directory has none")
     add("--conv_type", default="llava_v1", choices=["llava_v1", "llava_llama_2"],
         help="conversation template that the checkpoint was trained with")  # fmt: skip
     add("--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"],
-        help="type of the written weights; auto keeps the checkpoint's")  # fmt: skip
-    add("--seed", type=int, default=0, help="without --checkpoint: seed of the weights that GSVA adds to the bases")
+        help="type of the written weights; auto keeps the checkpoint's or the base's")  # fmt: skip
+    add("--seed", type=int, default=0, help="without --checkpoint: seed of the weights that GSVA adds")
     add("--lora_alpha", type=float, default=16.0, help="--lora_alpha of the training; checkpoints do not store it")
     add("--keep_lora", action="store_true", help="write LoRA to adapter/ for PEFT instead of merging it")
     add("--max_shard_size", default="5GB", help="largest size of one weights file (default: 5GB)")
@@ -57,6 +67,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--lora_alpha must be a finite number, not {args.lora_alpha}")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be from 0 to {2**32 - 1}, not {args.seed}")
+    if args.base is not None:
+        if others := [name for name in ONLY_FOR_THE_ORIGINAL if getattr(args, name) != parser.get_default(name)]:
+            parser.error(
+                f"--base is a model of today, and --{others[0]} belongs to checkpoints of the original: leave one of them out"
+            )
+        if args.sam is None:
+            parser.error(
+                "--base needs --sam, a mask model such as facebook/sam2.1-hiera-base-plus or sam_vit_h_4b8939.pth"
+            )
     if args.reverse and args.checkpoint is None:
         parser.error("--reverse needs --checkpoint, a directory that this program wrote")
     return args
@@ -82,7 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may be unable to print the name of --output
     try:
-        summary = reverse(args) if args.reverse else convert(args)
+        work = reverse if args.reverse else convert if args.base is None else convert_base
+        summary = work(args)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except ImportError as error:

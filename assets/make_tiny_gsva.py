@@ -17,116 +17,28 @@ import json
 import math
 import multiprocessing
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from tokenizers import trainers as tokenizer_trainers
+from PIL import Image
+from tiny_bases import BASES, COLOURS, GRID, IMAGE_SEED, SHAPES, SIZES
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast, SamConfig
+from transformers import GenerationConfig
 
 from data_scripts import shapes
 from data_scripts.files import replacing, write_text
-from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration, GsvaImageProcessor, GsvaProcessor
+from modeling_gsva.masks_gsva import main_map
 from modeling_gsva.modeling_gsva import mask_losses
-from modeling_gsva.processing_gsva import ADDED_TOKENS, CHAT_TEMPLATES
 
-# The images of the demo are drawn with seed 0, those of the base with another one.
-IMAGE_SEED = 1
-IMAGE_SIDE, PATCH = 64, 8
-GRID = IMAGE_SIDE // PATCH
-PROMPTS = {
-    "refer": {
-        "question": "<image>\nsegment {expressions}.",
-        "answer": "{slots}.",
-        "slot": "{expression}:{token}",
-        "separator": ", ",
-        "lower": True,
-    }
-}
-COLOURS, SHAPES, SIZES = list(shapes.COLOURS), list(shapes.SHAPES), list(shapes.RADII)
+PLACES = ("leftmost", "rightmost", "top", "bottom")
 NUM_CLASSES = 1 + len(COLOURS) * len(SHAPES) * len(SIZES)  # 0 is background
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer in which the words of *shapes* are single tokens."""
-    corpus = []
-    for index in range(2000):
-        row = shapes.make_row(IMAGE_SEED, "train", index, "vqa")
-        corpus += [turn["text"].replace("<image>\n", "\n") for turn in row["conversation"]]
-    corpus += ["USER: \nsegment the red circle. ASSISTANT: the red circle:"] * 50
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        corpus,
-        tokenizer_trainers.BpeTrainer(
-            vocab_size=512,
-            special_tokens=["<pad>", "<s>", "</s>"],
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        ),
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        padding_side="right",
-        clean_up_tokenization_spaces=False,
-        model_max_length=1024,
-    )
-    wrapped.add_tokens(list(ADDED_TOKENS), special_tokens=False)
-    return wrapped
-
-
-def build_processor() -> GsvaProcessor:
-    """Return the processor of the embedded base."""
-    image_processor = GsvaImageProcessor(
-        size={"shortest_edge": IMAGE_SIDE},
-        crop_size={"height": IMAGE_SIDE, "width": IMAGE_SIDE},
-        sam_size={"longest_edge": IMAGE_SIDE},
-    )
-    return GsvaProcessor(
-        image_processor, build_tokenizer(), patch_size=PATCH, chat_template=CHAT_TEMPLATES["plain"], prompts=PROMPTS
-    )
-
-
-def build_config(processor: GsvaProcessor) -> GsvaConfig:
-    """Return the configuration of the embedded base, which has about two million parameters."""
-    vocab_size = len(processor.tokenizer) - 1  # <image> has no embedding, as in the original
-    return GsvaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, image_size=IMAGE_SIDE,
-            patch_size=PATCH, projection_dim=96,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=4, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        ),
-        sam_config=SamConfig(
-            vision_config={
-                "hidden_size": 96, "output_channels": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-                "image_size": IMAGE_SIDE, "patch_size": PATCH, "window_size": 0, "global_attn_indexes": [0, 1, 2],
-                "num_pos_feats": 32, "mlp_dim": 384, "initializer_range": 0.02,
-            },
-            prompt_encoder_config={"hidden_size": 64, "image_size": IMAGE_SIDE, "patch_size": PATCH},
-            mask_decoder_config={
-                "hidden_size": 64, "mlp_dim": 256, "num_attention_heads": 4, "iou_head_hidden_dim": 64,
-                "layer_norm_eps": 1e-5,
-            },
-        ),
-        image_token_id=processor.image_token_id,
-        seg_token_id=processor.seg_token_id,
-        rej_token_id=processor.rej_token_id,
-        # Do not drop the last of only three layers: they are trained here as one tower.
-        vision_feature_layer=-1,
-    )  # fmt: skip
 
 
 def _draw(index: int):
@@ -140,20 +52,19 @@ def _draw(index: int):
 
 
 class Images:
-    """All training images in memory, as the towers take them."""
+    """All training images in memory, as the towers take them. They are drawn once and kept in a file, to resume with."""
 
-    def __init__(self, processor: GsvaProcessor, count: int):
-        self.things, owners, clip, sam = [], [], [], []
-        with multiprocessing.Pool(2) as pool:
-            for image, things, owner in tqdm(
-                pool.imap(_draw, range(count), chunksize=64), "drawing", count, leave=False
-            ):
-                tensors = processor.image_processor(image, return_tensors="pt")
-                clip.append(tensors["pixel_values"][0].half())
-                sam.append(tensors["sam_pixel_values"][0].half())
-                self.things.append(things)
-                owners.append(torch.from_numpy(owner))
-        self.clip, self.sam, self.owners = torch.stack(clip), torch.stack(sam), torch.stack(owners)
+    def __init__(self, prepare: Callable[[Image.Image], tuple[torch.Tensor, torch.Tensor]], count: int, path: Path):
+        if not path.exists():
+            with replacing(path) as temporary:
+                torch.save(self._draw(prepare, count), temporary)
+        drawn = torch.load(path, weights_only=True, mmap=True)
+        self.things = [
+            [shapes.Thing(*fields, np.asarray(n)) for n, fields in enumerate(of, 1)] for of in drawn["things"]
+        ]
+        self.clip, self.sam, self.owners = drawn["clip"], drawn["sam"], drawn["owners"]
+        if len(self.things) != count:
+            raise ValueError(f"{path} holds {len(self.things)} images instead of {count}; give another --work_dir.")
         classes = torch.zeros(count, 8, dtype=torch.long)  # thing number → class
         for n, things in enumerate(self.things):
             for k, t in enumerate(things, start=1):
@@ -162,6 +73,14 @@ class Images:
                 )
                 classes[n, k] = 1 + combined
         self.classes = classes
+        # Whether a thing is the first from the left, right, top and bottom: of all things, and of those of its shape.
+        self.places = torch.zeros(count, 8, 8)
+        for n, things in enumerate(self.things):
+            for k, thing in enumerate(things, start=1):
+                for m, others in enumerate((things, [t for t in things if t.shape == thing.shape])):
+                    x, y = [t.x for t in others], [t.y for t in others]
+                    first = (thing.x == min(x), thing.x == max(x), thing.y == min(y), thing.y == max(y))
+                    self.places[n, k, 4 * m : 4 * m + 4] = torch.tensor(first, dtype=torch.float)
         # A patch belongs to the thing that covers most of it; patches covered by less than a quarter are background.
         cell = self.owners.shape[-1] // GRID
         cells = self.owners.reshape(count, GRID, cell, GRID, cell).permute(0, 1, 3, 2, 4).flatten(3)
@@ -169,17 +88,53 @@ class Images:
         best = shares.max(-1)
         self.patches = torch.where(best.values > 0.25, best.indices + 1, 0)  # (count, GRID, GRID)
 
+    @staticmethod
+    def _draw(prepare, count: int) -> dict:
+        """Return things, prepared images and owners of the pixels."""
+        things_of, owners, clip, sam = [], [], [], []
+        with multiprocessing.Pool(2) as pool:
+            for image, things, owner in tqdm(
+                pool.imap(_draw, range(count), chunksize=64), "drawing", count, leave=False
+            ):
+                for kept, tensor in zip((clip, sam), prepare(image)):
+                    kept.append(tensor.half())
+                things_of.append([(t.colour, t.shape, t.size, float(t.x), float(t.y)) for t in things])
+                owners.append(torch.from_numpy(owner))
+        return {"things": things_of, "clip": torch.stack(clip), "sam": torch.stack(sam), "owners": torch.stack(owners)}
+
     def mask(self, image: int, things: list[shapes.Thing]) -> torch.Tensor:
         """Return the mask of some things of an image."""
         return torch.isin(self.owners[image], torch.tensor([int(thing.mask) for thing in things], dtype=torch.uint8))
+
+
+class Drawn(Dataset):
+    """The batches of some steps, each drawn when it is needed."""
+
+    def __init__(self, draw, series: int, steps: range):
+        self.draw, self.series, self.steps = draw, series, steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int):
+        return self.draw(np.random.default_rng([IMAGE_SEED, self.series, self.steps[index]]))
 
 
 class Stage:
     """A training stage that can be resumed: warm-up and cosine schedule, checkpoints, a log line every 50 steps."""
 
     def __init__(
-        self, name, modules: nn.Module, steps: int, lr: float, work_dir: Path, log: list, save_every: int = 200
+        self,
+        name,
+        modules: nn.Module,
+        steps: int,
+        lr: float,
+        work_dir: Path,
+        log: list,
+        save_every: int = 200,
+        series: int = 100,
     ):
+        self.series = series  # part of the seed of its batches
         self.name, self.modules, self.steps, self.lr = name, modules, steps, lr
         self.path, self.log, self.save_every = work_dir / f"{name}.pt", log, save_every
         self.parameters = [p for p in modules.parameters() if p.requires_grad]
@@ -197,15 +152,21 @@ class Stage:
         with replacing(self.path) as temporary:
             torch.save(state, temporary)
 
-    def run(self, losses, evaluate=None):
-        """Train. `losses(random)` returns the loss parts; its generator depends on seed and step alone."""
+    def run(self, draw, losses, evaluate=None):
+        """
+        Train. `draw(random)` returns a batch, in a process of its own and by a generator that depends on seed and step alone;
+        `losses(*batch)` returns the loss parts.
+        """
+        batches = iter(
+            DataLoader(Drawn(draw, self.series, range(self.step, self.steps)), batch_size=None, num_workers=1)
+        )
         bar = tqdm(range(self.step, self.steps), self.name, initial=self.step, total=self.steps, mininterval=10)
         sums, start = dict[str, list[float]](), time.time()
         for step in bar:
             warm, turn = min(1.0, (step + 1) / 100), math.pi * step / self.steps
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * warm * (0.02 + 0.98 * (1 + math.cos(turn)) / 2)
-            parts = losses(np.random.default_rng([IMAGE_SEED, 100, step]))
+            parts = losses(*next(batches))
             sum(parts.values()).backward()
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
@@ -229,56 +190,75 @@ class Stage:
                 self.save()
 
 
-def train_towers(model, images: Images, args, log):
-    """Run stage 1. Its classifiers and attribute prompts are not part of the model and are discarded."""
+def train_towers(model, base, images: Images, args, log) -> nn.Module:
+    """Run stage 1 and return the module that made its prompts. It and the classifiers are not part of the model."""
     width = model.config.sam_config.prompt_encoder_config.hidden_size
     scaffold = nn.ModuleDict(
         {
             "clip": nn.Linear(model.config.vision_config.hidden_size, NUM_CLASSES),
             "sam": nn.Linear(width, NUM_CLASSES),
-            "prompt": nn.EmbeddingBag(len(COLOURS) + len(SHAPES) + len(SIZES), width, mode="sum"),
+            "prompt": base.build_prompts(width),
         }
     )
-    trained = nn.ModuleDict(
-        {"vision": model.model.vision_tower, "encoder": model.sam.vision_encoder, "decoder": model.sam.mask_decoder}
-    )
-    stage = Stage(
-        "towers", nn.ModuleDict({**trained, "scaffold": scaffold}), args.tower_steps, 2e-3, args.work_dir, log
-    )
+    if base.learns_places:
+        scaffold["clip_places"] = nn.Linear(model.config.vision_config.hidden_size, images.places.shape[-1])
+        scaffold["sam_places"] = nn.Linear(width, images.places.shape[-1])
     saved_projector, model.mask_projector = model.mask_projector, nn.Identity()
 
-    def losses(random):
-        rows = torch.from_numpy(random.integers(len(images.things), size=args.batch))
-        targets = torch.gather(images.classes[rows], 1, images.patches[rows].flatten(1)).flatten()
-        clip = model.model.get_vision_features(images.clip[rows].float())
+    def of_patches(name, features, rows):
+        """Return the losses of naming the thing in each patch, and its place, by features (images, patches, channels)."""
+        owners = images.patches[rows].flatten(1)
+        named = scaffold[name](features).flatten(0, 1)
+        parts = {name: F.cross_entropy(named, torch.gather(images.classes[rows], 1, owners).flatten())}
+        if base.learns_places:
+            places = images.places[rows].gather(1, owners[..., None].expand(-1, -1, images.places.shape[-1]))
+            guessed = scaffold[f"{name}_places"](features)[owners > 0]
+            parts[f"{name}_places"] = F.binary_cross_entropy_with_logits(guessed, places[owners > 0])
+        return parts
+
+    def vision_losses(rows, *others):
+        return of_patches("clip", base.vision_features(model, images.clip[rows].float()), rows)
+
+    def masks_losses(rows, prompts, image_index, truths):
         embeddings = model.get_sam_embeddings(images.sam[rows].float())
+        masks, _ = model.decode_masks(scaffold["prompt"](prompts), embeddings, image_index)
+        bce, dice = square_mask_losses(masks, truths)
+        cells = main_map(embeddings).flatten(2).transpose(1, 2)
+        return {**of_patches("sam", cells, rows), "bce": 2.0 * bce, "dice": 0.5 * dice}
+
+    def draw(random, with_prompts):
+        rows = random.integers(len(images.things), size=args.batch)
+        if not with_prompts:
+            return (torch.from_numpy(rows),)
         prompts, image_index, truths = [], [], []
         for n, row in enumerate(rows.tolist()):
-            things = images.things[row]
-            for _ in range(2):
-                thing = things[random.integers(len(things))]
-                named = random.random(3) < (0.6, 0.6, 0.25)
-                if not named.any():
-                    named[random.integers(2)] = True
-                attributes = [a for a, used in zip((thing.colour, thing.shape, thing.size), named) if used]
-                same = [t for t in things if all(a in (t.colour, t.shape, t.size) for a in attributes)]
-                prompts.append([(COLOURS + SHAPES + SIZES).index(a) for a in attributes])
+            for prompt, things in base.tower_prompts(random, images.things[row]):
+                prompts.append(prompt)
                 image_index.append(n)
-                truths.append(images.mask(row, same))
-        offsets = torch.tensor([0, *np.cumsum([len(p) for p in prompts])[:-1].tolist()])
-        states = scaffold["prompt"](torch.tensor([a for p in prompts for a in p]), offsets)
-        masks, _ = model.decode_masks(states, embeddings, torch.tensor(image_index))
-        bce, dice = square_mask_losses(masks, torch.stack(truths))
-        return {
-            "clip": F.cross_entropy(scaffold["clip"](clip).flatten(0, 1), targets),
-            "sam": F.cross_entropy(scaffold["sam"](embeddings.flatten(2).transpose(1, 2)).flatten(0, 1), targets),
-            "bce": 2.0 * bce,
-            "dice": 0.5 * dice,
-        }
+                truths.append(images.mask(row, things)[:: base.mask_stride, :: base.mask_stride])
+        return torch.from_numpy(rows), prompts, torch.tensor(image_index), torch.stack(truths)
 
+    parts = {
+        "vision": ({"vision": model.model.vision_tower}, ("clip", "clip_places"), vision_losses),
+        "masks": (
+            {"encoder": model.sam.vision_encoder, "decoder": model.sam.mask_decoder}, ("sam", "prompt", "sam_places"), masks_losses,
+        ),
+    }  # fmt: skip
     model.train()
-    stage.run(losses)
+    for name, of_stage in base.tower_stages.items():
+        modules = {key: module for part in of_stage for key, module in parts[part][0].items()}
+        names = [key for part in of_stage for key in parts[part][1]]
+        modules["scaffold"] = nn.ModuleDict({key: layer for key, layer in scaffold.items() if key in names})
+        stage = Stage(name, nn.ModuleDict(modules), args.steps or base.steps[name], 2e-3, args.work_dir, log)
+        if args.stage not in (None, name):
+            continue
+
+        def losses(*batch, of_stage=of_stage):
+            return {key: loss for part in of_stage for key, loss in parts[part][2](*batch).items()}
+
+        stage.run(partial(draw, with_prompts="masks" in of_stage), losses)
     model.mask_projector = saved_projector
+    return scaffold["prompt"]
 
 
 def square_mask_losses(masks: torch.Tensor, truths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -296,7 +276,7 @@ def pad(sequences: list, value: int = 0, side: str = "right") -> tuple[torch.Ten
     return pad_sequence(tensors, padding_value=value, **options), pad_sequence(masks, **options)
 
 
-def train_language(model, processor, images: Images, args, log):
+def train_language(model, base, processor, teacher, images: Images, args, log):
     """Run stage 2 on stored features of the frozen towers."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -307,23 +287,20 @@ def train_language(model, processor, images: Images, args, log):
         model.sam.shared_image_embedding,
     ):
         frozen.requires_grad_(False)
-    model.eval()
-    with torch.no_grad():
-        batches = tqdm(range(0, len(images.things), 256), "features", leave=False)
-        spans = [slice(n, n + 256) for n in batches]
-        clip = torch.cat([model.model.get_vision_features(images.clip[span].float()).half() for span in spans])
-        sam = torch.cat([model.get_sam_embeddings(images.sam[span].float()).half() for span in spans])
+    if hasattr(model.sam, "no_memory_embedding"):
+        model.sam.no_memory_embedding.requires_grad_(False)
     model.train()
-    trained = nn.ModuleDict(
-        {
-            "projector": model.model.multi_modal_projector, "language": model.model.language_model,
-            "head": model.lm_head, "prompts": model.mask_projector, "decoder": model.sam.mask_decoder,
-        }
-    )  # fmt: skip
-    stage = Stage("language", trained, args.language_steps, 2e-3, args.work_dir, log)
+    clip = Kept(lambda rows: [base.vision_features(model, images.clip[rows].float())], len(images.things))
+    sam = Kept(lambda rows: encode_masks(model, images.sam[rows].float()), len(images.things))
+    speaking = {
+        "projector": model.model.multi_modal_projector, "language": model.model.language_model, "head": model.lm_head,
+    }  # fmt: skip
+    drawing = {"prompts": model.mask_projector, "decoder": model.sam.mask_decoder}
+    prompts = []
+    model.mask_projector.register_forward_hook(lambda module, args, output: prompts.append(output))
 
     def conversation(random, row):
-        """Return a conversation with turns in words and a turn of expressions with targets, in random order, and the masks."""
+        """Return a conversation of questions in words and of expressions with targets, in random order, the expressions, and masks."""
         things = images.things[row]
         asked = [item for item in shapes.make_expressions(random, things, 6) if item[1]]
         asked = asked[: random.integers(1, len(asked) + 1)] if random.random() < 0.2 else asked
@@ -331,39 +308,91 @@ def train_language(model, processor, images: Images, args, log):
             {"role": t["role"], "content": t["text"].replace("<image>\n", "")}
             for t in shapes.make_conversation(random, things)
         ]
-        segment = processor.build_conversation([text for text, _ in asked])
+        texts = [text for text, _ in asked]
+        segment = processor.build_conversation(texts)
         segment[0]["content"] = segment[0]["content"].replace("<image>\n", "")
         turns = segment + words if random.random() < 0.6 else words + segment
         turns[0] = {"role": "user", "content": "<image>\n" + turns[0]["content"]}
-        return turns, torch.stack([images.mask(row, targets) for _, targets in asked])
+        return turns, texts, torch.stack([images.mask(row, targets) for _, targets in asked])
 
-    def losses(random):
+    def draw(random):
         rows = random.integers(len(images.things), size=args.batch)
-        turns, truths = zip(*(conversation(random, row) for row in rows))
-        encoded = processor.encode_conversations(list(turns))
+        turns, texts, truths = zip(*(conversation(random, row) for row in rows))
+        encoded = base.encode(processor, list(turns))
         ids, mask = pad([ids for ids, _ in encoded])
         labels, _ = pad([labels for _, labels in encoded], value=-100)
-        rows = torch.from_numpy(rows)
+        # Every second pixel is enough here and takes a quarter of the time.
+        return torch.from_numpy(rows), ids, mask, labels, texts, torch.cat(truths)[:, ::2, ::2].clone()
+
+    def word_losses(rows, ids, mask, labels, texts, truths):
+        (features,) = clip(rows)
+        outputs = model(input_ids=ids, attention_mask=mask, labels=labels, **base.kept_features(model, features))
+        return {"ce": outputs.ce_loss}
+
+    def losses(rows, ids, mask, labels, texts, truths):
+        (features,), maps = clip(rows), sam(rows)
+        prompts.clear()
         outputs = model(
             input_ids=ids,
             attention_mask=mask,
             labels=labels,
-            vision_features=clip[rows].float(),
-            sam_embeddings=sam[rows].float(),
+            sam_embeddings=maps if len(maps) > 1 else maps[0],
+            **base.kept_features(model, features),
         )
-        # Every second pixel is enough here and takes a quarter of the time.
-        bce, dice = square_mask_losses(torch.cat(outputs.mask_logits), torch.cat(truths)[:, ::2, ::2])
-        return {"ce": outputs.ce_loss, "bce": 2.0 * bce, "dice": 0.5 * dice}
+        bce, dice = square_mask_losses(torch.cat(outputs.mask_logits), truths)
+        parts = {"ce": outputs.ce_loss, "bce": 2.0 * bce, "dice": 0.5 * dice}
+        if base.learns_prompts:
+            with torch.no_grad():
+                taught = teacher([base.words_of(text) for of_image in texts for text in of_image])
+            parts["prompt"] = F.mse_loss(prompts[0], taught) / taught.var()
+        return parts
 
-    stage.run(losses, lambda: evaluate(model, processor))
+    if "words" in base.steps:
+        stage = Stage(
+            "words", nn.ModuleDict(speaking), args.steps or base.steps["words"], 2e-3, args.work_dir, log, series=101
+        )
+        if args.stage in (None, "words"):
+            stage.run(draw, word_losses)
+    if args.stage in (None, "language"):
+        trained = nn.ModuleDict({**speaking, **drawing})
+        stage = Stage("language", trained, args.steps or base.steps["language"], 2e-3, args.work_dir, log)
+        stage.run(draw, losses, lambda: evaluate(model, base, processor))
 
 
-def evaluate(model, processor) -> dict[str, float]:
-    """Return the share of right answers to existence questions and the mean IoU of masks, on images of another split."""
+class Kept:
+    """Outputs of frozen towers for images, computed when they are first asked for and kept in half precision."""
+
+    def __init__(self, encode: Callable[[torch.Tensor], list[torch.Tensor]], count: int):
+        self.encode, self.known, self.outputs = encode, torch.zeros(count, dtype=torch.bool), None
+
+    @torch.no_grad()
+    def __call__(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Return the outputs for the images of these numbers, each (rows, ...)."""
+        new = rows[~self.known[rows]].unique()
+        if len(new):
+            outputs = self.encode(new)
+            if self.outputs is None:
+                self.outputs = [part.new_empty(len(self.known), *part.shape[1:], dtype=torch.half) for part in outputs]
+            for kept, part in zip(self.outputs, outputs):
+                kept[new] = part.half()
+            self.known[new] = True
+        return [kept[rows].float() for kept in self.outputs]
+
+
+def encode_masks(model, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """Return the maps of the mask model's encoder."""
+    maps = model.get_sam_embeddings(pixels)
+    return [maps] if isinstance(maps, torch.Tensor) else maps
+
+
+def evaluate(model, base, processor) -> dict[str, float]:
+    """
+    Return the share of right answers to existence questions, the mean IoU of masks and their share of 0.7 or more, of all
+    expressions and of those that name a place, on images of another split.
+    """
     model.eval()
     random = np.random.default_rng(7)
-    right, ious = [], []
-    yes, no = (processor.tokenizer(word, add_special_tokens=False)["input_ids"][-1] for word in (" yes", " no"))
+    right, ious, placed = [], [], []
     for start in range(0, 192, 64):
         batch, expressions, questions, truth, answers = [], [], [], [], []
         for index in range(start, start + 64):
@@ -376,14 +405,17 @@ def evaluate(model, processor) -> dict[str, float]:
             truth.append([np.any([t.mask for t in targets], 0) for _, targets in items if targets])
             text, targets = items[random.integers(len(items))]
             question = {"role": "user", "content": f"<image>\nis there {text}?"}
-            questions.append([question, {"role": "assistant", "content": "yes"}])
+            questions.append([[question, {"role": "assistant", "content": word}] for word in ("yes", "no")])
             answers.append(bool(targets))
         inputs = processor(images=batch, expressions=expressions, return_tensors="pt")
         results = processor.post_process_segmentation(model.segment(**inputs), inputs)
-        for entries, masks in zip(results, truth):
+        for texts, entries, masks in zip(expressions, results, truth):
             ious += [(e["mask"] & m).sum() / (e["mask"] | m).sum() for e, m in zip(entries, masks)]
-        encoded = processor.encode_conversations(questions)
-        ids, mask = pad([ids[:-2] for ids, _ in encoded], side="left")  # without "yes</s>"
+            placed += [any(word in text.split() for word in PLACES) for text in texts]
+        encoded = [base.encode(processor, both) for both in questions]
+        begins = [next(n for n, label in enumerate(both[0][1]) if label != -100) for both in encoded]
+        yes, no = (encoded[0][n][0][begins[0]] for n in (0, 1))
+        ids, mask = pad([both[0][0][:begin] for both, begin in zip(encoded, begins)], side="left")
         with torch.no_grad():
             logits = model(
                 input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
@@ -392,7 +424,10 @@ def evaluate(model, processor) -> dict[str, float]:
         answers_yes = logits[:, yes] > logits[:, no]
         right += (answers_yes == torch.tensor(answers)).tolist()
     model.train()
-    return {"existence": round(float(np.mean(right)), 4), "mask_iou": round(float(np.mean(ious)), 4)}
+    ious, placed = np.asarray(ious), np.asarray(placed)
+    figures = {"existence": np.mean(right), "mask_iou": ious.mean(), "precision_0.7": (ious >= 0.7).mean()}
+    figures |= {"place_iou": ious[placed].mean(), "place_precision_0.7": (ious[placed] >= 0.7).mean()}
+    return {name: round(float(value), 4) for name, value in figures.items()}
 
 
 class Log(list):
@@ -412,32 +447,38 @@ class Log(list):
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("assets/tiny_gsva"))
+    parser.add_argument("--stage", help="run this stage alone, after those before it")
+    parser.add_argument("--arch", choices=list(BASES), default="llava_v1")
+    parser.add_argument("--output_dir", type=Path, help="by default the base's folder in assets")
     parser.add_argument(
-        "--work_dir", type=Path, default=Path("runs/base"), help="folder of the checkpoints, to resume from"
+        "--work_dir",
+        type=Path,
+        help="folder of the checkpoints, to resume from; by default runs/base or runs/base_ARCH",
     )
     parser.add_argument("--images", type=int, default=24000)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--tower_steps", type=int, default=2000)
-    parser.add_argument("--language_steps", type=int, default=2300)
+    parser.add_argument("--steps", type=int, help="of every stage, in place of the base's own numbers")
     args = parser.parse_args(argv)
+    base = BASES[args.arch]()
+    args.output_dir = args.output_dir or Path(base.output_dir)
+    args.work_dir = args.work_dir or Path(base.work_dir)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     start = time.time()
     torch.manual_seed(IMAGE_SEED)
-    processor = build_processor()
-    model = GsvaForConditionalGeneration(build_config(processor))
+    processor = base.build_processor()
+    model = base.build_model(base.build_config(processor))
     log = Log(args.work_dir / "log.jsonl")
-    images = Images(processor, args.images)
-    train_towers(model, images, args, log)
-    train_language(model, processor, images, args, log)
+    images = Images(base.image_preparation(model.config, processor), args.images, args.work_dir / "images.pt")
+    teacher = train_towers(model, base, images, args, log)
+    train_language(model, base, processor, teacher, images, args, log)
     log.append({"stage": "done", "seconds_of_this_start": round(time.time() - start)})
-    save_base(model, processor, args.output_dir, log)
+    save_base(model, base, processor, args.output_dir, log)
 
 
-def save_base(model, processor, output_dir: Path, log: list) -> None:
+def save_base(model, base, processor, output_dir: Path, log: list) -> None:
     """Save model, processor and training log, without a copy of the code."""
     model = model.to(torch.bfloat16).eval()
-    model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2, max_new_tokens=128)
+    model.generation_config = GenerationConfig(**base.generation_config)
     output_dir.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)

@@ -270,7 +270,7 @@ def new_weights(
 
     Rows of the new tokens in the embedding and in the language head: normal with the configuration's
     `initializer_range` (prepare_model_tokenizer.py: `resize_token_embeddings` of transformers 4.44.2). The mask
-    projector: `torch.nn.Linear`'s uniform numbers (modeling_lisa_gsva.py: init_seg_and_proj).
+    projector: see `projector_weights`.
 
     Args:
         tensors: Those of the bases.
@@ -281,15 +281,9 @@ def new_weights(
         ValueError: The number of rows of the base's embedding is not the number of tokens of its tokenizer.
     """
 
-    def generator(number: int) -> torch.Generator:  # one per tensor, so that the order of writing does not matter
-        return torch.Generator().manual_seed(seed * 10 + number)
-
     def grow(base: LazyTensor, number: int) -> torch.Tensor:
-        added = torch.randn(len(new_tokens), base.shape[1], generator=generator(number)) * std
+        added = torch.randn(len(new_tokens), base.shape[1], generator=_generator(seed, number)) * std
         return torch.cat([base.read(), added.to(base.dtype)])
-
-    def uniform(shape: tuple[int, ...], number: int) -> torch.Tensor:  # bound of weight and bias: 1 / sqrt(inputs)
-        return (torch.rand(shape, generator=generator(number)) * 2 - 1) / hidden**0.5
 
     new = {}
     for number, name in enumerate(TOKEN_ROWS):
@@ -302,7 +296,27 @@ def new_weights(
             )
         new[name] = LazyTensor((rows, base.shape[1]), base.dtype, partial(grow, base, number))
     hidden, prompt = tensors[TOKEN_ROWS[0]].shape[1], tensors["sam.mask_decoder.mask_tokens.weight"].shape[1]
+    return new | projector_weights(hidden, prompt, seed)
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    """Return the generator of one tensor. Each has its own, so that the order of writing does not matter."""
+    return torch.Generator().manual_seed(seed * 10 + number)
+
+
+def projector_weights(hidden: int, prompt: int, seed: int) -> dict[str, LazyTensor]:
+    """Draw the mask projector: `torch.nn.Linear`'s uniform numbers (modeling_lisa_gsva.py: init_seg_and_proj).
+
+    Args:
+        hidden: Width of the language model.
+        prompt: Width of the mask decoder's prompts.
+    """
+
+    def uniform(shape: tuple[int, ...], number: int) -> torch.Tensor:  # bound of weight and bias: 1 / sqrt(inputs)
+        return (torch.rand(shape, generator=_generator(seed, number)) * 2 - 1) / hidden**0.5
+
     shapes = {"0.weight": (hidden, hidden), "0.bias": (hidden,), "2.weight": (prompt, hidden), "2.bias": (prompt,)}
-    for number, (name, shape) in enumerate(shapes.items(), start=2):
-        new[f"mask_projector.{name}"] = LazyTensor(shape, torch.float32, partial(uniform, shape, number))
-    return new
+    return {
+        f"mask_projector.{name}": LazyTensor(shape, torch.float32, partial(uniform, shape, number))
+        for number, (name, shape) in enumerate(shapes.items(), start=2)
+    }

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub.utils import httpx
 
 from data_scripts.files import new_folder
 
@@ -30,28 +28,26 @@ from .bases import (
     refuse_other_base,
 )
 from .configs import clip_config, empty_model, image_processor, llama_config, naming, sam_config, vision_features
+from .hub import create_repository, local_directory, push
 from .keys import PREFIXES, to_original
 from .reading import CheckpointSource, LazyTensor
 from .tokenizer import IMAGE_TOKEN, ORDINARY_TOKENS, SPECIAL_TOKENS, base_added_tokens, build_llama_tokenizer
 from .writing import (
     ADAPTER,
+    CARD,
     check_output,
     check_room,
     merge_lora,
     naming_output,
     write_adapter,
     write_card,
-    write_shards,
+    write_directory,
 )
 
 if TYPE_CHECKING:
     from transformers import TokenizersBackend
 
-    from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration, GsvaProcessor
-
-# The files of a base in a Hub repository that are read.
-_HUB_FILES = ["*.json", "*.bin", "*.safetensors", "*.model"]
-_HUB_ERRORS = (OSError, ValueError, httpx.HTTPError)
+    from modeling_gsva import GsvaConfig, GsvaProcessor
 
 
 @dataclass
@@ -100,6 +96,7 @@ def convert(args: argparse.Namespace) -> dict:
     check_tensors(expected, tensors, sources)
 
     lora = sources.checkpoint.lora
+    keeps_lora = bool(args.keep_lora and lora)
     tensors = {name: tensors[name] for name in expected}
     origins = {name: next(s.option for s in sources.all() if tensors[name] is s.tensors.get(name)) for name in tensors}
     if not args.keep_lora:
@@ -110,15 +107,12 @@ def convert(args: argparse.Namespace) -> dict:
     if args.push_to_hub:
         create_repository(args.push_to_hub)  # now: without the rights to it, all the work would be for nothing
     with naming_output(output), new_folder(output) as folder:
-        written = write_model(folder, model, processor, tensors, sources.checkpoint, args)
+        written = write_directory(folder, model.to(dtype), processor, tensors, dtype, args.max_shard_size)
+        if keeps_lora:
+            write_adapter(folder / ADAPTER, lora, args.lora_alpha, dtype)
         summary = summarize(args, sources, tensors, origins, dtype, written)
-        write_card(
-            folder,
-            args.push_to_hub or output.name,
-            summary,
-            sources.is_start,
-            has_adapter=bool(args.keep_lora and lora),
-        )
+        name = args.push_to_hub or output.name
+        write_card(folder, CARD, name, summary, is_start=sources.is_start, has_adapter=keeps_lora)
     if not any(name.startswith("model.multi_modal_projector.") for name in sources.checkpoint.tensors):
         # The original throws LLaVA's projector away here and draws a random one (a bug: only --weight brings it back).
         summary["note"] = "the projector comes from --llava; the original would draw a random one"
@@ -135,8 +129,8 @@ def gather_sources(args: argparse.Namespace) -> Sources:
         ValueError: Options that do not go together, or files that do not hold a checkpoint.
         FileNotFoundError: A path does not exist, or LLaVA's directory is not given.
     """
-    llava_dir, clip_dir = local_directory(args.llava, "--llava"), local_directory(args.clip, "--clip")
-    llama_dir, delta_dir = local_directory(args.llama, "--llama"), local_directory(args.llava_delta, "--llava_delta")
+    llava_dir, clip_dir = given_directory(args.llava, "--llava"), given_directory(args.clip, "--clip")
+    llama_dir, delta_dir = given_directory(args.llama, "--llama"), given_directory(args.llava_delta, "--llava_delta")
     if (llama_dir is None) != (delta_dir is None) or (llava_dir and delta_dir):
         raise ValueError("Pass either --llava, or --llama together with --llava_delta.")
 
@@ -164,30 +158,9 @@ def gather_sources(args: argparse.Namespace) -> Sources:
     return Sources(checkpoint, bases, language_dir, clip_dir)
 
 
-def local_directory(path: str | None, option: str) -> Path | None:
-    """Return the directory of a base: a local one as it is, that of a Hub repository after downloading it.
-
-    Raises:
-        FileNotFoundError: `path` neither exists nor is the name of a repository.
-        NotADirectoryError: It is a file.
-    """
-    if path is None:
-        return None
-    if Path(path).is_dir():
-        return Path(path)
-    if Path(path).exists():
-        raise NotADirectoryError(f"{option} {path} is a file: pass the directory with its config.json.")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).parent.exists():
-        from huggingface_hub import snapshot_download
-
-        try:
-            return Path(snapshot_download(path, allow_patterns=_HUB_FILES))
-        except _HUB_ERRORS as error:
-            raise FileNotFoundError(
-                f"{option} {path} is no local path, and cannot be downloaded from the Hub ({error}). Check the name, log in with "
-                "`hf auth login` if it is not public, or download it and pass its directory."
-            ) from error
-    raise FileNotFoundError(f"{option} {path} does not exist.")
+def given_directory(path: str | None, option: str) -> Path | None:
+    """Return the directory of a base, see `local_directory`; None for an option that is not given."""
+    return None if path is None else local_directory(path, option)
 
 
 def describe_model(
@@ -288,32 +261,6 @@ def make_processor(
     )
 
 
-def write_model(
-    folder: Path,
-    model: GsvaForConditionalGeneration,
-    processor: GsvaProcessor,
-    tensors: Mapping[str, LazyTensor],
-    checkpoint: CheckpointSource,
-    args: argparse.Namespace,
-) -> int:
-    """Write configuration, code, processor, weights and, with `--keep_lora`, the adapter. Return the bytes of the weights."""
-    from transformers.utils import logging
-
-    dtype = model.config.dtype
-    shows_progress = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # it would count the files of weights, and there are none
-    try:
-        model.to(dtype).save_pretrained(folder, state_dict={})  # everything but the weights
-    finally:
-        if shows_progress:
-            logging.enable_progress_bar()
-    processor.save_pretrained(folder)
-    written = write_shards(folder, tensors, dtype, args.max_shard_size)
-    if args.keep_lora and checkpoint.lora:
-        write_adapter(folder / ADAPTER, checkpoint.lora, args.lora_alpha, dtype)
-    return written
-
-
 def summarize(
     args: argparse.Namespace,
     sources: Sources,
@@ -349,37 +296,3 @@ def summarize(
         ),
         "left behind": {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)},
     }
-
-
-def create_repository(repository: str) -> None:
-    """Create a repository on the Hub unless it exists.
-
-    Raises:
-        ValueError: It cannot be reached or written.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().create_repo(repository, exist_ok=True)
-    except _HUB_ERRORS as error:
-        raise ValueError(
-            f"--push_to_hub {repository} cannot be written, so nothing was converted ({error}). Log in with `hf auth login`, "
-            "or leave --push_to_hub out and upload the result later."
-        ) from error
-
-
-def push(repository: str, folder: Path) -> None:
-    """Upload a converted directory to the Hub.
-
-    Raises:
-        ValueError: The upload failed or was interrupted. The message has the command that repeats it.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().upload_folder(repo_id=repository, folder_path=folder)
-    except (Exception, KeyboardInterrupt) as error:
-        raise ValueError(
-            f"{folder} is written and whole, but its upload to {repository} failed ({str(error) or type(error).__name__}). "
-            f"Repeat the upload with: hf upload {repository} {folder}"
-        ) from error

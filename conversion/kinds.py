@@ -27,9 +27,13 @@ class Kind:
     advice: str
 
 
-_SAM_ADVICE = "GSVA has the first SAM of segment-anything: pass sam_vit_h_4b8939.pth (or ViT-L or B) with --sam."
+_SAM_ADVICE = (
+    "Pass sam_vit_h_4b8939.pth of segment-anything (or ViT-L or B) with --sam. With --base, --sam also takes a directory or Hub id "
+    "of SAM, SAM-HQ, SAM 2 or SAM 3 in the format of transformers, such as facebook/sam2.1-hiera-base-plus."
+)
 _LLAVA_ADVICE = (
-    "GSVA was made from LLaVA v1 with one linear layer, for example liuhaotian/LLaVA-Lightning-7B-delta-v1-1."
+    "GSVA was made from LLaVA v1 with one linear layer, for example liuhaotian/LLaVA-Lightning-7B-delta-v1-1. To start from "
+    "another, pass it in the format of transformers with --base, for example llava-hf/llava-1.5-7b-hf."
 )
 _CLIP_ADVICE = "Pass the directory of openai/clip-vit-large-patch14 with --clip."
 _QUANTIZED_ADVICE = "Pass the checkpoint before it was quantized."
@@ -58,6 +62,8 @@ KINDS = (
     ),
     Kind("SAM 3", r"(detector|tracker_model|detector_model)\.", (), _SAM_ADVICE),
     Kind("MobileSAM", r"image_encoder\.(layers\.\d+\.blocks|patch_embed\.seq)\.", (), _SAM_ADVICE),
+    # https://github.com/yformer/EfficientSAM: efficient_sam/efficient_sam_decoder.py
+    Kind("EfficientSAM", r"mask_decoder\.final_output_upscaling_layers\.", (), _SAM_ADVICE),
     Kind(
         "SAM-HQ", r"mask_decoder\.(hf_|hq_|compress_vit_feat|embedding_encoder|embedding_maskfeature)", (), _SAM_ADVICE
     ),

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -20,7 +20,11 @@ from data_scripts.files import refuse_existing, render, write_json, write_text
 
 from .reading import SAFETENSORS_DTYPES, LazyTensor, advise, as_bytes, is_finite, read_json
 
-CARD = Path(__file__).parent / "templates" / "converted_card.md.jinja"
+if TYPE_CHECKING:
+    from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
+
+TEMPLATES = Path(__file__).parent / "templates"
+CARD, START_CARD = TEMPLATES / "converted_card.md.jinja", TEMPLATES / "start_card.md.jinja"
 ADAPTER = "adapter"
 
 
@@ -105,16 +109,21 @@ def safetensors_header(tensors: Mapping[str, torch.Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> Iterator[int]:
+def _planned(tensors: Mapping[str, LazyTensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Return tensors without memory for the plan of files; `dtype` None stands for each tensor's own."""
+    return {name: torch.empty(part.shape, dtype=dtype or part.dtype, device="meta") for name, part in tensors.items()}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype | None) -> Iterator[int]:
     """Write one safetensors file with one tensor in memory at a time. Yield the number of bytes after each tensor.
 
     `save_file` of safetensors needs all tensors of a file at once. With the header known, they can be written one by one.
     """
-    planned = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in tensors.items()}
+    planned = _planned(tensors, dtype)
     with path.open("wb") as file:
         file.write(safetensors_header(planned))
         for name, lazy in tensors.items():
-            tensor = in_dtype(lazy.read(), dtype, name)
+            tensor = in_dtype(lazy.read(), planned[name].dtype, name)
             file.write(as_bytes(tensor))
             yield tensor.nbytes
         file.flush()
@@ -122,10 +131,38 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], dtype: torc
         advise(file, "POSIX_FADV_DONTNEED")
 
 
-def write_shards(directory: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype, max_shard_size: str) -> int:
+def write_directory(
+    folder: Path,
+    model: GsvaForConditionalGeneration,
+    processor: GsvaProcessor,
+    tensors: Mapping[str, LazyTensor],
+    dtype: torch.dtype | None,
+    max_shard_size: str,
+) -> int:
+    """Write configuration, code, processor and weights. Return the bytes of the weights.
+
+    Args:
+        model: Without memory for its weights, in the precision that config.json is to name.
+        dtype: Of the weights; None stands for each tensor's own.
+    """
+    from transformers.utils import logging
+
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it would count the files of weights, and there are none
+    try:
+        model.save_pretrained(folder, state_dict={})  # everything but the weights
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
+    processor.save_pretrained(folder)
+    return write_shards(folder, tensors, dtype, max_shard_size)
+
+
+def write_shards(
+    directory: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype | None, max_shard_size: str
+) -> int:
     """Write safetensors shards and their index with one tensor in memory at a time. Return the number of bytes written."""
-    planned = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in tensors.items()}
-    plan = split_torch_state_dict_into_shards(planned, max_shard_size=max_shard_size)
+    plan = split_torch_state_dict_into_shards(_planned(tensors, dtype), max_shard_size=max_shard_size)
     total = plan.metadata["total_size"]
     with tqdm(total=total, unit="B", unit_scale=True, desc="Writing", disable=not sys.stderr.isatty()) as bar:
         for file, names in plan.filename_to_tensors.items():
@@ -194,16 +231,17 @@ def write_adapter(
         pass
 
 
-def write_card(directory: Path, name: str, summary: Mapping[str, Any], is_start: bool, has_adapter: bool) -> None:
+def write_card(directory: Path, template: Path, name: str, summary: Mapping[str, Any], **values: Any) -> None:
     """Write README.md, the model card.
 
     Args:
+        template: CARD or START_CARD.
         name: The directory or Hub repository that the card's example loads.
         summary: The rows of the card's table.
-        is_start: The weights are those that training starts from.
-        has_adapter: LoRA is not merged into the weights but lies in adapter/.
+        values: What else the template takes. Of CARD `is_start`: the weights are those that training starts from, and
+            `has_adapter`: LoRA is not merged into the weights but lies in adapter/. Of START_CARD `base_models`: Hub ids, and
+            `licence`: that of all parts, or None.
     """
     name = name.encode("utf-8", "replace").decode()  # a folder's name may hold bytes that are no text
     facts = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in summary.items()}
-    text = render(CARD, name=name, facts=facts, is_start=is_start, has_adapter=has_adapter)
-    write_text(directory / "README.md", text)
+    write_text(directory / "README.md", render(template, name=name, facts=facts, **values))

@@ -17,12 +17,17 @@ if TYPE_CHECKING:
     import datasets
 
     from .builder import RowBuilder
+    from .nouns import Categories
 
 # name -> module and builder class; a module is imported when one of its data sets is loaded
 BUILDERS = {
     **dict.fromkeys(
         ("refclef", "refcoco", "refcoco+", "refcocog", "grefcoco", "refzom"), ("referring", "ReferringBuilder")
     ),
+    # benchmarks of absence
+    **dict.fromkeys(("rrefcoco", "rrefcoco+", "rrefcocog"), ("referring", "ReferringBuilder")),
+    **dict.fromkeys(("fprefcoco", "fprefcoco+", "fprefcocog"), ("referring", "ReferringBuilder")),
+    "hallusegbench": ("halluseg", "HalluSegBuilder"),
     "ade20k": ("semantic", "Ade20kBuilder"),
     "cocostuff": ("semantic", "CocoStuffBuilder"),
     "mapillary": ("semantic", "MapillaryBuilder"),
@@ -82,6 +87,28 @@ def load(
     if name not in BUILDERS and "/" in name:
         return _load_published(name, split, cache_dir)
     return load_builder(name, data_dir, cache_dir).load(split, num_proc)
+
+
+def categories(name: str, data_dir: str | os.PathLike | None = None, cache_dir: str | None = None) -> Categories:
+    """Return the categories of a data set's annotations beside its texts, for drawing absent expressions.
+
+    Only sets that are read from files have them, and of these not all.
+    """
+    from .nouns import Categories
+
+    if name not in BUILDERS:
+        return Categories()
+    return load_builder(name, data_dir, cache_dir).categories()
+
+
+def annotations_digest(
+    name: str, data_dir: str | os.PathLike | None = None, cache_dir: str | None = None
+) -> str | None:
+    """Return a digest of the contents of a data set's annotation files, wherever they lie; None if it is not read from files.
+
+    The first call for a built data set reads the files; later ones read the digest beside the Arrow files.
+    """
+    return load_builder(name, data_dir, cache_dir).annotations_digest() if name in BUILDERS else None
 
 
 def _load_published(name: str, split: str, cache_dir: str | None) -> datasets.Dataset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ import pyarrow
 from datasets.exceptions import DatasetGenerationError
 
 from . import images, mask_images, masks, records, schema
+from .files import write_text
+from .nouns import Categories
 from .records import expect, inside, read_plain_pickle, require, same, short_repr  # noqa: F401  # some are importable from here, as before
 from .schema import SEGMENTATION_FEATURES
 
@@ -74,6 +77,24 @@ class RowBuilder(datasets.GeneratorBasedBuilder):
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
         """Yield the rows of one split, in a fixed order."""
         raise NotImplementedError
+
+    def annotations_digest(self) -> str:
+        """Return a digest of the contents of the annotation files. It is kept beside the Arrow files, if they exist."""
+        kept = Path(self.cache_dir) / "annotations.sha256"
+        if kept.is_file() and re.fullmatch("[0-9a-f]{16}", text := kept.read_text(encoding="utf-8")):
+            return text
+        digest = hashlib.sha256()
+        for path in self.files():
+            if path.is_file():  # a folder of images is among them where the rows depend on its names
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        if kept.parent.is_dir():
+            write_text(kept, digest.hexdigest()[:16])
+        return digest.hexdigest()[:16]
+
+    def categories(self) -> Categories:
+        """Return the categories of the annotations beside the texts; none by default."""
+        return Categories()
 
     def left_out(self) -> list[str]:
         """Return files among the data that `rows` does not read, each with the reason."""

@@ -21,23 +21,26 @@ from tqdm import tqdm
 
 from . import BUILDERS, load_builder
 from .builder import RowBuilder
+from .halluseg import FOLDER
 from .images import PictureError, read_image
 from .masks import mask_area
 from .own_formats import find_sources
 from .records import missing_file, visible
+from .referring import LAYOUTS, folders_of
 from .wordings import clean_expression
 
 MAX_ERRORS = 20
-# the first folder of each data set; without it, the data set counts as not there instead of incomplete
+# the first folder of each data set, or its first folders; without one, the data set counts as not there, not as incomplete
 ROOTS = {
-    **{name: f"refer_seg/{name}" for name in ("refclef", "refcoco", "refcoco+", "refcocog", "grefcoco", "refzom")},
-    "ade20k": "ade20k",
-    "cocostuff": "cocostuff",
-    "mapillary": "mapillary",
-    "paco_lvis": "vlpart/paco",
-    "pascal_part": "vlpart/pascal_part",
-    "ReasonSeg": "reason_seg/ReasonSeg",
-    "llava_instruct_150k": "llava_dataset",
+    **{name: folders_of(name) for name in LAYOUTS},
+    "hallusegbench": [FOLDER],
+    "ade20k": ["ade20k"],
+    "cocostuff": ["cocostuff"],
+    "mapillary": ["mapillary"],
+    "paco_lvis": ["vlpart/paco"],
+    "pascal_part": ["vlpart/pascal_part"],
+    "ReasonSeg": ["reason_seg/ReasonSeg"],
+    "llava_instruct_150k": ["llava_dataset"],
 }
 
 
@@ -137,7 +140,7 @@ def _check_rows(builder: RowBuilder, finding: Finding, open_images: bool) -> Non
 
 def find(data_dir: str | os.PathLike) -> list[str]:
     """Return the data sets of which a folder holds a part."""
-    names = [name for name, root in ROOTS.items() if (Path(data_dir) / root).exists()]
+    names = [name for name, roots in ROOTS.items() if any((Path(data_dir) / root).exists() for root in roots)]
     if names:  # beside the published sets' folders, only these are surely somebody's own
         has_own = any(path.suffix.lower() in (".jsonl", ".parquet") for path in visible(Path(data_dir)))
     else:

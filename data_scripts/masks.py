@@ -79,7 +79,7 @@ def check_rle(rle: Any) -> dict[str, Any]:
     """Return a compressed run-length encoding from a file after checking that pycocotools can decode it.
 
     pycocotools reads and writes out of bounds if an encoding is empty, cut off, or does not fill its size.
-    `metrics.gres.functions` has the same check for the metric, which must work without this package.
+    `metrics.gres.masks` has the same check for the metric, which must work without this package.
 
     >>> check_rle({"size": [3, 3], "counts": "0130"})
     Traceback (most recent call last):

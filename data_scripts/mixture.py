@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .images import PictureError
+from .negatives import Negatives
+from .nouns import Categories
 from .skipped import SkipList
 from .transforms import (
     ConversationTransform,
@@ -182,6 +184,8 @@ def load_mixture(
     cache_dir: str | None = None,
     transforms: Mapping[str, Transform] | None = None,
     skip_list: SkipList | None = None,
+    negatives: float = 0.0,
+    negatives_like: str = "noun",
 ) -> Mixture:
     """Load the original's mixture, or part of it. Only the data sets asked for are loaded.
 
@@ -191,12 +195,15 @@ def load_mixture(
         rates: Family -> rate; by default the original's 9, 3, 3, 1.
         length: Items per epoch.
         transforms: Family -> transform, to replace the default (the original's wording, three expressions).
+        negatives, negatives_like: Draw absent expressions for the referring sets from the texts of all of them, see
+            `negatives.Negatives`. The other families stay as they are.
         seed, split, on_bad_image, skip_list, cache_dir: As for `TrainingDataset` and `data_scripts.load`.
 
     Raises:
-        ValueError: A family does not exist; else the errors of `data_scripts.load`.
+        ValueError: A family does not exist, or negatives are to be drawn without referring sets; else the errors of
+            `data_scripts.load`.
     """
-    from . import load
+    from . import categories, load
 
     datasets = datasets or {family: names for family, (_, _, names) in FAMILIES.items()}
     unknown = (set(datasets) | set(rates or ()) | set(transforms or ())) - set(FAMILIES)
@@ -211,4 +218,17 @@ def load_mixture(
             [TrainingDataset(load(name, data_dir, split, cache_dir), chosen, seed, on_bad_image=on_bad_image, skip_list=skip_list)
              for name in members],
         )  # fmt: skip
+    if negatives:
+        if "refer_seg" not in families:
+            raise ValueError(
+                f"negatives={negatives:g} are drawn for the family refer_seg, which this mixture does not have; leave them "
+                f"out, or add a referring set."
+            )
+        names, (_, sources) = datasets["refer_seg"], families["refer_seg"]
+        known = Categories.united(categories(name, data_dir) for name in names)
+        dropped = any(getattr(source.transform, "drop_no_targets", False) for source in sources)
+        drawn = Negatives([source.rows for source in sources], negatives, negatives_like, known, dropped)
+        for source in sources:
+            if isinstance(source.transform, ReferringTransform):
+                source.transform.negatives = drawn
     return Mixture(families, length, seed)

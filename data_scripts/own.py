@@ -32,9 +32,11 @@ from .masks import (
     merge_masks,
     segmentation_to_rle,
 )
+from .nouns import Categories
 from .own_formats import EXAMPLE, Source, find_sources, other_sources
 from .records import at, inside, missing_file, parse_json, short_repr, visible
 from .schema import expression
+from .wordings import clean_expression
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +89,22 @@ class OwnBuilder(RowBuilder):
         if not names:
             raise ValueError("; ".join(map(self.empty_split, self.sources)))
         return names
+
+    def categories(self) -> Categories:
+        """Return the categories of a COCO file's annotations, which may have captions as texts. Other formats have none."""
+        of_image: dict[str, set[str]] = {}
+        of_text: dict[str, set[str]] = {}
+        for source in self.sources.values():
+            for _, record in source.records(self):
+                names = record.get("category_names") if isinstance(record, dict) else None
+                if names is None:
+                    break
+                for entry in record["expressions"]:
+                    numbers = (annotation.get("category_id") for annotation in entry["annotations"])
+                    found = {names[number] for number in numbers if isinstance(number, (int, str)) and number in names}
+                    of_image.setdefault(str(record["image_id"]), set()).update(found)
+                    of_text.setdefault(clean_expression(entry["text"]).lower(), set()).update(found)
+        return Categories.of(of_image, of_text)
 
     def empty_splits(self) -> list[str]:
         return [self.empty_split(split) for split in self.sources if split not in self.info.splits]

@@ -157,6 +157,7 @@ def _read_coco(path: Path, builder: OwnBuilder) -> Iterator[Record]:
             for text in _texts_of(annotation, categories):
                 texts[annotation["image_id"]].setdefault(text, []).append(annotation)
     distinct = builder.by_id(numbered, "image_id")
+    names_of_categories = {number: category["name"] for number, category in categories.items()}
     for number, image in images.items():
         expressions = [
             {"text": text, "annotations": _once(annotations, distinct)} for text, annotations in texts[number].items()
@@ -167,6 +168,7 @@ def _read_coco(path: Path, builder: OwnBuilder) -> Iterator[Record]:
             "image_id": number,
             "expressions": expressions,
             "absent_everywhere": content.get("absent"),
+            "category_names": names_of_categories,
         }
         yield f"{path}, image {number!r}", record
 

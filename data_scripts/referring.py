@@ -1,9 +1,20 @@
-"""The referring sets in their published layout: refclef, refcoco, refcoco+, refcocog, grefcoco, refzom.
+"""The referring sets in their published layout: refclef, refcoco, refcoco+, refcocog, grefcoco, refzom, and two families
+of absent expressions over RefCOCO: rrefcoco, rrefcoco+, rrefcocog, and fprefcoco, fprefcoco+, fprefcocog.
 
 Each is a file of *refs* (sentences and the annotations that they name) beside COCO's `instances.json`:
 
     DATA_DIR/refer_seg/NAME/{refs(unc).p, instances.json}
     DATA_DIR/refer_seg/images/{mscoco/images/train2014, saiapr_tc-12}/*.jpg
+
+In the two families a sentence says whether what it names is there; the annotation of its ref is that of the expression
+from which it was made:
+
+- R-RefCOCO (Wu et al., "Towards Robust Referring Image Segmentation", arXiv 2209.09554): `"exist": false`; folders
+  `rrefcoco`, ... (README.md and dataset/ReferDataset.py of github.com/jianzongwu/robust-ref-seg at 97dd7f9), or
+  `R-refcoco`, ... in SESAME's download, whose refs are `refs(unc_exclude_unified).p`.
+- FP-RefCOCO (Wu et al., "See, Say, and Segment", CVPR 2024): `"is_false_premise": true`, with the corrected expression in
+  `gt_sent`, which is not read; `refs(berkeley_exclude_unified).p` (dataset/README.md and dataloaders/refer_seg_dataset.py
+  of github.com/see-say-segment/sesame at 91f1f2e).
 """
 
 from __future__ import annotations
@@ -18,6 +29,7 @@ from typing import Any
 from .builder import RowBuilder
 from .images import check_image_size
 from .masks import check_annotation, empty_mask, merge_masks, segmentation_to_rle
+from .nouns import Categories
 from .records import (
     IMAGE,
     Kinds,
@@ -31,6 +43,7 @@ from .records import (
     short_repr,
 )
 from .schema import expression
+from .wordings import clean_expression
 
 # the fields of a ref that this project reads
 REF: Kinds = {
@@ -51,7 +64,16 @@ class Layout:
     images: tuple[str, ...] = (TRAIN2014,)
     # refcoco's convention: "test" is every split with that word in its name, "testA" every split with that letter
     letters: bool = True
+    folders: tuple[str, ...] = ()  # below refer_seg, the first one that exists; by default that of the set's name
 
+
+def _robust(name: str, by: str) -> Layout:
+    """Return the layout of an R-RefCOCO set. The authors' loader reads the split "unc" of all three by default."""
+    splits = tuple(dict.fromkeys((by, f"{by}_exclude_unified", "unc")))
+    return Layout(tuple(f"refs({split}).p" for split in splits), folders=(f"r{name}", f"R-{name}"))
+
+
+_FALSE_PREMISE = Layout(("refs(berkeley_exclude_unified).p", "refs(berkeley).p"))
 
 LAYOUTS = {
     "refclef": Layout(("refs(unc).p",), ("refer_seg/images/saiapr_tc-12",)),
@@ -65,7 +87,16 @@ LAYOUTS = {
         (TRAIN2014, "refer_seg/images/mscoco/images/val2014", "coco/train2014", "coco/val2014"),
         letters=False,
     ),
+    "rrefcoco": _robust("refcoco", "unc"),
+    "rrefcoco+": _robust("refcoco+", "unc"),
+    "rrefcocog": _robust("refcocog", "umd"),
+    **dict.fromkeys(("fprefcoco", "fprefcoco+", "fprefcocog"), _FALSE_PREMISE),
 }
+
+
+def folders_of(name: str) -> list[str]:
+    """Return the folders, relative to `data_dir`, in which a referring set may lie."""
+    return [f"refer_seg/{folder}" for folder in LAYOUTS[name].folders or (name,)]
 
 
 def splits_of(name: str, letters: bool) -> list[str]:
@@ -84,11 +115,20 @@ def splits_of(name: str, letters: bool) -> list[str]:
 def check_ref(ref: Any, where: str) -> dict[str, Any]:
     """Return a ref whose fields have the right types. Raises ValueError otherwise."""
     expect(ref, where, **REF)
-    for _ in entries(ref, "sentences", where, sent=str):
-        pass
+    for place, sentence in entries(ref, "sentences", where, sent=str):
+        for flag in ("exist", "is_false_premise"):
+            if sentence.get(flag, True) not in (True, False):  # 0 and 1 are right, too
+                raise ValueError(
+                    f"{place}: {flag} must be true or false, got {short_repr(sentence[flag])}; correct it."
+                )
     if not re.fullmatch(r"\w{1,64}", ref["split"]) or ref["split"] == "all":  # what `datasets` accepts
         raise ValueError(f"{where}: split is {short_repr(ref['split'])}; it must be a word of letters and digits.")
     return ref
+
+
+def is_absent(sentence: dict[str, Any]) -> bool:
+    """Return whether a sentence says of itself that what it names is not in the image."""
+    return not sentence.get("exist", True) or bool(sentence.get("is_false_premise", False))
 
 
 class ReferringBuilder(RowBuilder):
@@ -100,7 +140,8 @@ class ReferringBuilder(RowBuilder):
 
     @property
     def folder(self) -> Path:
-        return self.root / "refer_seg" / self.title
+        places = [self.root / folder for folder in folders_of(self.title)]
+        return next((place for place in places if place.is_dir()), places[0])
 
     @property
     def refs_path(self) -> Path:
@@ -194,6 +235,25 @@ class ReferringBuilder(RowBuilder):
             check_annotation(annotation)
             return segmentation_to_rle(annotation["segmentation"], image["height"], image["width"])
 
+    def categories(self) -> Categories:
+        """Return the categories of all annotations of an image, also of those without a text, and of what texts name."""
+        content = read_json(self.folder / "instances.json")
+        names = {entry.get("id"): str(entry.get("name")) for entry in content.get("categories") or ()}
+        of_annotation: dict[Any, str] = {}
+        of_image: dict[str, set[str]] = {}
+        for number, annotation in self.instances[1].items():
+            if (name := names.get(annotation.get("category_id"))) is not None:
+                of_annotation[number] = name
+                of_image.setdefault(str(annotation.get("image_id")), set()).add(name)
+        of_text: dict[str, set[str]] = {}
+        for refs_of_image in self.refs.values():
+            for ref in (ref for refs in refs_of_image.values() for ref in refs):
+                ids = ref["ann_id"] if isinstance(ref["ann_id"], (list, tuple)) else [ref["ann_id"]]
+                of_ref = {of_annotation[number] for number in ids if number in of_annotation}
+                for sentence in ref["sentences"]:
+                    of_text.setdefault(clean_expression(sentence["sent"]).lower(), set()).update(of_ref)
+        return Categories.of(of_image, of_text)
+
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
         for image_id, refs in sorted(self.refs[split].items(), key=lambda item: (isinstance(item[0], str), item[0])):
             row = self.attempt(self.row, image_id, refs)
@@ -216,7 +276,11 @@ class ReferringBuilder(RowBuilder):
         for ref in refs:
             with self.collecting():
                 mask, num_targets = self.mask_of(ref, image, cache)
-                expressions += [expression(sentence["sent"], mask, num_targets) for sentence in ref["sentences"]]
+                absent = empty_mask(image["height"], image["width"])
+                expressions += [
+                    expression(sentence["sent"], *((absent, 0) if is_absent(sentence) else (mask, num_targets)))
+                    for sentence in ref["sentences"]
+                ]
         return {
             "image": {"path": path, "bytes": None},
             "image_id": str(image_id),

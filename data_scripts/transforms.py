@@ -18,6 +18,7 @@ import numpy as np
 
 from .images import PictureError, open_image, read_image  # noqa: F401  # importable from here, as before
 from .masks import decode_mask, mask_area
+from .negatives import Negatives
 from .wordings import SEMANTIC_WORDING, ReasoningWording, Wording, clean_expression, escape
 
 Example = dict[str, Any]
@@ -92,27 +93,51 @@ class ReferringTransform(Transform):
         num_expressions: The largest number of expressions in a question (the original's num_classes_per_sample).
         all_absent: Whether all expressions of a question may be absent. The original never asks such a question (Q18);
             with True, the model also learns to reject a single absent expression.
+        drop_no_targets: Whether to leave out the expressions that have no target, as if the data did not have them.
+
+    Attributes:
+        negatives: Draws absent expressions for each question; None (the default) adds none.
     """
 
-    def __init__(self, wording: Wording | None = None, num_expressions: int = 3, all_absent: bool = False):
+    negatives: Negatives | None = None
+
+    def __init__(
+        self,
+        wording: Wording | None = None,
+        num_expressions: int = 3,
+        all_absent: bool = False,
+        drop_no_targets: bool = False,
+    ):
         self.wording = wording or Wording()
         self.num_expressions = num_expressions
         self.all_absent = all_absent
+        self.drop_no_targets = drop_no_targets
 
     def candidates(self, row: dict[str, Any]) -> list[tuple[str, dict]]:
         """Return (name, entry) of the expressions that can be asked for; blank ones cannot (Q22, Q23)."""
         named = ((clean_expression(entry["text"]), entry) for entry in row["expressions"])
-        return [(name, entry) for name, entry in named if name]
+        return [
+            (name, entry)
+            for name, entry in named
+            if name and not (self.drop_no_targets and not mask_area(entry["mask"]))
+        ]
 
     def name(self, name: str, entry: dict, draws: Draws) -> str:
         """Return the wording of one name in the conversation."""
         return name
 
-    def words(self, row: dict[str, Any], draws: Draws) -> tuple[list[list[dict]], list[np.ndarray]] | None:
+    def choose(self, row: dict[str, Any], draws: Draws) -> list[tuple[str, dict]]:
+        """Return (name, entry) of the expressions of a question: of the image's own, and of drawn absent ones."""
+        if self.drop_no_targets:
+            row = {**row, "expressions": [entry for entry in row["expressions"] if mask_area(entry["mask"])]}
         candidates = self.candidates(row)
-        if not candidates:
-            return None
         chosen = [candidates[i] for i in draws.subset(len(candidates), self.num_expressions)]
+        return chosen if self.negatives is None else self.negatives.add(row, chosen, self.num_expressions, draws)
+
+    def words(self, row: dict[str, Any], draws: Draws) -> tuple[list[list[dict]], list[np.ndarray]] | None:
+        chosen = self.choose(row, draws)
+        if not chosen:
+            return None
         names = [self.name(name, entry, draws) for name, entry in chosen]
         answer = draws.index(len(self.wording.answers), "answer template")
         question = draws.index(len(self.wording.questions), "question")

@@ -2,6 +2,7 @@
 
     python -m evaluation.calibrate runs/demo --min_T_acc 0.98 --model runs/demo
     python -m evaluation.calibrate rows_val.jsonl --max_risk 0.05 --confidence 0.95 --output calibration
+    python -m evaluation.calibrate runs/demo --min_T_acc 0.98 --hold_out 0.5    # calibrate on half of the images, measure on the others
 
 Writes `calibration.json` and `calibration.html` beside the rows. With --model, `segment`, the pipeline and the command line
 use the threshold by default, and results hold the probability that an expression is there.
@@ -14,7 +15,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,6 @@ from .calibration import Scores, sigmoid
 from .records import RESULTS, read_results
 
 CALIBRATION, PAGE = "calibration.json", "calibration.html"
-IDENTITY = {"threshold": 0.0, "temperature": 1.0, "offset": 0.0}  # a model without calibration
 
 
 def rows_files(paths: Sequence[str | Path]) -> list[Path]:
@@ -66,24 +67,45 @@ def choose_threshold(data: Scores, options: argparse.Namespace) -> tuple[float, 
     return calibration.threshold_for_balance(data), "N_acc and T_acc alike"
 
 
-def calibrate(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
-    """Return the calibration of rows: threshold, temperature, offset, accuracies and errors with 95 % intervals.
+@dataclass(frozen=True)
+class Measured:
+    """The expressions on which a calibration is measured.
+
+    Args:
+        data: Their scores.
+        probabilities: Their calibrated probabilities (expressions,), by a fit on other images.
+        where: These images in words.
+    """
+
+    data: Scores
+    probabilities: np.ndarray
+    where: str
+
+
+def calibrate(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> tuple[dict[str, Any], Measured]:
+    """Return the calibration of rows (threshold, temperature, offset, accuracies and errors with 95 % intervals) and its measure.
+
+    With `options.hold_out`, that share of the images is left out of the calibration, and everything is measured on it.
 
     Raises:
-        ValueError: Rows of several runs, without scores, or without no-targets; or a risk that no threshold keeps.
+        ValueError: Rows of several runs, without scores, or without no-targets; or a goal that no threshold reaches.
     """
     facts = check_together(rows)
-    data = Scores.of_rows(rows)
+    Scores.of_rows(rows)  # says what is wrong with all rows, before a part of them is looked at
+    held_out = np.zeros(len(rows), dtype=bool)
+    if options.hold_out:
+        held_out = calibration.hold_out([str(row["image_id"]) for row in rows], options.hold_out, options.seed)
+    data = Scores.of_rows([row for row, is_held in zip(rows, held_out) if not is_held])
     temperature, offset, note = calibration.fit_or_keep(data)
     threshold, goal = choose_threshold(data, options)
-    held_out = calibration.cross_validated(data)
-    before = sigmoid(data.scores)
-
-    def error_of(probabilities: np.ndarray) -> dict[str, Any]:
-        low, high = _interval(data, lambda places: calibration_error(probabilities[places], data.is_present[places]))
-        return {"value": calibration_error(probabilities, data.is_present), "interval": [low, high]}
-
-    n_acc, t_acc = calibration.accuracies(data, threshold)
+    if options.hold_out:
+        other = Scores.of_rows([row for row, is_held in zip(rows, held_out) if is_held])
+        probabilities = sigmoid(other.scores / temperature + offset)
+        measured = Measured(other, probabilities, f"{other.num_images} images that were held out")
+    else:
+        where = f"images that were not fitted on ({calibration.FOLDS} folds)"
+        measured = Measured(data, calibration.cross_validated(data), where)
+    n_acc, t_acc = calibration.accuracies(measured.data, threshold)
     no_targets = int((~data.is_present).sum())
     needed = calibration.expressions_needed(n_acc)
     notes = [note] * bool(note)
@@ -92,28 +114,46 @@ def calibrate(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> di
             f"{no_targets} no-targets: {needed - no_targets} more are needed for an interval of N_acc of ±0.05 "
             "(more where several belong to one image)."
         )
-    return {
+    result = {
         "threshold": threshold,
         "temperature": temperature,
         "offset": offset,
         "goal": goal,
-        "N_acc": {"value": n_acc, "interval": list(_accuracy_interval(data, threshold, 0))},
-        "T_acc": {"value": t_acc, "interval": list(_accuracy_interval(data, threshold, 1))},
-        "before": dict(zip(("N_acc", "T_acc"), calibration.accuracies(data, 0.0))),
-        "AUROC": presence_auroc(data.scores, data.is_present),
-        "calibration_error": {"before": error_of(before), "after": error_of(held_out), "folds": calibration.FOLDS},
+        "N_acc": {"value": n_acc, "interval": list(_accuracy_interval(measured.data, threshold, 0))},
+        "T_acc": {"value": t_acc, "interval": list(_accuracy_interval(measured.data, threshold, 1))},
+        "before": dict(zip(("N_acc", "T_acc"), calibration.accuracies(measured.data, 0.0))),
+        "AUROC": presence_auroc(measured.data.scores, measured.data.is_present),
+        "calibration_error": {
+            "before": _error(measured.data, sigmoid(measured.data.scores)),
+            "after": _error(measured.data, measured.probabilities),
+            "if_right": calibration.least_calibration_error(measured.probabilities),
+            "folds": None if options.hold_out else calibration.FOLDS,
+        },
         "dataset": facts.get("dataset"),
         "split": facts.get("split"),
         "evaluated_model": facts.get("model"),
-        "expressions": len(rows),
+        "expressions": len(data.scores),
         "no_targets": no_targets,
         "images": data.num_images,
+        "measured_on": {
+            "where": measured.where,
+            "expressions": len(measured.data.scores),
+            "no_targets": int((~measured.data.is_present).sum()),
+            "images": measured.data.num_images,
+        },
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "notes": notes,
     }
+    return result, measured
 
 
-def _interval(data: Scores, statistic) -> tuple[float, float]:
+def _error(data: Scores, probabilities: np.ndarray) -> dict[str, Any]:
+    """Return the calibration error of probabilities with its interval."""
+    interval = _interval(data, lambda places: calibration_error(probabilities[places], data.is_present[places]))
+    return {"value": calibration_error(probabilities, data.is_present), "interval": list(interval)}
+
+
+def _interval(data: Scores, statistic: Callable[[np.ndarray], float]) -> tuple[float, float]:
     """Return the bootstrap interval of a statistic of places, with images as the unit."""
     places = Scores(np.arange(len(data.scores), dtype=float), data.is_present, data.images)
     return calibration.bootstrap(places, lambda drawn: statistic(drawn.scores.astype(int)))
@@ -182,12 +222,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="SHARE",
         help="keep the share of no-targets among kept expressions below this",
     )
-    parser.add_argument("--confidence", type=_share, default=0.95, help="of --max_risk; 0.95 by default")
+    parser.add_argument("--confidence", type=_share, metavar="SHARE", help="of --max_risk; 0.95 by default")
+    parser.add_argument(
+        "--hold_out",
+        type=_share,
+        metavar="SHARE",
+        help="calibrate without this share of the images, and measure on them",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which images are held out; 0 by default")
     parser.add_argument(
         "--model", type=Path, metavar="DIR", help="write the calibration into this model's config.json"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write to; by default that of the rows")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.confidence is not None and options.max_risk is None:
+        parser.error("--confidence belongs to --max_risk; give both, or neither")
+    if options.seed < 0:
+        parser.error("--seed must be 0 or more")
+    options.confidence = options.confidence or 0.95
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -200,10 +253,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _config_of(options.model)
         files = rows_files(options.rows)
         rows = read_rows(files)
-        result = calibrate(rows, options)
+        result, measured = calibrate(rows, options)
         output = options.output or files[0].parent
         write_json(output / CALIBRATION, {**result, "rows": [file.name for file in files]})
-        write_text(output / PAGE, calibration_page(Scores.of_rows(rows), result))
+        write_text(output / PAGE, calibration_page(measured.data, measured.probabilities, result))
         if options.model is not None:
             write_into_model(options.model, result)
     except (ValueError, OSError) as error:
@@ -226,8 +279,8 @@ def print_result(result: dict[str, Any], output: Path) -> None:
         )
     error = result["calibration_error"]
     print(
-        f"calibration error {error['before']['value']:.4f} before, {error['after']['value']:.4f} after, on images that "
-        f"were not fitted on ({error['folds']} folds)"
+        f"calibration error {error['before']['value']:.4f} before, {error['after']['value']:.4f} after, on "
+        f"{result['measured_on']['where']}; probabilities that are right would show {error['if_right']:.4f}"
     )
     for note in result["notes"]:
         print(note)

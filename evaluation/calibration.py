@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from metrics.gres.presence import calibration_error
+
 FOLDS = 5
 # With fewer expressions of either kind two parameters cannot be fitted to any use: they stay at 1 and 0.
 MIN_OF_A_KIND = 20
@@ -151,17 +153,39 @@ def _table(data: Scores, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def threshold_for_min_t_acc(data: Scores, wanted: float) -> float:
-    """Return the threshold of the highest N_acc among those that keep T_acc at `wanted` or above."""
+    """Return the threshold of the highest N_acc among those that keep T_acc at `wanted` or above.
+
+    Raises:
+        ValueError: Only a threshold that rejects no no-target does. The message says the best of the others.
+    """
     thresholds = thresholds_of(data)
-    _, kept = _table(data, thresholds)
-    return float(thresholds[np.flatnonzero(kept >= wanted)[-1]])  # the lowest threshold keeps every target
+    rejected, kept = _table(data, thresholds)
+    place = np.flatnonzero(kept >= wanted)[-1]  # the lowest threshold keeps every target
+    if not rejected[place]:
+        best = np.flatnonzero(rejected)[0]
+        raise ValueError(
+            f"No threshold that rejects a no-target keeps T_acc at {wanted:g}; the best keeps {kept[best]:.4f} and rejects "
+            f"{rejected[best]:.4f} of the no-targets. Give a lower --min_T_acc."
+        )
+    return float(thresholds[place])
 
 
 def threshold_for_min_n_acc(data: Scores, wanted: float) -> float:
-    """Return the threshold of the highest T_acc among those that keep N_acc at `wanted` or above."""
+    """Return the threshold of the highest T_acc among those that keep N_acc at `wanted` or above.
+
+    Raises:
+        ValueError: Only a threshold that rejects every target does. The message says the best of the others.
+    """
     thresholds = thresholds_of(data)
-    rejected, _ = _table(data, thresholds)
-    return float(thresholds[np.flatnonzero(rejected >= wanted)[0]])  # the highest threshold rejects everything
+    rejected, kept = _table(data, thresholds)
+    place = np.flatnonzero(rejected >= wanted)[0]  # the highest threshold rejects everything
+    if not kept[place]:
+        best = np.flatnonzero(kept)[-1]
+        raise ValueError(
+            f"No threshold that keeps a target brings N_acc to {wanted:g}; the best reaches {rejected[best]:.4f} and keeps "
+            f"{kept[best]:.4f} of the targets. Give a lower --min_N_acc."
+        )
+    return float(thresholds[place])
 
 
 def threshold_for_balance(data: Scores) -> float:
@@ -262,6 +286,27 @@ def bootstrap(data: Scores, statistic: Callable[[Scores], float], seed: int = 0)
     values = [value for drawn in resampled(data, RESAMPLES, seed) if not math.isnan(value := statistic(drawn))]
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     return tuple(np.quantile(values, tails).tolist()) if values else (math.nan, math.nan)
+
+
+def least_calibration_error(probabilities: np.ndarray, draws: int = 200, seed: int = 0) -> float:
+    """Return the calibration error that these probabilities would show on average if they were right.
+
+    It is not 0: in a bin of few expressions, the share of targets differs from the probability by chance.
+    """
+    random = np.random.default_rng(seed)
+    truths = random.random((draws, len(probabilities))) < probabilities
+    return float(np.mean([calibration_error(probabilities, truth) for truth in truths]))
+
+
+def hold_out(images: Sequence[str], share: float, seed: int = 0) -> np.ndarray:
+    """Return whether each expression belongs to a held-out image (expressions,); `share` of the images, by seed.
+
+    Args:
+        images: The image of each expression.
+    """
+    names, places = np.unique(images, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(names))
+    return (order < round(share * len(names)))[places]
 
 
 def expressions_needed(accuracy: float, half_width: float = 0.05) -> int:

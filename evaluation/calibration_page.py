@@ -22,14 +22,14 @@ BAND_RESAMPLES = 200
 BINS = 10
 
 
-def calibration_page(data: Scores, result: dict[str, Any]) -> str:
-    """Return the page of a calibration of these scores."""
+def calibration_page(data: Scores, probabilities: np.ndarray, result: dict[str, Any]) -> str:
+    """Return the page of a calibration, measured on these scores and their calibrated probabilities (expressions,)."""
     return render(
         TEMPLATES / "calibration.html.jinja",
         result=result,
         figures={
             "Reliability: how often an expression is there when the model says so with this probability": _reliability(
-                data
+                data, probabilities
             ),
             "Risk and coverage: the share of no-targets among the expressions that are kept": _risk(data, result),
             "N_acc against T_acc over the threshold, with the chosen point": _accuracies(data, result),
@@ -52,8 +52,8 @@ def _figure(draw: Callable) -> str:
     return data_url(Image.open(buffer))
 
 
-def _reliability(data: Scores) -> str:
-    curves = {"before": sigmoid(data.scores), "after, on images not fitted on": calibration.cross_validated(data)}
+def _reliability(data: Scores, calibrated: np.ndarray) -> str:
+    curves = {"before": sigmoid(data.scores), "after, on images not fitted on": calibrated}
 
     def draw(axes) -> None:
         axes.plot([0, 1], [0, 1], color="grey", linewidth=1, label="perfect")

@@ -52,6 +52,7 @@ class EvaluationConfig:
         task: "referring", or "reasoning". Reasoning asks only for the first text of each image, as a phrase or a sentence
             (quirk Q6). None chooses by the name of the data set.
         labels: Further fields of every row, such as `stage` and `model`.
+        annotation_files: A digest of the files that the rows were read from (`data_scripts.annotations_digest`).
     """
 
     rows: Sequence[dict[str, Any]]
@@ -67,6 +68,7 @@ class EvaluationConfig:
     ignore_region: str = "foreground"
     task: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    annotation_files: str | None = None
 
     def __post_init__(self):
         check_choice("protocol", self.protocol, PROTOCOLS)

@@ -259,16 +259,19 @@ def _metric_rows(
                 f"{mask.shape} (height, width); take images and annotations from one release."
             )
         intersection, union = question.overlap(mask)
+        box_intersection, box_union = question.box_overlap(mask)
         metric_rows.append(
             {
                 **run_facts,
                 "expression": question.text,
                 "is_no_target": question.is_no_target,
                 "is_rejected": result["is_rejected"],
-                "score": result["score"] if np.isfinite(result["score"]) else None,
+                **{name: result[name] if np.isfinite(result[name]) else None for name in ("score", "probability")},
                 "probability": result["probability"] if np.isfinite(result["probability"]) else None,
                 "intersection": intersection,
                 "union": union,
+                "box_intersection": box_intersection,
+                "box_union": box_union,
                 "is_malformed": result["is_malformed"],
                 "num_targets": question.num_targets,
                 "num_expressions": 1 if config.one_prompt_per_expression else len(questions),

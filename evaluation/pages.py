@@ -17,9 +17,10 @@ from metrics.gres import METRIC_KEYS, plot_rejection_curves
 from .config import PROTOCOL_NOTES
 from .drawing import data_url
 from .exhibits import GROUPS
+from .measured import describe, differences
 from .published import SOURCE, published
 from .questions import Question
-from .records import MetricCell, Record, metric_cells, protocol_notes
+from .records import MetricCell, Record, metric_cells, protocol_notes, shown_keys
 from .tiles import Tile, make_tiles
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -88,6 +89,11 @@ def file_page(text: str, files: Sequence[tuple[str, Sequence[Tile]]]) -> str:
     return render(TEMPLATES / "predictions.html.jinja", title="Predictions", text=text, groups=groups, has_truth=False)
 
 
+def tiles_html(tiles: Sequence[Tile]) -> str:
+    """Return tiles as a piece of HTML with its style, for a page of somebody else."""
+    return render(TEMPLATES / "tiles.html.jinja", pictures=_for_page(tiles))
+
+
 def _for_page(tiles: Sequence[Tile]) -> list[dict[str, Any]]:
     """Return the context of the tiles' template."""
     facts = ("text", "is_rejected", "decision", "verdict", "is_right", "colour")
@@ -111,7 +117,6 @@ def report_page(runs: Sequence[Run]) -> str:
         TEMPLATES / "report.html.jinja",
         title=title,
         splits=[_split(dataset, split, pairs) for (dataset, split), pairs in splits.items()],
-        metric_keys=METRIC_KEYS,
         source=SOURCE,
         cards=cards,
         filters=filters,
@@ -121,6 +126,7 @@ def report_page(runs: Sequence[Run]) -> str:
 def _split(dataset: str, split: str, pairs: list[tuple[str, Record]]) -> dict[str, Any]:
     """Return the context of one split: its table, notes, curves and breakdowns."""
     records, known = [record for _, record in pairs], published(dataset, split)
+    keys = shown_keys(records)
     notes = protocol_notes(records)
     if known:
         notes.setdefault("teacher_forced", PROTOCOL_NOTES["teacher_forced"])
@@ -133,10 +139,10 @@ def _split(dataset: str, split: str, pairs: list[tuple[str, Record]]) -> dict[st
     for run, record in pairs:
         facts = [run, Path(record.get("model", "")).name, record.get("stage", ""), record["protocol"], _asked(record)]
         facts += [*(of(record) for of in optional.values()), record["convention"]]
-        lines.append(TableLine(facts, record.get("samples", ""), _cells(record)))
+        lines.append(TableLine(facts, record.get("samples", ""), _cells(record, keys)))
     for record in known:
         facts = ["published", record["model"], "", record["protocol"], record["prompts"], *[""] * len(optional)]
-        lines.append(TableLine([*facts, record["convention"]], "", _cells(record), is_published=True))
+        lines.append(TableLine([*facts, record["convention"]], "", _cells(record, keys), is_published=True))
     return {
         "title": f"{dataset} {split}",
         "head": ["run", "model", "stage", "protocol", "prompts", *optional, "convention"],
@@ -145,13 +151,16 @@ def _split(dataset: str, split: str, pairs: list[tuple[str, Record]]) -> dict[st
         "protocols": notes,
         "conventions": {name: CONVENTION_NOTES.get(name, "") for name in conventions},
         "notes": _notes(pairs),
+        "measured": list(dict.fromkeys(describe(record) for record in records)),
+        "differences": differences(pairs),
         **_curves(pairs),
-        "breakdowns": [_breakdown(run, record) for run, record in pairs if record.get("breakdown")],
+        "metric_keys": keys,
+        "breakdowns": [_breakdown(run, record, keys) for run, record in pairs if record.get("breakdown")],
     }
 
 
-def _cells(record: Record) -> list[MetricCell]:
-    return list(metric_cells(record).values())
+def _cells(record: Record, keys: Sequence[str]) -> list[MetricCell]:
+    return list(metric_cells(record, keys).values())
 
 
 def _asked(record: Record) -> str:
@@ -172,10 +181,10 @@ def _name(run: str, record: Record) -> str:
 
 def _notes(pairs: list[tuple[str, Record]]) -> list[str]:
     """Return the notes of the records as sentences. The note on the protocol is above them already."""
-    notes = []
+    notes, shown = [], shown_keys([record for _, record in pairs])
     for run, record in pairs:
         for key, note in record.get("notes", {}).items():
-            if key != "protocol":
+            if key != "protocol" and (key in shown or key not in METRIC_KEYS):
                 subject = f"{key} is " if key in METRIC_KEYS else "the curve: " if key == "curve" else ""
                 notes.append(f"{_name(run, record)}: {subject}{note}")
     return list(dict.fromkeys(notes))
@@ -200,13 +209,13 @@ def _curves(pairs: list[tuple[str, Record]]) -> dict[str, Any]:
     return {"curves": curves, "curve_picture": picture, "curve_numbers": numbers}
 
 
-def _breakdown(run: str, record: Record) -> dict[str, Any]:
+def _breakdown(run: str, record: Record, keys: Sequence[str]) -> dict[str, Any]:
     lines = []
     for field, groups in record["breakdown"].items():
         for value, part in groups.items():
             name = value if field == "kind" else f"{value} per prompt"
             # N_acc is not defined in a part without no-targets: not worth a reason in every cell.
-            lines.append(TableLine([name], part["samples"], _cells({"metrics": part["metrics"]})))
+            lines.append(TableLine([name], part["samples"], _cells({"metrics": part["metrics"]}, keys)))
     return {"title": f"{_name(run, record)}, {record['convention']}", "lines": lines}
 
 

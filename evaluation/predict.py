@@ -153,7 +153,7 @@ def _answers(results: list[dict[str, Any]], config: EvaluationConfig) -> dict[st
             {
                 "text": result["text"],
                 "is_rejected": result["is_rejected"],
-                "score": None if math.isnan(result["score"]) else result["score"],
+                **{name: None if math.isnan(result[name]) else result[name] for name in ("score", "probability")},
                 "area": int(result["mask"].sum()),
                 "mask": encode_mask(result["mask"]),
             }

@@ -13,6 +13,7 @@ import numpy as np
 
 from data_scripts.schema import decode_mask
 from data_scripts.transforms import clean_expression, escape
+from metrics.gres import box_overlap, mask_box
 
 from .config import EvaluationConfig
 
@@ -41,9 +42,15 @@ class Question:
 
     def overlap(self, mask: np.ndarray) -> tuple[int, int]:
         """Return intersection and union of a predicted mask (height, width) with the truth, in pixels that count."""
-        if self.counted is not None:
-            mask = mask & self.counted
+        mask = self._counted(mask)
         return int((mask & self.truth).sum()), int((mask | self.truth).sum())
+
+    def box_overlap(self, mask: np.ndarray) -> tuple[int, int]:
+        """Return the pixels in both boxes, of a predicted mask (height, width) and of the truth, and in one or the other."""
+        return box_overlap(mask_box(self._counted(mask)), mask_box(self.truth))
+
+    def _counted(self, mask: np.ndarray) -> np.ndarray:
+        return mask if self.counted is None else mask & self.counted
 
 
 def questions_of(row: dict[str, Any], config: EvaluationConfig) -> list[Question]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from data_scripts.files import write_json
-from metrics.gres import METRIC_KEYS, report, to_json
+from metrics.gres import BENCHMARK_KEYS, METRIC_KEYS, report, to_json
 
 from .config import PROTOCOL_NOTES, EvaluationConfig
 from .loop import EvaluationResult
+from .measured import annotations_digest, differences, kinds_of, measured_on
 
 RESULTS = "results.json"
 Record = dict[str, Any]
@@ -43,6 +44,8 @@ def make_record(
         "split": config.split,
         "samples": len(config.rows),
         "expressions": numbers["samples"],
+        "kinds": kinds_of(numbers),
+        "annotations": {"rows": annotations_digest(config.rows), "files": config.annotation_files},
         **{name: numbers[name] for name in ("metrics", "intervals", "breakdown", "curve", "notes")},
         "model": model,
         "seconds": round(result.seconds, 2),
@@ -115,6 +118,12 @@ class MetricCell:
     reason: str = ""
 
 
+def shown_keys(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the metrics that a table of records shows: those of the benchmark, and others that one of the records has."""
+    values = [record["metrics"] for record in records]
+    return [key for key in METRIC_KEYS if key in BENCHMARK_KEYS or any(of.get(key) is not None for of in values)]
+
+
 def metric_cells(record: Mapping[str, Any], keys: Iterable[str] = METRIC_KEYS) -> dict[str, MetricCell]:
     """Return the cells of a record's metrics, by name."""
     cells = {}
@@ -138,11 +147,13 @@ def fact_cells(record: Mapping[str, Any]) -> dict[str, str]:
 
 def metric_notes(records: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return a sentence for each metric that is `-` in a table, such as "N_acc on refcoco val: not defined here: ..."."""
+    records = list(records)
+    shown = shown_keys(records)
     sentences = (
         f"{name} on {Path(record['dataset']).name} {record['split']}: {note}"
         for record in records
         for name, note in record.get("notes", {}).items()
-        if name in METRIC_KEYS
+        if name in shown
     )
     return list(dict.fromkeys(sentences))
 
@@ -162,27 +173,44 @@ def summary_line(record: Record) -> str:
     )
 
 
-def results_table(records: Sequence[Record]) -> str:
-    """Return the records as a table of plain text that fits a terminal, with the reasons of undefined metrics below it.
+def _name(record: Mapping[str, Any]) -> str:
+    return " ".join(filter(None, (record.get("stage"), record["protocol"])))
 
-    Facts that all records share stand above the table. Conventions that give the same metrics share a line.
+
+def results_table(records: Sequence[Record]) -> str:
+    """Return the records as tables of plain text that fit a terminal, with the reasons of undefined metrics below them.
+
+    Facts that all records share stand above a table. Conventions that give the same metrics share a line. The metrics that
+    are not the benchmark's are a second table.
     """
+    further = [key for key in shown_keys(records) if key not in BENCHMARK_KEYS]
+    shared, lines = _table(records, BENCHMARK_KEYS)
+    lines = shared + lines
+    if further:
+        above, more = _table(records, further)
+        lines += ["", *(above if above != shared else []), *more]
+    lines += metric_notes(records)
+    lines += differences([(_name(record), record) for record in records]) or measured_on(records)
+    if any(record["protocol"] == "teacher_forced" for record in records):
+        lines.append(f"teacher_forced: {PROTOCOL_NOTES['teacher_forced']}")
+    return "\n".join(lines)
+
+
+def _table(records: Sequence[Record], keys: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the line of the facts that all records share, if there are some, and the lines of a table of these metrics."""
     joined: dict[tuple[str, ...], list[str]] = {}
     place = FACTS.index("convention")
     for record in records:
-        cells = [*fact_cells(record).values(), *(cell.text for cell in metric_cells(record).values())]
+        cells = [*fact_cells(record).values(), *(cell.text for cell in metric_cells(record, keys).values())]
         convention = cells.pop(place)
         joined.setdefault(tuple(cells), []).append(convention)
-    table = [[*FACTS[:-1], "images", *METRIC_KEYS]]
+    table = [[*FACTS[:-1], "images", *keys]]
     table += [[*cells[:place], ", ".join(dict.fromkeys(names)), *cells[place:]] for cells, names in joined.items()]
     words = len(FACTS) - 1  # the number of images and the metrics are aligned to the right
     columns = list(zip(*table))
     shared = [n for n, column in enumerate(columns[:words]) if len(joined) > 1 and len(set(column[1:])) == 1]
-    lines = [", ".join(f"{columns[n][0]}: {columns[n][1]}" for n in shared)] * bool(shared)
+    above = [", ".join(f"{columns[n][0]}: {columns[n][1]}" for n in shared)] * bool(shared)
     kept = [n for n in range(len(columns)) if n not in shared]
     widths = {n: max(map(len, columns[n])) for n in kept}
-    lines += ["  ".join(f"{row[n]:{'<' if n < words else '>'}{widths[n]}}" for n in kept).rstrip() for row in table]
-    lines += metric_notes(records)
-    if any(record["protocol"] == "teacher_forced" for record in records):
-        lines.append(f"teacher_forced: {PROTOCOL_NOTES['teacher_forced']}")
-    return "\n".join(lines)
+    lines = ["  ".join(f"{row[n]:{'<' if n < words else '>'}{widths[n]}}" for n in kept).rstrip() for row in table]
+    return above, lines

@@ -20,6 +20,7 @@ import numpy as np
 from data_scripts.files import write_text
 from metrics.gres import check_together, gres_metrics, read_rows
 
+from .measured import differences
 from .pages import Run, report_page
 from .records import RESULTS, Record, read_results
 
@@ -111,10 +112,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     output = options.output or Path(options.runs[0]) / "report.html"
     try:
-        write_text(output, report_page(read_runs(options.runs)))
+        runs = read_runs(options.runs)
+        write_text(output, report_page(runs))
     except (ValueError, OSError) as error:
         print(f"evaluation.report: {error}", file=sys.stderr)
         return 1
+    for sentence in differences([(run.name, record) for run in runs for record in run.records]):
+        print(f"{sentence}.", file=sys.stderr)
     print(output)
     return 0
 

@@ -179,7 +179,7 @@ def evaluation_identity(model, processor, config: EvaluationConfig) -> dict[str,
             weights.update(value.detach().flatten()[:: max(value.numel() // 64, 1)].float().cpu().numpy().tobytes())
     tokenizer = processor.tokenizer
     tokens = [sorted(tokenizer.get_vocab().items()), repr(sorted(tokenizer.added_tokens_decoder.items()))]
-    wording = [processor.prompts, processor.chat_template, processor.image_processor.to_dict(), tokens]
+    wording = [processor.prompts, processor.chat_template, processor.image_settings(), tokens]
     options: dict[str, Any] = {
         **{name: getattr(config, name) for name in ("dataset", "split", "protocol", "prompts", "ignore_region")},
         "task": "reasoning" if config.is_reasoning else "referring",
@@ -189,6 +189,8 @@ def evaluation_identity(model, processor, config: EvaluationConfig) -> dict[str,
     elif config.protocol == "generate":
         options["max_new_tokens"] = config.max_new_tokens
         options["generation_config"] = _digest(model.generation_config.to_json_string().encode())
+    if model.config.rejection:  # the rows' probabilities depend on it
+        options["rejection"] = model.config.rejection_values
     parts = (model.config.text_config, model.config.vision_config, model.config.sam_config.vision_config)
     return {
         **options,

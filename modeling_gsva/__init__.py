@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 from .cache_gsva import ConversationCache
 from .configuration_gsva import GsvaConfig
-from .image_processing_gsva import GsvaImageProcessor
+from .image_processing_gsva import GsvaImageProcessor, GsvaSamImageProcessor
 from .llava_v1_gsva import GsvaModel
 from .modeling_gsva import GsvaForConditionalGeneration, GsvaPreTrainedModel
 from .pipeline_gsva import GsvaPipeline
@@ -12,6 +12,7 @@ from .processing_gsva import GsvaProcessor
 
 # Saved directories carry this code with them, so that they load where the project is not installed.
 GsvaConfig.register_for_auto_class()
+GsvaSamImageProcessor.register_for_auto_class("AutoImageProcessor")
 GsvaImageProcessor.register_for_auto_class("AutoImageProcessor")
 GsvaProcessor.register_for_auto_class("AutoProcessor")
 GsvaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
@@ -31,4 +32,5 @@ __all__ = [
     "GsvaPipeline",
     "GsvaPreTrainedModel",
     "GsvaProcessor",
+    "GsvaSamImageProcessor",
 ]

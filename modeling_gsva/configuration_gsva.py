@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .image_processing_gsva import mask_input_size
 from .llava_v1_gsva import V1_FIELDS, LlavaV1Config
 
 if TYPE_CHECKING:
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 else:
     SubConfig = dict | PreTrainedConfig | None  # the types that a caller may give
     TokenId = int | None  # None gets the error of __post_init__
+
+
+# Types of mask models that tell whether there is an object.
+WITH_OBJECT_SCORE = ("sam2", "sam3_tracker")
 
 
 def _set_dtype(config: Any, dtype: Any) -> None:
@@ -40,6 +45,8 @@ class GsvaConfig(PreTrainedConfig):
         rej_token_id (`int`): id of `[REJ]`, the slot of an expression that has none.
         ce_loss_weight, bce_loss_weight, dice_loss_weight (`float`): weights of the three loss parts
             (1.0, 2.0 and 0.5 in the original's training script).
+        object_score_loss_weight (`float`): weight of the binary cross-entropy of the mask model's object score against
+            whether the slot has a target, a second sign of absence beside `[REJ]` (SAM 2 and SAM 3's tracker only).
         rejected_slot_loss (`str`): how a slot whose true mask is empty counts in the mask losses. `"zero_logits"`, as in
             the original: as a mask of constant zero logits (a constant offset of the loss that also counts in the
             mean over masks). `"ignore"`: not at all.
@@ -56,7 +63,15 @@ class GsvaConfig(PreTrainedConfig):
     # Outputs that a plain Trainer cannot join over batches (another number of slots in each), when it gathers predictions.
     keys_to_ignore_at_inference = [
         *("ce_loss", "mask_bce_loss", "mask_dice_loss", "mask_logits", "iou_scores", "mask_ious", "slot_logits"),
-        *("slot_positions", "past_key_values", "hidden_states", "attentions", "image_hidden_states"),
+        *(
+            "object_score_loss",
+            "object_scores",
+            "slot_positions",
+            "past_key_values",
+            "hidden_states",
+            "attentions",
+            "image_hidden_states",
+        ),
     ]
     sub_configs_defaults = {
         "vlm_config": SubConfigSpec(config_class=AutoConfig, model_type="llava"),
@@ -70,6 +85,7 @@ class GsvaConfig(PreTrainedConfig):
     ce_loss_weight: float = 1.0
     bce_loss_weight: float = 2.0
     dice_loss_weight: float = 0.5
+    object_score_loss_weight: float = 0.0
     rejected_slot_loss: Literal["zero_logits", "ignore"] = "zero_logits"
     rejection: dict | None = None
 
@@ -100,6 +116,18 @@ class GsvaConfig(PreTrainedConfig):
                     "Add the token to the tokenizer and resize the embedding, or correct text_config.vocab_size."
                 )
         self._check_rejection()
+        self.check_object_score()
+
+    def check_object_score(self) -> None:
+        """Raise ValueError for an `object_score_loss_weight` without an object score to train, or one that is no weight."""
+        weight, kind = self.object_score_loss_weight, self.sam_config.model_type
+        if not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"object_score_loss_weight={weight!r} is no weight; give 0 or a positive number.")
+        if weight and kind not in WITH_OBJECT_SCORE:
+            raise ValueError(
+                f"object_score_loss_weight={weight!r}, but a mask model of type {kind!r} has no object score to train; set it "
+                f"to 0, or take one of {', '.join(WITH_OBJECT_SCORE)}."
+            )
 
     def _check_rejection(self) -> None:
         """Raise ValueError for a calibration whose values are not finite numbers, or whose temperature is not positive."""
@@ -198,8 +226,7 @@ class GsvaConfig(PreTrainedConfig):
     @property
     def mask_input_size(self) -> int:
         """Side of the mask model's square input in pixels."""
-        size = getattr(self.sam_config.vision_config, "image_size", None)
-        return self.sam_config.prompt_encoder_config.image_size if size is None else size
+        return mask_input_size(self.sam_config)
 
     @property
     def image_seq_length(self) -> int:

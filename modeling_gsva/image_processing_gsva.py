@@ -1,18 +1,22 @@
-"""GsvaImageProcessor: one image → the CLIP tensor and the SAM tensor, and masks back to the image's own size."""
+"""Images → the mask model's tensor, with or without CLIP's beside it; masks back to the image's own size."""
 
 import base64
 import io
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import httpx
 from PIL import Image, ImageOps
+from transformers import PreTrainedConfig
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature, get_size_dict
 from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
     PILImageResampling,
@@ -20,10 +24,59 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
+# facebookresearch/segment-anything, modeling/sam.py; SAM 2 has the same (sam2/utils/transforms.py: ImageNet's, times 255).
+SAM_MEAN, SAM_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+# Whether a type of mask model takes images stretched to its square input, or with their ratio and padded; its mean and its
+# standard deviation per channel, in units of 0-255. This is the one place where a mask model's images are decided.
+# SAM 3: transformers, models/sam3/image_processing_sam3.py.
+SAM_3 = [255 * value for value in IMAGENET_STANDARD_MEAN], [255 * value for value in IMAGENET_STANDARD_STD]
+SAM_PREPARATIONS: dict[str, tuple[bool, list[float], list[float]]] = {
+    "sam": (False, SAM_MEAN, SAM_STD),
+    "sam_hq": (False, SAM_MEAN, SAM_STD),
+    "sam2": (True, SAM_MEAN, SAM_STD),
+    "sam3_tracker": (True, *SAM_3),
+}
+
+
+def mask_input_size(sam_config: PreTrainedConfig) -> int:
+    """
+    Return the side of a mask model's square input in pixels.
+
+    Raises:
+        ValueError: the input is not square.
+    """
+    size = getattr(sam_config.vision_config, "image_size", None)
+    size = sam_config.prompt_encoder_config.image_size if size is None else size
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise ValueError(
+            f"The mask model's input is {size} (height, width); GSVA takes mask models with square inputs."
+        )
+    return sides.pop()
+
+
+def sam_preparation(sam_config: PreTrainedConfig) -> dict[str, Any]:
+    """
+    Return the fields of an image processor that say how a mask model's images are prepared, by the model's type.
+
+    Raises:
+        ValueError: a type of which that is not known.
+    """
+    kind, side = sam_config.model_type, mask_input_size(sam_config)
+    if kind not in SAM_PREPARATIONS:
+        raise ValueError(
+            f"How images are prepared for a mask model of type {kind!r} is not known; take one of "
+            f"{', '.join(SAM_PREPARATIONS)}."
+        )
+    is_stretched, mean, std = SAM_PREPARATIONS[kind]
+    size = {"height": side, "width": side} if is_stretched else {"longest_edge": side}
+    return {"sam_size": size, "sam_image_mean": list(mean), "sam_image_std": list(std)}
+
 
 class GsvaImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict, which mypy cannot see
     r"""
-    sam_size (`dict[str, int]`): `{"longest_edge": int}`, the side of the square SAM input in pixels.
+    sam_size (`dict[str, int]`): the square SAM input in pixels and how an image gets into it. `{"longest_edge": side}`: with
+        its ratio, zeros right and below. `{"height": side, "width": side}`: stretched to the whole square.
     sam_image_mean (`list[float]`): mean of the SAM input per channel, in units of 0-255.
     sam_image_std (`list[float]`): standard deviation of the SAM input per channel, in units of 0-255.
     max_image_pixels (`int`): images with more pixels are refused before they are decoded; None leaves it to Pillow.
@@ -35,16 +88,14 @@ class GsvaImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-
     max_image_pixels: int | None
 
 
-class GsvaImageProcessor(PilBackend):
+class GsvaSamImageProcessor(PilBackend):
     r"""
-    Prepares each image twice, with Pillow alone (torchvision is not needed):
+    Prepares images for the mask model alone, with Pillow (torchvision is not needed):
 
-    - `pixel_values` (images, 3, height, width), for the vision tower: shortest side resized bicubically, centre crop,
-      CLIP's mean and standard deviation, as openai/clip-vit-large-patch14 is configured. The language model never sees
-      the margins of an image that is not square (the original's behaviour, which changes published numbers).
-    - `sam_pixel_values` (images, 3, longest_edge, longest_edge), for SAM: longest side resized bilinearly, mean and
-      standard deviation of segment-anything, zeros right and below.
-    - `original_sizes` and `reshaped_input_sizes` (images, 2): (height, width) before and after the SAM resize.
+    - `sam_pixel_values` (images, 3, side, side): for SAM and SAM-HQ the longest side resized bilinearly and zeros right and
+      below, for SAM 2 and SAM 3's tracker both sides resized bilinearly to the square whatever the image's ratio; mean and
+      standard deviation of the model. Pillow resizes bytes to bytes.
+    - `original_sizes` and `reshaped_input_sizes` (images, 2): (height, width) before and after that resize.
 
     EXIF orientation is applied, as cv2.imread does in the original. Images may be PIL images, arrays or tensors
     (height, width, 3) or (3, height, width), paths, URLs, open files or the bytes of an image file. All are read as
@@ -55,31 +106,40 @@ class GsvaImageProcessor(PilBackend):
         ValueError: not an image, or one that cannot be decoded, has a side of zero pixels or more than `max_image_pixels`.
     """
 
-    # openai/clip-vit-large-patch14, preprocessor_config.json
-    resample = PILImageResampling.BICUBIC
-    image_mean = OPENAI_CLIP_MEAN
-    image_std = OPENAI_CLIP_STD
-    size = {"shortest_edge": 224}
-    crop_size = {"height": 224, "width": 224}
-    default_to_square = False
-    do_resize = True
-    do_center_crop = True
-    do_rescale = True
-    do_normalize = True
     do_convert_rgb = True
-    # facebookresearch/segment-anything, modeling/sam.py and build_sam.py
-    sam_size = {"longest_edge": 1024}
-    sam_image_mean = [123.675, 116.28, 103.53]
-    sam_image_std = [58.395, 57.12, 57.375]
+    rescale_factor: float | None = None  # bytes are normalized as they are
+    sam_size: Any = {"longest_edge": 1024}  # facebookresearch/segment-anything, build_sam.py
+    sam_image_mean = SAM_MEAN
+    sam_image_std = SAM_STD
     # PIL.Image.MAX_IMAGE_PIXELS: a quarter of a gigabyte in RGB. Pillow itself only warns there, and refuses at twice that.
     max_image_pixels = 1024**3 // 4 // 3
     valid_kwargs = GsvaImageProcessorKwargs
-    model_input_names = ["pixel_values", "sam_pixel_values", "original_sizes", "reshaped_input_sizes"]
+    model_input_names = ["sam_pixel_values", "original_sizes", "reshaped_input_sizes"]
+
+    @classmethod
+    def for_config(cls, sam_config: PreTrainedConfig, **fields):
+        """
+        Return the image processor of a mask model, decided by its type, with further `fields` of the class.
+
+        Raises:
+            ValueError: a type of mask model whose images are not known.
+        """
+        return cls(**{**sam_preparation(sam_config), **fields})
+
+    @property
+    def mask_input_size(self) -> int:
+        """Side of the mask model's square input in pixels."""
+        return self.sam_size.longest_edge or self.sam_size.height
 
     def _standardize_kwargs(self, sam_size=None, **kwargs) -> dict:
         kwargs = super()._standardize_kwargs(**kwargs)
         if sam_size is not None and not isinstance(sam_size, SizeDict):
             sam_size = SizeDict(**get_size_dict(sam_size, default_to_square=False, param_name="sam_size"))
+        if sam_size is not None and not sam_size.longest_edge and (sam_size.height or 0) != sam_size.width:
+            raise ValueError(
+                f"sam_size={dict(sam_size)} is not a square: give {{'longest_edge': side}} for images with their ratio, or "
+                "{'height': side, 'width': side} for images stretched to it."
+            )
         kwargs["sam_size"] = sam_size
         return kwargs
 
@@ -173,6 +233,11 @@ class GsvaImageProcessor(PilBackend):
             kwargs["do_rescale"] = True
         return super().preprocess(images, *args, **kwargs)
 
+    def read_images(self, images) -> list[Image.Image]:
+        """Return one image or several, in any form, as RGB images that are upright: other image processors can take them."""
+        arrays = self._prepare_image_like_inputs(images, do_convert_rgb=True)
+        return [Image.fromarray(np.ascontiguousarray(np.moveaxis(array, 0, -1))) for array in arrays]
+
     def _raise_shape(self, image):
         raise ValueError(
             f"An image has shape {tuple(image.shape)}; give (height, width, 3), (3, height, width) or, grey, (height, "
@@ -180,22 +245,27 @@ class GsvaImageProcessor(PilBackend):
         )
 
     def _preprocess(self, images, sam_size, sam_image_mean, sam_image_std, return_tensors=None, **kwargs):
-        # PilBackend makes the vision tower's tensor; SAM's is added.
-        features = super()._preprocess(images, return_tensors=None, **kwargs)
         mean = np.asarray(sam_image_mean, dtype=np.float32).reshape(3, 1, 1)
         std = np.asarray(sam_image_std, dtype=np.float32).reshape(3, 1, 1)
+        side = sam_size.longest_edge or sam_size.height
         sam_pixel_values, reshaped_input_sizes = [], []
         for image in images:
-            image = self.resize_for_sam(image[:3], sam_size.longest_edge)
+            image = image[:3]
+            if sam_size.longest_edge:
+                image = self.resize_for_sam(image, side)
+            elif image.shape[-2:] != (side, side):
+                image = self.resize(image, size=sam_size, resample=PILImageResampling.BILINEAR)
             height, width = image.shape[-2:]
-            padded = np.zeros((3, sam_size.longest_edge, sam_size.longest_edge), dtype=np.float32)
+            padded = np.zeros((3, side, side), dtype=np.float32)
             padded[:, :height, :width] = (image.astype(np.float32) - mean) / std
             sam_pixel_values.append(padded)
             reshaped_input_sizes.append((height, width))
-        features["sam_pixel_values"] = sam_pixel_values
-        features["original_sizes"] = [image.shape[-2:] for image in images]
-        features["reshaped_input_sizes"] = reshaped_input_sizes
-        return BatchFeature(data=dict(features), tensor_type=return_tensors)
+        features = {
+            "sam_pixel_values": sam_pixel_values,
+            "original_sizes": [image.shape[-2:] for image in images],
+            "reshaped_input_sizes": reshaped_input_sizes,
+        }
+        return BatchFeature(data=features, tensor_type=return_tensors)
 
     def resize_for_sam(self, image: np.ndarray, longest_edge: int) -> np.ndarray:
         """Resize (3, height, width) so that its longest side is `longest_edge`, rounded half up as SAM does."""
@@ -205,6 +275,34 @@ class GsvaImageProcessor(PilBackend):
         if (size.height, size.width) == (height, width):
             return image
         return self.resize(image, size=size, resample=PILImageResampling.BILINEAR)
+
+
+class GsvaImageProcessor(GsvaSamImageProcessor):
+    r"""
+    Prepares each image for a mask model as [`GsvaSamImageProcessor`] does, and for LLaVA v1's vision tower:
+    `pixel_values` (images, 3, height, width), shortest side resized bicubically, centre crop, CLIP's mean and standard
+    deviation, as openai/clip-vit-large-patch14 is configured. The language model never sees the margins of an image that is
+    not square (the original's behaviour, which changes published numbers).
+    """
+
+    # openai/clip-vit-large-patch14, preprocessor_config.json
+    resample = PILImageResampling.BICUBIC
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    size = {"shortest_edge": 224}
+    crop_size = {"height": 224, "width": 224}
+    default_to_square = False
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    model_input_names = ["pixel_values", *GsvaSamImageProcessor.model_input_names]
+
+    def _preprocess(self, images, sam_size, sam_image_mean, sam_image_std, return_tensors=None, **kwargs):
+        features = PilBackend._preprocess(self, images, return_tensors=None, **kwargs)
+        features.update(super()._preprocess(images, sam_size, sam_image_mean, sam_image_std))
+        return BatchFeature(data=dict(features), tensor_type=return_tensors)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -311,7 +409,8 @@ def upscale_mask_logits(
 ) -> torch.Tensor:
     """
     Resize SAM's low-resolution logits to the image: bilinear to the padded square, cut to the part that held the image,
-    bilinear to the image's own size (segment-anything, modeling/sam.py: postprocess_masks). Every mask takes this way.
+    bilinear to the image's own size (segment-anything, modeling/sam.py: postprocess_masks). Every mask takes this way; where
+    images are stretched, that part is the whole square.
 
     Args:
         mask_logits: (slots, height, width) of one image.
@@ -332,4 +431,4 @@ def upscale_mask_logits(
     ]
 
 
-__all__ = ["GsvaImageProcessor", "upscale_mask_logits"]
+__all__ = ["GsvaImageProcessor", "GsvaSamImageProcessor", "mask_input_size", "sam_preparation", "upscale_mask_logits"]

@@ -1,4 +1,4 @@
-"""GSVA's mask losses: binary cross-entropy and dice at each image's own size, with the original's constants."""
+"""GSVA's losses of masks, with the original's constants, and of the object scores that SAM 2 gives beside them."""
 
 import math
 
@@ -134,4 +134,29 @@ def batch_mask_losses(
     return config.bce_loss_weight * bce_sum / shared, config.dice_loss_weight * dice_sum / shared, torch.cat(ious)
 
 
-__all__ = ["batch_mask_losses", "mask_losses", "upscaled_mask_losses"]
+def object_score_loss(
+    config: GsvaConfig,
+    object_scores: tuple[torch.Tensor, ...],
+    mask_labels: list[torch.Tensor],
+    num_slots: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """
+    Return the weighted binary cross-entropy of the slots' object scores against whether their true mask is empty, summed over
+    all slots with a true mask and divided by their number. A slot that truncation cut off counts as a score of zero, like its
+    mask in `batch_mask_losses`.
+
+    Args:
+        object_scores: per conversation (slots,) logits.
+        mask_labels: per conversation (slots, height, width), see [`GsvaForConditionalGeneration.forward`].
+        num_slots: the number to divide by, by default that of this batch.
+    """
+    total, count = object_scores[0].new_zeros((), dtype=torch.float32), 0
+    for scores, truth in zip(object_scores, mask_labels):
+        there = truth[: len(scores)].flatten(1).any(1).to(scores.device).float() if len(truth) else scores[:0].float()
+        total = total + F.binary_cross_entropy_with_logits(scores[: len(truth)].float(), there, reduction="sum")
+        total = total + (len(truth) - len(there)) * math.log(2)
+        count += len(truth)
+    return config.object_score_loss_weight * total / (max(count, 1) if num_slots is None else num_slots)
+
+
+__all__ = ["batch_mask_losses", "mask_losses", "object_score_loss", "upscaled_mask_losses"]

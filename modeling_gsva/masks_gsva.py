@@ -1,12 +1,19 @@
 """The mask side of a GSVA: one interface over SAM, SAM-HQ, SAM 2 and SAM 3's tracker."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import TypeAlias
+from operator import attrgetter
+from reprlib import repr as shown  # short, and safe for values that are nested deeply or contain themselves
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import align_module_device
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.modeling_outputs import ModelOutput
 
+from .configuration_gsva import WITH_OBJECT_SCORE
 from .llava_v1_gsva import grad_if_trained
 from .sam_attention_gsva import use_chunked_attention
 from .sam_decoder_gsva import rows_of, share_images, used_by_weight
@@ -29,24 +36,41 @@ class MaskAdapter:
         sam: a model of transformers that has `vision_encoder`, `prompt_encoder` and `mask_decoder`.
     """
 
+    encoding: tuple[str, ...] = ("vision_encoder",)  # the parts on which the maps of an image depend
+
     def __init__(self, sam: nn.Module):
         self.sam, self.decoder = sam, sam.mask_decoder
 
     @staticmethod
+    def prepare_config(config: PreTrainedConfig) -> None:
+        """Change the configuration of a model before it is built, in place: also what is saved says how masks are made."""
+
+    @staticmethod
     def prepare(sam: nn.Module) -> None:
-        """Change a new model in place: SAM's faster attention and mask decoder."""
+        """Change a new model in place: the faster attention of SAM's encoder, and the mask decoder that shares images."""
         use_chunked_attention(sam)
         share_images(sam)
+
+    @property
+    def has_objects(self) -> bool:
+        """Whether the decoder tells if there is an object."""
+        return self.sam.config.model_type in WITH_OBJECT_SCORE
+
+    def encoding_parts(self) -> dict[str, nn.Module | nn.Parameter]:
+        """Return by name the parts of the mask model on which the maps of an image depend."""
+        return {name: attrgetter(name)(self.sam) for name in self.encoding}
 
     def encode(self, pixel_values: torch.Tensor) -> Maps:
         """Encode (images, 3, side, side)."""
         encoder = self.sam.vision_encoder
         with grad_if_trained(encoder):
-            return self.maps(pixel_values.to(encoder.dtype))
+            outputs = encoder(pixel_values.to(encoder.dtype), return_dict=True)
+        with align_module_device(self.sam):  # see `decode`
+            return self.maps(outputs)
 
-    def maps(self, pixel_values: torch.Tensor) -> Maps:
-        """Return the maps of images in the encoder's precision."""
-        return self.sam.vision_encoder(pixel_values).last_hidden_state
+    def maps(self, outputs: ModelOutput) -> Maps:
+        """Return the maps of images from the encoder's outputs."""
+        return outputs.last_hidden_state
 
     def empty(self, like: torch.Tensor) -> Maps:
         """Return the maps of one empty image, on the device and in the precision of `like`."""
@@ -89,8 +113,11 @@ class MaskAdapter:
         return masks[:, 0], iou[:, 0], None
 
 
-class RowsAdapter(MaskAdapter):
-    """Mask models that keep transformers' own decoder, which reads its tokens' embeddings by weight."""
+class SamHqAdapter(MaskAdapter):
+    """
+    SAM-HQ, whose decoder also reads the outputs of the encoder's global blocks. It keeps transformers' own decoder, which gets a
+    copy of the image for every slot and reads its tokens' embeddings by weight.
+    """
 
     @staticmethod
     def prepare(sam: nn.Module) -> None:
@@ -99,20 +126,7 @@ class RowsAdapter(MaskAdapter):
     def read_by_weight(self) -> list[nn.Module]:
         return [module for module in self.decoder.modules() if isinstance(module, nn.Embedding)]
 
-    def run_rows(self, maps, positions, prompts, dense, slot_images, extra):
-        """Call transformers' own decoder with every slot as a row of the batch."""
-        main = main_map(maps).to(prompts.dtype)[slot_images]
-        rows = positions.expand(len(main), -1, -1, -1)
-        outputs = self.decoder(main, rows, prompts[:, None, None], dense, False, **extra)
-        objects = outputs[3][:, 0, 0] if len(outputs) > 3 else None
-        return outputs[0][:, 0, 0], outputs[1][:, 0, 0], objects
-
-
-class SamHqAdapter(RowsAdapter):
-    """SAM-HQ, whose decoder also reads the outputs of the encoder's global blocks."""
-
-    def maps(self, pixel_values: torch.Tensor) -> Maps:
-        outputs = self.sam.vision_encoder(pixel_values, return_dict=True)
+    def maps(self, outputs: ModelOutput) -> Maps:
         blocks = [block.permute(0, 3, 1, 2) for block in outputs.intermediate_embeddings]
         return [outputs.last_hidden_state, *blocks]
 
@@ -123,27 +137,30 @@ class SamHqAdapter(RowsAdapter):
         return [like.new_zeros(1, vision.output_channels, side, side), *inner]
 
     def run_decoder(self, maps, positions, prompts, dense, slot_images):
-        blocks = [block.to(prompts.dtype)[slot_images].permute(0, 2, 3, 1) for block in maps[1:]]
-        extra = {"hq_token_only": False, "intermediate_embeddings": blocks}
-        return self.run_rows(maps, positions, prompts, dense, slot_images, extra)
+        image, *blocks = (part.to(prompts.dtype)[slot_images] for part in maps)
+        extra = {"hq_token_only": False, "intermediate_embeddings": [block.permute(0, 2, 3, 1) for block in blocks]}
+        positions = positions.expand(len(image), -1, -1, -1)
+        masks, iou = self.decoder(image, positions, prompts[:, None, None], dense, False, **extra)
+        return masks[:, 0, 0], iou[:, 0, 0], None
 
 
-class Sam2Adapter(RowsAdapter):
+class Sam2Adapter(MaskAdapter):
     """SAM 2 and SAM 3's tracker, whose decoders add maps of higher resolution and tell whether there is an object."""
 
-    @staticmethod
-    def prepare(sam: nn.Module) -> None:
-        # In evaluation it would show masks of tokens that training never touches.
-        sam.mask_decoder.dynamic_multimask_via_stability = False
+    encoding = ("vision_encoder", "no_memory_embedding", "mask_decoder.conv_s0", "mask_decoder.conv_s1")
 
-    def maps(self, pixel_values: torch.Tensor) -> Maps:
-        # get_image_embeddings without its no_grad, so that the encoder can be trained
-        sam = self.sam
-        maps = list(sam.get_image_features(pixel_values, return_dict=True).fpn_hidden_states)
-        maps[-1] = maps[-1] + sam.no_memory_embedding
-        sizes = sam.backbone_feature_sizes
-        maps = [part.permute(1, 2, 0).reshape(len(pixel_values), -1, *size) for part, size in zip(maps, sizes)]
-        return maps[::-1]
+    @staticmethod
+    def prepare_config(config: PreTrainedConfig) -> None:
+        # In evaluation it would show masks of tokens that training never touches.
+        config.mask_decoder_config.dynamic_multimask_via_stability = False
+
+    def maps(self, outputs: ModelOutput) -> Maps:
+        # What get_image_embeddings does, but without its no_grad, so that the encoder can be trained. The last layers of two
+        # maps are part of the mask decoder.
+        finest, finer, image, *unused = outputs.fpn_hidden_states
+        if not unused:  # SAM 3 has a fourth map, to which transformers (5.23) adds this, and which it drops then
+            image = image + self.sam.no_memory_embedding.reshape(1, -1, 1, 1)
+        return [image, self.decoder.conv_s1(finer), self.decoder.conv_s0(finest)]
 
     def empty(self, like: torch.Tensor) -> Maps:
         config = self.sam.config
@@ -154,11 +171,28 @@ class Sam2Adapter(RowsAdapter):
         ]
 
     def run_decoder(self, maps, positions, prompts, dense, slot_images):
-        high = [part.to(prompts.dtype)[slot_images] for part in maps[:0:-1]]
-        return self.run_rows(maps, positions, prompts, dense, slot_images, {"high_resolution_features": high})
+        image, *finer = (part.to(prompts.dtype) for part in maps)
+        masks, iou, objects = self.decoder(image, positions, prompts[:, None], dense, False, finer[::-1], slot_images)
+        return masks[:, 0], iou[:, 0], objects[:, 0]
 
 
 MASK_ADAPTERS = {"sam": MaskAdapter, "sam_hq": SamHqAdapter, "sam2": Sam2Adapter, "sam3_tracker": Sam2Adapter}
+
+
+# Types of configurations that hold a mask model for single images among other things, and the type that is read from them.
+# facebook/sam2.1-* say sam2_video, and their weights are Sam2Model's beside a memory for videos; facebook/sam3 says sam3_video,
+# and holds a detector and a tracker.
+READ_AS = {"sam2_video": "sam2", "sam3_video": "sam3_tracker", "sam3_tracker_video": "sam3_tracker"}
+# What to give in place of models that are known, and cannot be prompted by a hidden state.
+INSTEAD = {
+    "sam3": "it is SAM 3's detector, which finds objects by words; give a directory of SAM 3 that holds its tracker "
+    "(model_type sam3_video or sam3_tracker), as facebook/sam3 is",
+    "sam3_lite_text": "it is a detector by words; give a directory of SAM 3 that holds its tracker (sam3_video)",
+    "edgetam": "give facebook/sam2.1-hiera-tiny, whose decoder is the same",
+    "edgetam_video": "give facebook/sam2.1-hiera-tiny, whose decoder is the same",
+    "efficientsam": "transformers has no such model; give facebook/sam2.1-hiera-tiny, which is small as well",
+    "mobilesam": "transformers has no such model; give facebook/sam2.1-hiera-tiny, which is small as well",
+}
 
 
 def mask_adapter_class(model_type: str) -> type[MaskAdapter]:
@@ -169,11 +203,59 @@ def mask_adapter_class(model_type: str) -> type[MaskAdapter]:
         ValueError: another type, with the types that can be used.
     """
     if model_type not in MASK_ADAPTERS:
+        hint = "read its configuration with mask_config_of" if model_type in READ_AS else _instead(model_type)
         raise ValueError(
-            f"A mask model of type {model_type!r} cannot be prompted by GSVA; take one of {', '.join(MASK_ADAPTERS)}. "
-            "Directories of SAM 2 and SAM 3 that say sam2_video or sam3_video are read as Sam2Model and Sam3TrackerModel."
+            f"A mask model of type {shown(model_type)} cannot be prompted by GSVA; take one of {', '.join(MASK_ADAPTERS)}"
+            + (f": {hint}." if hint else ".")
         )
     return MASK_ADAPTERS[model_type]
 
 
-__all__ = ["MaskAdapter", "main_map", "mask_adapter_class"]
+def _instead(model_type: Any) -> str | None:
+    """Return what to give in place of a model, however its name is written (EfficientSAM, efficient_sam)."""
+    name = str(model_type).lower()
+    return INSTEAD.get(name) or INSTEAD.get(name.replace("_", "").replace("-", ""))
+
+
+def mask_config_of(config: Mapping[str, Any] | PreTrainedConfig) -> PreTrainedConfig:
+    """
+    Return the configuration of a mask model from what its directory's config.json says, which may be of a model for videos.
+
+    Its `dynamic_multimask_via_stability` is off, see `Sam2Adapter`.
+
+    Raises:
+        ValueError: a model that GSVA cannot prompt, or a configuration that does not describe one.
+    """
+    values = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    kind = values.get("model_type")
+    if not isinstance(kind, str):
+        raise ValueError(
+            f"The mask model's configuration names no model_type (its fields are {shown(sorted(map(str, values)))}); give a "
+            f"directory of transformers with a model of one of these types: {', '.join(MASK_ADAPTERS)}."
+        )
+    if kind == "sam3_video":
+        values = values.get("tracker_config")
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f"tracker_config of sam3_video is {shown(values)}, not a configuration; download it again."
+            )
+    adapter = mask_adapter_class(READ_AS.get(kind, kind))
+    if kind in READ_AS:
+        parts = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
+        values = {
+            name: values[name] for name in (*parts, "initializer_range", "dtype") if values.get(name) is not None
+        }
+        for name in parts[1:]:  # whose types are those of the model for videos
+            values[name] = {key: value for key, value in dict(values.get(name, {})).items() if key != "model_type"}
+    values.pop("model_type", None)
+    try:
+        found = AutoConfig.for_model(READ_AS.get(kind, kind), **values)
+    except (TypeError, ValueError, LookupError, AttributeError, StrictDataclassError) as error:
+        raise ValueError(
+            f"The configuration does not describe a mask model of type {kind!r} ({error}); download it again."
+        ) from error
+    adapter.prepare_config(found)
+    return found
+
+
+__all__ = ["MaskAdapter", "main_map", "mask_adapter_class", "mask_config_of"]

@@ -22,7 +22,7 @@ from .configuration_gsva import GsvaConfig
 from .language_gsva import LanguageAdapter, adapter_for, build_vlm
 from .llava_v1_gsva import GsvaModel
 from .loading_gsva import GsvaWeightsError, StrictLoadingMixin
-from .losses_gsva import batch_mask_losses, mask_losses, upscaled_mask_losses
+from .losses_gsva import batch_mask_losses, mask_losses, object_score_loss, upscaled_mask_losses
 from .masks_gsva import MaskAdapter, main_map, mask_adapter_class
 from .pipeline_gsva import CUSTOM_PIPELINES
 from .segmentation_gsva import (
@@ -55,13 +55,16 @@ class GsvaOutput(ModelOutput):
     Output of [`GsvaForConditionalGeneration`].
 
     Args:
-        loss: scalar, the weighted sum of the three parts; given `labels`.
-        ce_loss, mask_bce_loss, mask_dice_loss: scalars, the weighted parts.
+        loss: scalar, the weighted sum of the parts; given `labels`.
+        ce_loss, mask_bce_loss, mask_dice_loss, object_score_loss: scalars, the weighted parts; the last one only where the
+            configuration gives it a weight.
         logits: (conversations, length, vocabulary). None while training with labels: there they are computed at the
             supervised positions only, for the loss.
         mask_logits: per conversation a (slots, height, width) tensor at the mask decoder's low resolution, given SAM
             inputs; constant zero for `[REJ]`.
         iou_scores: per conversation a (slots,) tensor, the mask decoder's own estimate; 0 for `[REJ]`.
+        object_scores: per conversation a (slots,) tensor, the mask decoder's logits of an object being there; NaN for `[REJ]`,
+            for which it does not run, unless the object score is trained. None for mask models without them (SAM, SAM-HQ).
         mask_ious: (masks,) the IoU of each predicted mask with its true one at the image's own size, given `mask_labels`;
             of the slots whose true mask is not empty, in reading order.
         slot_logits: (all slots, 2), the logits of `[SEG]` and `[REJ]` at the position that predicts each slot.
@@ -72,9 +75,11 @@ class GsvaOutput(ModelOutput):
     ce_loss: torch.Tensor | None = None
     mask_bce_loss: torch.Tensor | None = None
     mask_dice_loss: torch.Tensor | None = None
+    object_score_loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     mask_logits: tuple[torch.Tensor, ...] | None = None
     iou_scores: tuple[torch.Tensor, ...] | None = None
+    object_scores: tuple[torch.Tensor, ...] | None = None
     mask_ious: torch.Tensor | None = None
     slot_logits: torch.Tensor | None = None
     slot_positions: torch.Tensor | None = None
@@ -150,8 +155,10 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         config.set_parts_dtype()
         hidden_size = config.get_text_config().hidden_size
         self.vlm = build_vlm(config.vlm_config)
+        masks = mask_adapter_class(config.sam_config.model_type)
+        masks.prepare_config(config.sam_config)
         self.sam = AutoModel.from_config(config.sam_config)
-        mask_adapter_class(config.sam_config.model_type).prepare(self.sam)
+        masks.prepare(self.sam)
         prompt_size = config.sam_config.prompt_encoder_config.hidden_size
         # text_hidden_fcs of the original
         self.mask_projector = nn.Sequential(
@@ -237,7 +244,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         slot_images: torch.LongTensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Decode masks: hidden state → prompt → the mask decoder. All masks are made here.
+        Decode masks: hidden state → prompt → the mask decoder.
 
         Args:
             slot_states: (slots, hidden), the hidden states that predict each `[SEG]`.
@@ -247,16 +254,19 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         Returns:
             Low-resolution mask logits (slots, 4 height, 4 width) and the decoder's IoU estimates (slots,).
         """
-        prompts = in_two_rows(self.mask_projector, slot_states)
-        masks, iou, _ = self.masks.decode(prompts, sam_embeddings, slot_images)
-        return masks, iou
+        return self._decode(slot_states, sam_embeddings, slot_images)[:2]
 
-    def _decode_nothing(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _decode(self, slot_states, sam_embeddings, slot_images) -> tuple[torch.Tensor, ...]:
+        """Do as `decode_masks`, and return object scores (slots,) or None as well. All masks are made here."""
+        prompts = in_two_rows(self.mask_projector, slot_states)
+        return self.masks.decode(prompts, sam_embeddings, slot_images)
+
+    def _decode_nothing(self, state: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """
         Run the mask decoder on a dummy image with one state (1, hidden), so that its parameters get a (zero) gradient in
         batches without masks.
         """
-        return self.decode_masks(state, self.masks.empty(state), torch.zeros(1, dtype=torch.long, device=state.device))
+        return self._decode(state, self.masks.empty(state), torch.zeros(1, dtype=torch.long, device=state.device))
 
     def _one_image_each(self, input_ids, sam_embeddings) -> torch.LongTensor:
         """Return (conversations,), the image of each when the caller gives no `image_index`."""
@@ -309,6 +319,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         num_masks_in_batch: torch.Tensor | int | None = None,
+        num_slots_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[GsvaKwargs],
     ) -> GsvaOutput:
         """
@@ -322,8 +333,8 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
             mask_labels: per conversation the true masks (slots, height, width) at the image's own size, an empty
                 one for a no-target expression. A slot that truncation cut off (the processor's `max_length` shortens the
                 text and leaves the masks) counts as a mask of constant zero logits, as in the original.
-            num_items_in_batch, num_masks_in_batch: numbers of supervised tokens and of masks of the whole optimizer
-                step. Given them, micro-batches add up to exactly the loss of one big batch; without them each batch is
+            num_items_in_batch, num_masks_in_batch, num_slots_in_batch: numbers of supervised tokens, of masks that count in
+                the mask losses and of slots with a true mask, empty or not, of the whole optimizer step. Given them, micro-batches add up to exactly the loss of one big batch; without them each batch is
                 averaged by itself, as the original does. Given only the number of tokens (by a plain `Trainer`), the mean
                 over a batch's masks counts by its part of these tokens.
             shift_labels: (conversations, length), `labels` aligned with the positions that predict them (sharded sequences).
@@ -363,29 +374,41 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
                 sam_embeddings = self.get_sam_embeddings(sam_pixel_values)
             if image_index is None:
                 image_index = self._one_image_each(ids, sam_embeddings)
-            decoded = self._add_masks(result, hidden, ids, sam_embeddings, image_index)
+            every_object = (
+                bool(self.config.object_score_loss_weight) and labels is not None and mask_labels is not None
+            )
+            decoded = self._add_masks(result, hidden, ids, sam_embeddings, image_index, every_object)
             if labels is not None and mask_labels is not None:
                 sizes = original_sizes, reshaped_input_sizes
                 only_tokens = num_masks_in_batch is None and num_items_in_batch is not None
                 part = (shift_labels != -100).sum() / num_items_in_batch if only_tokens else 1.0
                 self._add_mask_losses(result, mask_labels, image_index, *sizes, num_masks_in_batch, part)
+                if every_object:
+                    self._add_object_score_loss(result, mask_labels, num_slots_in_batch, part)
         if self.training and labels is not None:
-            # A batch may hold no mask, and the IoU estimates never count in the loss; see GsvaModel.forward.
-            masks, iou = decoded or self._decode_nothing(hidden[:1, 0])
-            result.loss = result.loss + 0.0 * (masks.sum() + iou.sum())
+            # A batch may hold no mask, and the decoder's estimates may not count in the loss; see GsvaModel.forward.
+            decoded = decoded or self._decode_nothing(hidden[:1, 0])
+            result.loss = result.loss + 0.0 * sum(part.sum() for part in decoded if part is not None)
         return GsvaOutput(**result)  # as a tuple in the order of the fields
 
-    def _add_masks(self, result: GsvaOutput, hidden, input_ids, sam_embeddings, image_index):
-        """Put the slots' masks and logits into `result`; return masks and IoU estimates, or None without `[SEG]`."""
+    def _add_masks(self, result: GsvaOutput, hidden, input_ids, sam_embeddings, image_index, every_object=False):
+        """
+        Put the slots' masks and logits into `result`, object scores of `[REJ]` as well if `every_object`; return what the mask
+        decoder gave, or None if it did not run.
+        """
         slots = self.find_slots(input_ids)  # (S, 2)
         states = hidden[slots[:, 0], slots[:, 1] - 1]  # (S, H): the position that predicts the slot
         is_seg = input_ids[slots[:, 0], slots[:, 1]] == self.config.seg_token_id
-        masks, iou = self._slot_masks(states, is_seg, sam_embeddings, image_index[slots[:, 0]])
-        counts = torch.bincount(slots[:, 0], minlength=len(input_ids)).tolist()
+        decoded = self._slot_masks(result, slots, states, is_seg, sam_embeddings, image_index, every_object)
         result.slot_positions = slots
         result.slot_logits = self._slot_logits(states)
-        result.mask_logits, result.iou_scores = masks.split(counts), iou.split(counts)
-        return (masks, iou) if is_seg.any() else None
+        return decoded
+
+    def _add_object_score_loss(self, result: GsvaOutput, mask_labels, num_slots, part=1.0):
+        assert result.object_scores is not None  # the configuration refuses a weight without them
+        loss = object_score_loss(self.config, result.object_scores, mask_labels, num_slots)
+        result.object_score_loss = part * loss
+        result.loss = result.loss + result.object_score_loss
 
     def _add_mask_losses(
         self, result: GsvaOutput, mask_labels, image_index, original_sizes, reshaped_sizes, num_masks, part=1.0
@@ -402,20 +425,41 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
             :, [self.config.seg_token_id, self.config.rej_token_id]
         ].float()
 
-    def _slot_masks(self, states, is_seg, sam_embeddings, slot_images):
-        """Return masks (slots, h, w), constant zero logits for `[REJ]`, and IoU estimates (slots,)."""
+    def _slot_masks(self, result, slots, states, is_seg, sam_embeddings, image_index, every_object=False):
+        """
+        Put masks, constant zero logits for `[REJ]`, and the mask decoder's estimates into `result`, per conversation.
+
+        Args:
+            slots: (slots, 2), conversation and position of each.
+            states: (slots, hidden), the states that predict them.
+            is_seg: (slots,) booleans, the slots that get a mask.
+            every_object: also get the object scores of the others that have an image.
+
+        Returns:
+            The mask decoder's outputs for the slots for which it ran, or None.
+        """
+        slot_images = image_index[slots[:, 0]]
         if (is_seg & (slot_images < 0)).any():
             raise ValueError(
                 "A conversation without an image (image_index -1) holds [SEG]: there is nothing to segment."
             )
+        runs = is_seg | (slot_images >= 0) if every_object else is_seg
         side = main_map(sam_embeddings).shape[-1] * 4  # SAM's decoder upscales its embedding twice by 2
         masks = states.new_zeros(len(states), side, side, dtype=self.sam.dtype)
-        iou = masks.new_zeros(len(states))
-        if is_seg.any():
-            seg_masks, seg_iou = self.decode_masks(states[is_seg], sam_embeddings, slot_images[is_seg])
-            masks = masks.masked_scatter(is_seg[:, None, None], seg_masks.to(masks))  # autocast may differ
-            iou = iou.masked_scatter(is_seg, seg_iou.to(iou))
-        return masks, iou
+        iou, objects = masks.new_zeros(len(states)), masks.new_full((len(states),), float("nan"))
+        decoded = None
+        if runs.any():
+            decoded = self._decode(states[runs], sam_embeddings, slot_images[runs])
+            shown = is_seg[runs]
+            masks = masks.masked_scatter(is_seg[:, None, None], decoded[0][shown].to(masks))  # autocast may differ
+            iou = iou.masked_scatter(is_seg, decoded[1][shown].to(iou))
+            if decoded[2] is not None:
+                objects = objects.masked_scatter(runs, decoded[2].to(objects))
+        counts = torch.bincount(slots[:, 0], minlength=len(image_index)).tolist()
+        result.mask_logits, result.iou_scores = masks.split(counts), iou.split(counts)
+        if self.masks.has_objects:
+            result.object_scores = objects.split(counts)
+        return decoded
 
     def _ce_loss(self, hidden, targets, num_items=None):
         """Return the cross-entropy over the tokens of `targets` except -100; only their logits are computed."""

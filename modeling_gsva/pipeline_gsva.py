@@ -21,6 +21,7 @@ logger = get_logger(__name__)
 TASK = "generalized-referring-segmentation"
 # The entry of config.json by which `pipeline(TASK, model=directory, trust_remote_code=True)` finds this file.
 CUSTOM_PIPELINES = {TASK: {"impl": "pipeline_gsva.GsvaPipeline", "pt": ["AutoModelForImageTextToText"]}}
+TEXT_INPUTS = ("input_ids", "attention_mask", "answer_ids", "answer_attention_mask")
 MAX_NEW_TOKENS = 128  # of a generated answer, where neither the call nor the model's generation config says otherwise
 
 
@@ -68,7 +69,7 @@ def prepare(
         raise ValueError("No expressions were given: pass expressions=[...], or rows that hold 'expressions'.")
     texts = [entry["text"] if isinstance(entry, Mapping) else entry for entry in expressions]
     example = processor(
-        images=[processor.image_processor.fetch_images(image_of(row), timeout)],
+        images=[processor.sam_image_processor.fetch_images(image_of(row), timeout)],
         expressions=[texts],
         prompt=prompt,
         one_prompt_per_expression=one_prompt_per_expression,
@@ -120,6 +121,17 @@ def rows_of(images: Any, expressions: Any) -> list[dict[str, Any]]:
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the examples of a batch as a list, which `_forward` joins."""
     return {"example": [item["example"] for item in items]}
+
+
+def joined_images(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Return inputs of images one after another; those that a base cuts into fewer tiles get tiles of zeros, as it does."""
+    sizes = torch.tensor([part.shape[1:] for part in parts]).amax(0).tolist()
+
+    def padded(part: torch.Tensor) -> torch.Tensor:
+        missing = [n for size, side in zip(sizes[::-1], part.shape[:0:-1]) for n in (0, size - side)]
+        return torch.nn.functional.pad(part, missing)
+
+    return torch.cat([padded(part) for part in parts])
 
 
 class _Results(Iterable):
@@ -285,7 +297,7 @@ class GsvaPipeline(Pipeline):
                 joined[name] = parts
             elif name == "image_index":
                 joined[name] = torch.cat([example[name] + n for n, example in enumerate(examples)])
-            elif name.endswith(("_ids", "_mask")):  # all prompts end, and all answers begin, in the same column
+            elif name in TEXT_INPUTS:  # all prompts end, and all answers begin, in the same column
                 joined[name] = pad_sequence(
                     parts,
                     batch_first=True,
@@ -293,7 +305,7 @@ class GsvaPipeline(Pipeline):
                     padding_side="right" if name.startswith("answer") else "left",
                 )
             else:
-                joined[name] = torch.stack(parts)
+                joined[name] = joined_images([example[name] for example in examples])
         return joined
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):

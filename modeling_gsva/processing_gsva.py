@@ -1,9 +1,7 @@
 """GsvaProcessor: images and expressions, or conversations, to model inputs; segmentation outputs back to results."""
 
-import operator
-from collections.abc import Mapping
 from reprlib import repr as shown  # short, and safe for values that are nested deeply or contain themselves
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +13,9 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .chat_gsva import StreamedAnswer, check_chat_files, check_contents, check_messages, is_utf8
-from .image_processing_gsva import upscale_mask_logits
+from .chat_gsva import StreamedAnswer, check_chat_files, check_contents, is_utf8
+from .checking_gsva import check_conversations, check_expressions, check_masks, check_max_length
+from .image_processing_gsva import GsvaSamImageProcessor, upscale_mask_logits
 from .prompts_gsva import (
     ADDED_TOKENS,
     CHAT_TEMPLATES,
@@ -24,14 +23,13 @@ from .prompts_gsva import (
     PROMPTS,
     REJ_TOKEN,
     SEG_TOKEN,
+    merged_prompts,
     strip_wording,
 )
 from .segmentation_gsva import check_threshold
 
-
-def _check_max_length(max_length: Any) -> None:
-    if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1:
-        raise ValueError(f"max_length={max_length!r} must be a number of tokens, 1 or more.")
+# The entry of processor_config.json that names the processor of another base than LLaVA v1.
+BASE_CLASS = "base_processor_class"
 
 
 class GsvaProcessor(ProcessorMixin):
@@ -51,16 +49,7 @@ class GsvaProcessor(ProcessorMixin):
         self, image_processor=None, tokenizer=None, patch_size=14, chat_template=None, prompts=None, **kwargs
     ):
         self.patch_size = patch_size
-        if not isinstance(prompts, (Mapping, type(None))):
-            raise ValueError(f"prompts is {shown(prompts)}; give wordings by their names, as in PROMPTS.")
-        self.prompts = {**PROMPTS, **(prompts or {})}
-        for name, wording in self.prompts.items():
-            if not isinstance(wording, Mapping) or any(
-                type(wording.get(field)) is not type(value) for field, value in PROMPTS["refer"].items()
-            ):
-                raise ValueError(
-                    f"prompts[{name!r}] is {shown(wording)}; it needs {', '.join(PROMPTS['refer'])}, as in PROMPTS."
-                )
+        self.prompts = merged_prompts(PROMPTS, prompts)
         self.image_token = IMAGE_TOKEN
         if tokenizer is not None:
             vocabulary = tokenizer.get_vocab()
@@ -78,8 +67,12 @@ class GsvaProcessor(ProcessorMixin):
     def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
         """
         Overrides [`ProcessorMixin.from_args_and_dict`], which makes the processor of a directory, to refuse one without a
-        chat template: the model would be asked in the wording of another.
+        chat template: the model would be asked in the wording of another. Over another base it makes a [`GsvaBaseProcessor`].
         """
+        if BASE_CLASS in processor_dict:
+            from .base_processing_gsva import GsvaBaseProcessor
+
+            return GsvaBaseProcessor.with_settings(args[0], {**processor_dict, **kwargs})
         template = kwargs.get("chat_template") or processor_dict.get("chat_template")
         template = template or getattr(args[1] if len(args) > 1 else None, "chat_template", None)  # of the tokenizer
         if not template:
@@ -90,6 +83,55 @@ class GsvaProcessor(ProcessorMixin):
                 f"{', '.join(CHAT_TEMPLATES)}."
             )
         return super().from_args_and_dict(args, {**processor_dict, "chat_template": template}, **kwargs)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        """Overrides the parent, which loads tokenizer and image processor, to load a base's processor where there is one."""
+        if BASE_CLASS in (processor_dict or {}):
+            from .base_processing_gsva import GsvaBaseProcessor
+
+            return [GsvaBaseProcessor.load_base(pretrained_model_name_or_path, processor_dict, **kwargs)]
+        return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+
+    @classmethod
+    def from_base(cls, base_processor, sam_config, prompts=None, chat_template=None) -> "GsvaProcessor":
+        """
+        Return the processor of a GSVA over any base: the base's own processor, which prepares images and text as for the base
+        alone, and images for the mask model beside it. `[SEG]` and `[REJ]` are added to its tokenizer where they are missing.
+
+        Args:
+            base_processor (`ProcessorMixin`): of the base, such as `LlavaNextProcessor`.
+            sam_config (`PreTrainedConfig`): of the mask model.
+            prompts (`dict`): wording by name, merged over `BASE_PROMPTS`.
+            chat_template (`str`): in place of the base's.
+
+        Raises:
+            ValueError: a processor without tokenizer, images or image token, without a chat template, whose template is not
+                usable (see [`ConversationFormat`]), or in whose tokenizer `[SEG]` or `[REJ]` means something else.
+        """
+        from .base_processing_gsva import GsvaBaseProcessor
+
+        sam_image_processor = GsvaSamImageProcessor.for_config(sam_config)
+        return GsvaBaseProcessor(base_processor, sam_image_processor, prompts=prompts, chat_template=chat_template)
+
+    @property
+    def sam_image_processor(self):
+        """Return what prepares images for the mask model."""
+        return self.image_processor
+
+    @property
+    def mask_input_size(self) -> int:
+        """Return the side of the mask model's square input in pixels."""
+        return self.sam_image_processor.mask_input_size
+
+    @property
+    def reserved_tokens(self) -> set[str]:
+        """Return the texts that no expression may hold."""
+        return {*ADDED_TOKENS, *self.tokenizer.all_special_tokens}
+
+    def image_settings(self) -> dict[str, Any]:
+        """Return how images are prepared."""
+        return self.image_processor.to_dict()
 
     @property
     def image_seq_length(self) -> int:
@@ -150,7 +192,7 @@ class GsvaProcessor(ProcessorMixin):
         if not text.strip():
             raise ValueError(f"Expression {expression!r} is empty; leave it out or give it words.")
         lowered = expression.lower()
-        for token in {*ADDED_TOKENS, *self.tokenizer.all_special_tokens}:
+        for token in self.reserved_tokens:
             if token.lower() in lowered:
                 raise ValueError(
                     f"Expression {expression!r} holds {token}, which is a special token of the model; take it out."
@@ -185,11 +227,14 @@ class GsvaProcessor(ProcessorMixin):
         ]
 
     def encode_conversations(
-        self, conversations: list[list[dict]], add_generation_prompt: bool = False
+        self, conversations: list[list[dict]], add_generation_prompt: bool = False, images: list | None = None
     ) -> list[tuple[list[int], list[int]]]:
         """
         Render and tokenize conversations. Return for each the ids, `<image>` expanded, and the labels: the assistant's
         answers with their end-of-sequence tokens are supervised, everything else is -100.
+
+        Args:
+            images: per conversation its image, or None; here of no use, as all images take the same number of placeholders.
         """
         texts, spans = render_jinja_template(
             conversations=conversations,
@@ -268,39 +313,68 @@ class GsvaProcessor(ProcessorMixin):
             raise ValueError("Give only one of text, expressions and conversations.")
         images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
         return_tensors, max_length = kwargs.pop("return_tensors", None), kwargs.pop("max_length", None)
+        if max_length is not None:
+            check_max_length(max_length)
         if expressions is not None:
-            data = self._for_segmentation(images, expressions, no_targets, prompt, one_prompt_per_expression)
-            self._check_length(data, max_length)
+            talks, index, asked = self._ask(images, expressions, no_targets, prompt, one_prompt_per_expression)
         else:
-            data = self._for_training(images, conversations, image_index, max_length)
-        if images:
-            data.update(self.image_processor(images, **kwargs))
-            if len(data["original_sizes"]) != len(images):
-                raise ValueError(
-                    f"{len(images)} entries of images hold {len(data['original_sizes'])} images; give one image each."
-                )
+            index, asked = check_conversations(conversations, image_index, len(images)), None
+            talks = list(conversations or [])
+        of_images, image_texts = self._encode_images(images, **kwargs)
+        try:
+            encoded = self._encode_rows(talks, index, image_texts)
+        except TemplateError as error:
+            raise ValueError(f"The chat template does not take these conversations: {error}") from None
+        if asked is not None:
+            data = self._for_segmentation(encoded, asked, index, max_length)
+        else:
+            data = self._for_training(encoded, index, max_length)
+        data.update(of_images)
         if masks is None and expressions is None and not self._has_slots(data["input_ids"]):
-            masks = [[]] * len(
-                data["image_index"]
-            )  # transformers' Trainer evaluates only batches that hold all labels
+            masks = [[]] * len(index)  # transformers' Trainer evaluates only batches that hold all labels
         if masks is not None:
-            data["mask_labels"] = self._check_masks(masks, data["image_index"], data.get("original_sizes", []))
+            data["mask_labels"] = check_masks(masks, index, data.get("original_sizes", []))
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["expressions", "mask_labels"])
 
-    def _for_segmentation(
+    def _encode_images(self, images: list, **kwargs) -> tuple[dict[str, Any], list[str] | None]:
+        """Return the inputs of the images, and the text that stands for each in a conversation, where they differ."""
+        if not images:
+            return {}, None
+        inputs = self.image_processor(images, **kwargs)
+        if len(inputs["original_sizes"]) != len(images):
+            raise ValueError(
+                f"{len(images)} entries of images hold {len(inputs['original_sizes'])} images; give one image each."
+            )
+        return dict(inputs), None
+
+    def _encode_rows(self, conversations, image_index, image_texts) -> list[tuple[list[int], list[int]]]:
+        """Return ids and labels of conversations, of whose images `_encode_images` gave the texts."""
+        return self.encode_conversations(conversations)
+
+    def _ask(
         self, images: list, expressions, no_targets, prompt: str | None, one_prompt_per_expression: bool | None
-    ) -> dict[str, Any]:
-        """Return prompts padded on the left and answers padded on the right, one conversation per prompt."""
-        texts_of, absent_of = self._check_expressions(images, expressions, no_targets)
-        asked, answered, image_index = [], [], []
+    ) -> tuple[list[list[dict]], list[int], list[list[str]]]:
+        """Return conversations with their answers, the image of each, and the expressions that each asks for."""
+        texts_of, absent_of = check_expressions(images, expressions, no_targets)
+        answered, image_index, asked = [], [], []
         for index, (texts, absent) in enumerate(zip(texts_of, absent_of)):
             groups = [(texts, absent)]
             if one_prompt_per_expression:
                 groups = [([text], [flag]) for text, flag in zip(texts, absent)]
-            asked += [group for group, _ in groups]
             answered += [self.build_conversation(*group, prompt or "refer") for group in groups]
             image_index += [index] * len(groups)
-        encoded = self.encode_conversations(answered)
+            asked += [group for group, _ in groups]
+        return answered, image_index, asked
+
+    def _for_segmentation(self, encoded, asked, image_index: list[int], max_length: int | None) -> dict[str, Any]:
+        """Return prompts padded on the left and answers padded on the right."""
+        for texts, (ids, _), image in zip(asked, encoded, image_index):
+            if max_length is not None and len(ids) > max_length:
+                raise ValueError(
+                    f"The {len(texts)} expressions of image {image} make a prompt and an answer of {len(ids)} tokens "
+                    f"({ids.count(self.image_token_id)} of them for the image), more than max_length={max_length}. Ask for "
+                    "fewer at once, or for each in a prompt of its own (one_prompt_per_expression=True)."
+                )
         starts = [next(n for n, label in enumerate(labels) if label != -100) for _, labels in encoded]
         prompts = self._pad([ids[:start] for (ids, _), start in zip(encoded, starts)], "left")
         answers = self._pad([ids[start:] for (ids, _), start in zip(encoded, starts)], "right")
@@ -311,83 +385,14 @@ class GsvaProcessor(ProcessorMixin):
             "image_index": image_index,
         }
 
-    def _check_length(self, data: dict[str, Any], max_length: int | None) -> None:
-        """Raise ValueError if a prompt with its answer has more than `max_length` tokens."""
-        if max_length is None:
-            return
-        _check_max_length(max_length)
-        lengths = data["attention_mask"].sum(1) + data["answer_attention_mask"].sum(1)
-        for texts, length, image in zip(data["expressions"], lengths.tolist(), data["image_index"]):
-            if length > max_length:
-                raise ValueError(
-                    f"The {len(texts)} expressions of image {image} make a prompt and an answer of {length} tokens "
-                    f"({self.image_seq_length} of them for the image), more than max_length={max_length}. Ask for fewer at "
-                    "once, or for each in a prompt of its own (one_prompt_per_expression=True)."
-                )
-
-    def _check_expressions(self, images: list, expressions, no_targets) -> tuple[list[list[str]], list[list[bool]]]:
-        """Return the expressions of each image and which of them have no target; raise ValueError where they do not fit."""
-        if not images:
-            raise ValueError(f"No image was given for {len(expressions)} list(s) of expressions; pass images=[...].")
-        if not isinstance(expressions, (list, tuple)):
-            raise ValueError(f"expressions is {shown(expressions)}; give a list of strings for each image.")
-        if expressions and all(isinstance(expression, str) for expression in expressions):
-            expressions = [cast(list[str], expressions)]
-        if len(images) != len(expressions):
-            raise ValueError(
-                f"{len(images)} images but {len(expressions)} lists of expressions; give one list for each image."
-            )
-        no_targets = [None] * len(images) if no_targets is None else no_targets
-        if not isinstance(no_targets, (list, tuple)):
-            raise ValueError(f"no_targets is {shown(no_targets)}; give a list with true or false for each image.")
-        if len(no_targets) != len(images):
-            raise ValueError(
-                f"{len(images)} images but {len(no_targets)} lists of no_targets; give one for each image."
-            )
-        texts_of, absent_of = [], []
-        for index, (texts, absent) in enumerate(zip(expressions, no_targets)):
-            if isinstance(texts, str):
-                raise ValueError(
-                    f"expressions[{index}] is the string {texts!r}; give a list of strings for each image."
-                )
-            if not isinstance(texts, (list, tuple)):
-                raise ValueError(f"expressions[{index}] is {shown(texts)}; give a list of strings for each image.")
-            if not isinstance(absent, (list, tuple, np.ndarray, type(None))):
-                raise ValueError(f"no_targets[{index}] is {shown(absent)}; give a list with true or false for each.")
-            absent = [False] * len(texts) if absent is None else list(absent)
-            if len(absent) != len(texts):
-                raise ValueError(f"{len(texts)} expressions but {len(absent)} no_targets; give one for each.")
-            texts_of.append(list(texts))
-            absent_of.append(absent)
-        return texts_of, absent_of
-
-    def _for_training(self, images: list, conversations: Any, image_index, max_length: int | None) -> dict[str, Any]:
+    def _for_training(self, encoded, image_index: list[int], max_length: int | None) -> dict[str, Any]:
         """Return whole conversations padded on the right, with labels, cut to `max_length` tokens."""
-        if not isinstance(conversations, (list, tuple)) or not conversations:
-            raise ValueError(f"conversations is {shown(conversations)}; give a list of conversations, one at least.")
-        for index, messages in enumerate(conversations):
-            check_messages(messages, f"Conversation {index}")
-        image_index = list(range(len(conversations))) if image_index is None and images else image_index
-        try:
-            image_index = (
-                [-1] * len(conversations) if image_index is None else [operator.index(n) for n in image_index]
-            )
-        except TypeError:
-            raise ValueError(
-                f"image_index is {shown(image_index)}; give for each conversation the number of its image, or -1."
-            ) from None
-        self._check_conversations(conversations, image_index, len(images))
-        try:
-            encoded = self.encode_conversations(list(conversations))
-        except TemplateError as error:
-            raise ValueError(f"The chat template does not take these conversations: {error}") from None
         if max_length is not None:
-            _check_max_length(max_length)
             for index, (ids, _) in enumerate(encoded):
                 if self.image_token_id in ids[max_length:]:
                     raise ValueError(
                         f"max_length={max_length} cuts the image of conversation {index}, which alone takes "
-                        f"{self.image_seq_length} tokens; raise it."
+                        f"{ids.count(self.image_token_id)} tokens; raise it."
                     )
             encoded = [(ids[:max_length], labels[:max_length]) for ids, labels in encoded]
         labels = [torch.tensor(labels) for _, labels in encoded]
@@ -407,68 +412,22 @@ class GsvaProcessor(ProcessorMixin):
 
     def _call_with_text(self, images, text, **kwargs) -> BatchFeature:
         data = super().__call__(images=images, text=text, **kwargs)
-        if images is not None and text is not None:
-            counts = [sample.count(self.image_token) for sample in ([text] if isinstance(text, str) else text)]
-            index = [sum(counts[:n]) if count else -1 for n, count in enumerate(counts)]
-            # Leave `image_index` out when there is one image per text: code that concatenates single examples would not
-            # offset it.
-            if max(counts) <= 1 and index != list(range(len(index))):
-                make = {torch.Tensor: torch.tensor, np.ndarray: np.array}.get(type(data["input_ids"]), list)
-                data["image_index"] = make(index)
+        if images is None or text is None:
+            return data
+        return self._add_image_index(
+            data, [sample.count(self.image_token) for sample in ([text] if isinstance(text, str) else text)]
+        )
+
+    @staticmethod
+    def _add_image_index(data: BatchFeature, counts: list[int]) -> BatchFeature:
+        """Add the image of each text, of texts that hold `counts` images, unless it is one each."""
+        index = [sum(counts[:n]) if count else -1 for n, count in enumerate(counts)]
+        # Leave `image_index` out when there is one image per text: code that concatenates single examples would not
+        # offset it.
+        if max(counts) <= 1 and index != list(range(len(index))):
+            make = {torch.Tensor: torch.tensor, np.ndarray: np.array}.get(type(data["input_ids"]), list)
+            data["image_index"] = make(index)
         return data
-
-    def _check_conversations(self, conversations, image_index, num_images):
-        if len(image_index) != len(conversations):
-            raise ValueError(
-                f"{len(conversations)} conversations but image_index has {len(image_index)} entries; give one each."
-            )
-        for index, (messages, image) in enumerate(zip(conversations, image_index)):
-            if not -1 <= image < num_images:
-                raise ValueError(
-                    f"Conversation {index} points to image {image}, but {num_images} images were given; use 0 to "
-                    f"{num_images - 1}, or -1 for none."
-                )
-            has_placeholder = any(
-                "<image>" in message["content"]
-                if isinstance(message["content"], str)
-                else any(part["type"] == "image" for part in message["content"])
-                for message in messages
-            )
-            if has_placeholder != (image >= 0):
-                raise ValueError(
-                    f"Conversation {index} {'holds' if has_placeholder else 'lacks'} <image>, but its image_index is "
-                    f"{image}; write <image> where, and only where, a conversation has an image."
-                )
-
-    def _check_masks(self, masks, image_index, original_sizes):
-        if not hasattr(masks, "__len__") or isinstance(masks, (str, bytes, Mapping)):
-            raise ValueError(f"masks is {shown(masks)}; give for each conversation an array (slots, height, width).")
-        if len(masks) != len(image_index):
-            raise ValueError(f"{len(image_index)} conversations but {len(masks)} entries in masks; give one each.")
-        checked = []
-        for index, (mask, image) in enumerate(zip(masks, image_index)):
-            try:
-                mask = torch.as_tensor(np.asarray(mask))
-                if mask.ndim == 0 or mask.is_complex():
-                    raise TypeError("a single number" if mask.ndim == 0 else "complex numbers")
-            except (TypeError, ValueError, OverflowError) as error:
-                raise ValueError(
-                    f"masks[{index}] is {shown(mask)}; give an array (slots, height, width) of 0 and 1 ({error})."
-                ) from None
-            size = tuple(int(side) for side in original_sizes[image]) if image >= 0 else None
-            if len(mask) and not len(original_sizes):
-                raise ValueError("Masks were given without images; pass images=[...].")
-            if len(mask) and size is None:
-                raise ValueError(
-                    f"masks[{index}] has shape {tuple(mask.shape)}, but conversation {index} has no image; give an empty list."
-                )
-            if len(mask) and (mask.ndim != 3 or tuple(mask.shape[1:]) != size):
-                raise ValueError(
-                    f"masks[{index}] has shape {tuple(mask.shape)}, but its image is {size} (height, width); give "
-                    "(slots, height, width) at the image's own size, after EXIF orientation."
-                )
-            checked.append(mask.to(torch.uint8) if len(mask) else torch.zeros(0, *(size or (1, 1)), dtype=torch.uint8))
-        return checked
 
     def read_answer(self, token_ids: list[int]) -> list[tuple[str, bool]]:
         """
@@ -504,7 +463,10 @@ class GsvaProcessor(ProcessorMixin):
     def _candidate(outputs, number: int):
         """Return the output that holds only the `number`-th answer of each prompt."""
         rows = slice(number, None, outputs.num_candidates)
-        per_row = ("sequences", "answer_starts", "mask_logits", "scores", "is_rejected", "iou_scores", "image_index")
+        per_row = (
+            *("sequences", "answer_starts", "mask_logits", "scores", "probabilities", "is_rejected", "iou_scores"),
+            *("object_scores", "image_index"),
+        )
         parts = {name: value[rows] for name in per_row if (value := outputs.get(name)) is not None}
         return type(outputs)(method=outputs.method, **parts)
 
@@ -550,7 +512,8 @@ class GsvaProcessor(ProcessorMixin):
             expression (in free chat the phrase before the slot), a (height, width) boolean array (all False where
             rejected), the log-odds of `[SEG]` against `[REJ]` and the probability that the expression is there (both NaN
             where the answer has no slot for the expression, which counts as rejected), and whether the answer's slots
-            were not the ones asked for. With `num_return_sequences` above 1, per image one such list for
+            were not the ones asked for. Where the mask model has an object score (SAM 2, SAM 3's tracker), `"object_score"` is
+            its logit of an object being there, NaN where no mask was made. With `num_return_sequences` above 1, per image one such list for
             each candidate, the best first.
         """
         if threshold is not None:
@@ -561,7 +524,7 @@ class GsvaProcessor(ProcessorMixin):
             answers = [self.post_process_segmentation(part, inputs, threshold, keep_rejected_masks) for part in parts]
             return [list(of_image) for of_image in zip(*answers)]
         num_images = len(inputs.get("original_sizes", ()))
-        input_size = self.image_processor.sam_size["longest_edge"]
+        input_size = self.mask_input_size
         results: list[list[dict]] = [[] for _ in range(num_images)]
         asked_per_conversation = inputs.get("expressions")
         image_index = outputs.image_index.tolist()
@@ -608,6 +571,10 @@ class GsvaProcessor(ProcessorMixin):
                         "is_malformed": malformed,
                     }
                 )
+                if outputs.object_scores is not None:
+                    results[image][-1]["object_score"] = (
+                        float("nan") if n is None else float(outputs.object_scores[row][n])
+                    )
         return results
 
 

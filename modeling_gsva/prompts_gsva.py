@@ -1,6 +1,11 @@
 """GSVA's wording: special tokens, chat templates, prompts for expressions, and how answers are read."""
 
 import re
+from collections.abc import Mapping
+from reprlib import repr as shown  # short, and safe for values that are nested deeply or contain themselves
+from typing import Any
+
+from transformers import AddedToken
 
 IMAGE_TOKEN, SEG_TOKEN, REJ_TOKEN = "<image>", "[SEG]", "[REJ]"
 IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<im_start>", "<im_end>"
@@ -133,12 +138,90 @@ PROMPTS = {
         "lower": False,
     },
 }
+# The wording for other bases: the original's, with the blank that it lacks. The base's chat template places the image.
+BASE_PROMPTS = {
+    **PROMPTS,
+    "refer": {
+        **PROMPTS["refer"],
+        "question": "<image>\nWhat are {expressions} in this image? Please output segmentation masks.",
+    },
+}
+# For a base without a chat template, such as PaliGemma: the question behind the image, then the answer and its end.
+BARE_TEMPLATE = r"""
+{%- for message in messages -%}
+  {%- for part in message['content'] -%}
+    {%- if part['type'] == 'image' -%}
+      {{- '<image>' -}}
+    {%- else -%}
+      {{- part['text'] -}}
+    {%- endif -%}
+  {%- endfor -%}
+  {%- if message['role'] == 'assistant' -%}
+    {{- eos_token -}}
+  {%- endif -%}
+{%- endfor -%}
+""".strip()
 # The wording around a phrase in free answers: that of the evaluation prompt, of the training answers and of the reasoning
 # answers (which name no phrase).
 _BEFORE_PHRASE = re.compile(
     r"^(?:sure(?:,\s*|$))?(?:(?:the segmentation results? (?:are|is)|they are|it is|and)(?:\s+|$))?", re.IGNORECASE
 )
 _AROUND_PHRASE = re.compile(r"^the (?:mask of|segmentation of|referred)\s+(?P<phrase>.*?)\s+is$", re.IGNORECASE)
+
+
+def merged_prompts(defaults: dict[str, dict], prompts: Any) -> dict[str, dict]:
+    """
+    Return `prompts` merged over the defaults.
+
+    Raises:
+        ValueError: not a mapping of wordings, each with the fields of `PROMPTS`.
+    """
+    if not isinstance(prompts, (Mapping, type(None))):
+        raise ValueError(f"prompts is {shown(prompts)}; give wordings by their names, as in PROMPTS.")
+    merged = {**defaults, **(prompts or {})}
+    for name, wording in merged.items():
+        if not isinstance(wording, Mapping) or any(
+            type(wording.get(field)) is not type(value) for field, value in PROMPTS["refer"].items()
+        ):
+            raise ValueError(
+                f"prompts[{name!r}] is {shown(wording)}; it needs {', '.join(PROMPTS['refer'])}, as in PROMPTS."
+            )
+    return merged
+
+
+def add_slot_tokens(tokenizer) -> list[str]:
+    """
+    Add `[SEG]` and `[REJ]` to a base's tokenizer where they are missing, and return which were. The model's embedding needs a
+    row for each.
+
+    They are not normalized: a SentencePiece tokenizer that puts a blank before its text would not find them behind a word.
+    Nor are they special, so that `decode(skip_special_tokens=True)` shows them.
+
+    Raises:
+        ValueError: a tokenizer in which `[SEG]` or `[REJ]` means something else already.
+    """
+    added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    vocabulary = tokenizer.get_vocab()
+    new = []
+    for name in (SEG_TOKEN, REJ_TOKEN):
+        slot = AddedToken(name, normalized=False, special=False)
+        options = ("normalized", "special", "lstrip", "rstrip", "single_word")
+        if name not in vocabulary and name not in added:
+            new.append(slot)
+        elif name not in added:
+            raise ValueError(
+                f"{name} is an ordinary entry of the tokenizer's vocabulary ({vocabulary[name]}), so that text may hold it. "
+                "Rename that entry in tokenizer.json, or take another base."
+            )
+        elif wrong := [option for option in options if getattr(added[name], option) != getattr(slot, option)]:
+            raise ValueError(
+                f"{name} means something else in this tokenizer: it is an added token with "
+                f"{', '.join(f'{option}={getattr(added[name], option)}' for option in wrong)}, and would be missed in text or "
+                f"left out of answers. Take the tokenizer without it, or correct its entry in tokenizer.json to "
+                f"{', '.join(f'{option}={getattr(slot, option)}' for option in wrong)}."
+            )
+    tokenizer.add_tokens(new)
+    return [slot.content for slot in new]
 
 
 def strip_wording(text: str) -> str:
@@ -153,4 +236,13 @@ def strip_wording(text: str) -> str:
     return around["phrase"] if around else phrase
 
 
-__all__ = ["ADDED_TOKENS", "CHAT_TEMPLATES", "PROMPTS", "strip_wording"]
+__all__ = [
+    "ADDED_TOKENS",
+    "BARE_TEMPLATE",
+    "BASE_PROMPTS",
+    "CHAT_TEMPLATES",
+    "PROMPTS",
+    "add_slot_tokens",
+    "merged_prompts",
+    "strip_wording",
+]

@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from .cache_gsva import ConversationCache, common_length
-from .language_gsva import LanguageAdapter
+from .language_gsva import PREFIX_LANGUAGE_MODELS, LanguageAdapter
 
 
 @dataclass
@@ -63,9 +63,24 @@ class PrefixCache:
     Args:
         language: the interface to the language model.
         batch: the conversations. Tokens may still be changed until they are read.
+
+    Raises:
+        ValueError: a language model whose conversations cannot share a beginning.
     """
 
     def __init__(self, language: LanguageAdapter, batch: AnsweredBatch):
+        if not language.shares_prefix:
+            kind = language.config.model_type
+            is_prefix_model = kind in PREFIX_LANGUAGE_MODELS
+            why = (
+                "image and prompt attend to each other both ways"
+                if is_prefix_model
+                else "its states run through padding"
+            )
+            raise ValueError(
+                f"Prompts of {kind} cannot share the run of their beginning: {why}. Take reader_for, which runs each "
+                "conversation whole."
+            )
         self.language, self.batch, self.start = language, batch, batch.start
         self.sequences, self.attention_mask = batch.sequences, batch.attention_mask
         self.begins = [batch.start - length for length in batch.attention_mask[:, : batch.start].sum(1).tolist()]

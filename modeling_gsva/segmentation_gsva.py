@@ -33,6 +33,8 @@ class GsvaSegmentationOutput(ModelOutput):
             configuration (`rejection`); the sigmoid of the score without one.
         is_rejected: per conversation (slots,) booleans.
         iou_scores: per conversation (slots,), the mask decoder's own estimate of its mask's IoU.
+        object_scores: per conversation (slots,), the mask decoder's logits of an object being there; NaN where it makes no
+            mask. None for mask models without them (SAM, SAM-HQ).
         image_index: (conversations,) which image each conversation is about, -1 for none.
         num_candidates: how many answers each prompt got (`num_return_sequences`). With several, "conversations" above are
             prompts × candidates, the candidates of a prompt one after the other, best first.
@@ -46,6 +48,7 @@ class GsvaSegmentationOutput(ModelOutput):
     probabilities: tuple[torch.Tensor, ...] | None = None
     is_rejected: tuple[torch.Tensor, ...] | None = None
     iou_scores: tuple[torch.Tensor, ...] | None = None
+    object_scores: tuple[torch.Tensor, ...] | None = None
     image_index: torch.LongTensor | None = None
     num_candidates: int | None = None
 
@@ -455,8 +458,7 @@ class SegmentationMixin(_Base):
             # A free answer may hold [SEG] where there is no image to segment.
             slot_images = batch.image_index[slots.places[:, 0]]
             has_mask = slots.has_mask & (slot_images >= 0)
-            masks, iou = self._slot_masks(slots.states, has_mask, batch.sam_embeddings, slot_images)
-            result.mask_logits, result.iou_scores = masks.split(counts), iou.split(counts)
+            self._slot_masks(result, slots.places, slots.states, has_mask, batch.sam_embeddings, batch.image_index)
         return result
 
 

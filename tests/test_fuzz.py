@@ -135,6 +135,13 @@ def referring(name):
     return make
 
 
+def absence(name, refs, flag):
+    def make(root):
+        trees.absence(root, name, refs, [{"sent": "a cat", flag: True}, {"sent": "a dog", flag: False}])
+
+    return make
+
+
 def reason_seg(root):
     shapes = [
         {"label": "target", "points": [[5, 5], [15, 5], [15, 15]]},
@@ -171,6 +178,14 @@ CASES = [
         for name in ("refclef", "refcoco", "refcoco+", "refcocog", "grefcoco", "refzom")
         for refs in [REFS.get(name, "refs(unc).p")]
     ),
+    *(
+        (name, absence(name, refs, flag), [(f"refer_seg/{name}/{refs}", PICKLE)])
+        for family, refs, flag in [("rrefcoco", "refs(unc).p", "exist"),
+                                   ("fprefcoco", "refs(berkeley_exclude_unified).p", "is_false_premise")]
+        for name in (family, f"{family}+", f"{family}g")
+    ),
+    ("hallusegbench", lambda root: trees.halluseg(root / "hallusegbench/test/refer_seg", {}),
+     [("hallusegbench/test/refer_seg/data.json", JSON), ("hallusegbench/test/refer_seg/factual_masks/0_7_mask.png", None)]),
     ("ade20k", lambda root: trees.ade20k(root, trees.full(1)), [("ade20k/annotations/training/0.png", None)]),
     ("cocostuff", lambda root: trees.cocostuff(root, trees.full(1)), [("cocostuff/train2017/0.png", None)]),
     ("mapillary", lambda root: trees.mapillary(root, ["Bird", "Curb"], trees.full(1)),
@@ -237,13 +252,15 @@ def test_data_sets(name, make, files, tmp_path, monkeypatch):
 
 # ---- metric ----------------------------------------------------------------------------------------------------------
 ROW = {"dataset": "d", "split": "val", "protocol": "slots", "image_id": "1", "expression": "a cat", "is_no_target": False,
-       "is_rejected": False, "score": 1.5, "intersection": 3, "union": 4, "num_targets": 1, "is_malformed": False}  # fmt: skip
+       "is_rejected": False, "score": 1.5, "intersection": 3, "union": 4, "num_targets": 1, "is_malformed": False,
+       "probability": 0.75, "box_intersection": 3, "box_union": 5}  # fmt: skip
 ROWS = [ROW, {**ROW, "is_no_target": True, "intersection": 0, "num_targets": 0, "score": -0.5, "is_rejected": True}]
 RLES = {"prediction": {"size": [3, 3], "counts": "013000"}, "reference": {"size": [3, 3], "counts": "013000"}}
 
 
 def in_unit(metrics):
-    assert all(math.isnan(value) or 0 <= value <= 1 for value in metrics.values())
+    signed = ("IL_MCC", "cgF1")
+    assert all(math.isnan(value) or -(name in signed) <= value <= 1 for name, value in metrics.items())
 
 
 @fuzz
@@ -261,7 +278,7 @@ def test_metric_rows(rows):
 @fuzz
 @given(mutated(RLES))
 def test_metric_masks(pair):
-    from metrics.gres.functions import check_row, row_from_masks
+    from metrics.gres import check_row, row_from_masks
 
     try:
         prediction, reference = pair["prediction"], pair["reference"]

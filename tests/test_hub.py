@@ -13,6 +13,7 @@ from isolation import WITHOUT_PROJECT
 from paths import ROOT
 
 import data_scripts
+from metrics.publish import space_files
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
 
 EXPRESSIONS = ["red dog", "a cat"]
@@ -20,10 +21,10 @@ EXPRESSIONS = ["red dog", "a cat"]
 PUSH = """
 import json, sys
 import torch
-from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 import convert_checkpoint, data_scripts, run_gres
 from data_scripts import publish
+from metrics import publish as metric
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
 torch.set_num_threads(1)
 directory, original, tree, work = sys.argv[1:]
@@ -40,9 +41,7 @@ for name, parameter in lora.named_parameters():
 lora.push_to_hub("someone/adapter")
 data_scripts.load("shapes", size=3, cache_dir=work + "/shapes").push_to_hub("someone/shapes")
 published = publish.main(["grefcoco", tree, work + "/grefcoco", "--push_to_hub", "someone/grefcoco", "--cache_dir", work + "/cache"])
-api = HfApi()
-api.create_repo("someone/gres", repo_type="space", space_sdk="static")
-api.upload_folder(repo_id="someone/gres", repo_type="space", folder_path="metrics/gres", ignore_patterns="__pycache__/*")
+assert metric.main(["someone/gres"]) == 0
 convert_checkpoint.main(["--checkpoint", original + "/full.pt", "--output", work + "/converted", "--llava", original + "/llava",
                          "--clip", original + "/clip", "--push_to_hub", "someone/converted"])
 trained = run_gres.main(["--model", "someone/gsva", "--dataset", "shapes", "--dataset_options",
@@ -188,7 +187,9 @@ def test_data_sets_come_back(pushed, loaded):
     assert report["grefcoco row"][2] == rows[0]["expressions"] and report["grefcoco"]["train"] == len(rows)
 
 
-def test_the_metric_computes(loaded):
+def test_the_metric_computes(pushed, loaded):
+    files = pushed.files("space", f"{USER}/gres")
+    assert set(files) - {".gitattributes"} == set(space_files())
     assert loaded[0]["gIoU"] == 0.875  # (3/4 + 1) / 2
 
 

@@ -15,6 +15,7 @@ PARTS = (
     "conversion",
     "trainers",
     "benchmarks",
+    "demo",
     "run_gres",
     "convert_checkpoint",
     "tests",
@@ -31,6 +32,7 @@ MAY_IMPORT = {
     "run_gres": ("trainers", "evaluation", "modeling_gsva", "data_scripts", "metrics"),
     "conversion": ("modeling_gsva",),
     "convert_checkpoint": ("conversion",),
+    "demo": ("evaluation", "modeling_gsva", "data_scripts", "metrics"),
     "benchmarks": PARTS,
     "tests": PARTS,
 }
@@ -44,6 +46,7 @@ TOP_LEVEL = {
         "trainers",
         "configs",
         "benchmarks",
+        "demo",
         "tests",
         "assets",
         ".ci",

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
+from data_scripts.negatives import LIKE as NEGATIVES_LIKE
+from data_scripts.negatives import check_negatives
 from evaluation.config import IGNORE_REGIONS, PROTOCOLS, TASKS, check_choice
-from metrics.gres import CONVENTIONS, METRIC_KEYS
+from metrics.gres import CONVENTIONS
 
+from .guard import GUARDS, check_best_metric, check_guard
 from .inherited_arguments import refuse_unsupported
 from .threads import usable_cores
 
@@ -55,10 +58,22 @@ class ModelArguments:
             "help": "With LoRA: train 'all' rows of the embedding and the language head, or only the 'new' ones of [SEG] and [REJ]."
         },
     )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Last names of the language model's layers that get LoRA; default: its projections to queries and values."
+        },
+    )
     quantization: str | None = field(
         default=None,
         metadata={
             "help": f"QLoRA: load the language model's frozen layers in {' or '.join(QUANTIZATIONS)} (bitsandbytes)."
+        },
+    )
+    object_score_loss_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the loss of SAM 2's object score, a second sign of absence. Default: the model's, 0 for new ones."
         },
     )
     architecture: str | None = field(
@@ -122,6 +137,24 @@ class DataArguments:
     all_absent: bool = field(
         default=False, metadata={"help": "Also train on images in which no expression has a target."}
     )
+    negatives: float = field(
+        default=0.0,
+        metadata={
+            "help": "Part of the expressions asked about a training image that is drawn from other images' texts and absent "
+            "from this one, say 0.3."
+        },
+    )
+    negatives_like: str = field(
+        default="noun",
+        metadata={
+            "help": "Drawn texts have another head noun than the image's ('noun'), or rather the same noun and another "
+            "attribute ('attribute')."
+        },
+    )
+    drop_no_targets: bool = field(
+        default=False,
+        metadata={"help": "Train without the data's own expressions that have no target. Evaluation keeps them."},
+    )
     max_length: int | None = field(
         default=1024, metadata={"help": "Longest conversation in tokens, including the image."}
     )
@@ -184,6 +217,8 @@ class DataArguments:
             check_choice("eval_task", self.eval_task, TASKS)
         check_choice("on_bad_image", self.on_bad_image, ("error", "skip"))
         check_choice("wording", self.wording, ("gsva", "processor"))
+        check_choice("negatives_like", self.negatives_like, NEGATIVES_LIKE)
+        check_negatives(self.negatives, self.num_expressions, self.all_absent)
         if self.threshold is not None and not math.isfinite(self.threshold):
             raise ValueError(
                 f"threshold={self.threshold} is not a finite number, so no score can be compared with it; give say 0 or -1.5."
@@ -245,6 +280,16 @@ class GsvaTrainingArguments(TrainingArguments):
             "help": "NaN losses, loss spikes and collapse to [REJ]: 'stop' at NaN and warn of the others, 'warn', 'off'."
         },
     )
+    guard_T_acc: float | None = field(
+        default=None,
+        metadata={
+            "help": "Bound for the T-acc of evaluations during training, say 0.95. The last checkpoint that is not below it "
+            "is never deleted."
+        },
+    )
+    guard: str = field(
+        default="warn", metadata={"help": f"guard_T_acc: below the bound, {' or '.join(GUARDS)} training."}
+    )
     validation_pictures: int = field(
         default=4,
         metadata={"help": "Images whose predictions each evaluation during training draws in output_dir/validation."},
@@ -278,6 +323,7 @@ class GsvaTrainingArguments(TrainingArguments):
         if self.consolidated:
             self.do_train = False
         check_best_metric(self)
+        check_guard(self)
         if self.plan:
             self.use_cpu = True  # so that no card is needed, whatever the precision
         check_choice("feature_cache_dtype", self.feature_cache_dtype, ("float16", "bfloat16", "float32"))
@@ -289,30 +335,6 @@ class GsvaTrainingArguments(TrainingArguments):
             )
         super().__post_init__()
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # PyTorch warns of it otherwise
-
-
-def check_best_metric(args: GsvaTrainingArguments) -> None:
-    """
-    Refuse a metric for the best model that evaluation does not give. Set its default, and whether greater is better.
-
-    Raises:
-        ValueError: There is no such metric, or no evaluation during training.
-    """
-    if args.metric_for_best_model is None:
-        if not args.load_best_model_at_end and args.save_strategy != "best":
-            return
-        args.metric_for_best_model = "gIoU"
-    name = args.metric_for_best_model.removeprefix("eval_")
-    if name not in METRIC_KEYS:
-        raise ValueError(
-            f"metric_for_best_model={args.metric_for_best_model!r} is not known; choose one of {', '.join(METRIC_KEYS)}."
-        )
-    if args.load_best_model_at_end and IntervalStrategy(args.eval_strategy) == IntervalStrategy.NO:
-        raise ValueError(
-            "load_best_model_at_end needs evaluations during training: give --eval_strategy steps or epoch."
-        )
-    if args.greater_is_better is None:
-        args.greater_is_better = name != "malformed"
 
 
 def _as_words(values: dict) -> list[str]:

@@ -1,6 +1,7 @@
 """The model card of a run: data, hyper-parameters, results, licences of the bases, citation."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,16 @@ from markupsafe import Markup
 from transformers import __version__ as transformers_version
 
 from data_scripts.files import render, write_text
-from evaluation.records import Record, fact_cells, metric_cells, metric_notes, protocol_notes, read_results
+from evaluation.measured import measured_on
+from evaluation.records import (
+    Record,
+    fact_cells,
+    metric_cells,
+    metric_notes,
+    protocol_notes,
+    read_results,
+    shown_keys,
+)
 from metrics.gres import METRIC_KEYS
 
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
@@ -120,12 +130,12 @@ def evaluation_results(records: list[dict]) -> list[EvalResult]:
     ]
 
 
-def result_cells(record: Record) -> list[Markup]:
-    """Return the cells of a record in the table of results."""
+def result_cells(record: Record, keys: Sequence[str]) -> list[Markup]:
+    """Return the cells of a record in the table of results, which shows these metrics."""
     facts = fact_cells(record)
     return [
         *(markdown(facts[name]) for name in FACTS),
-        *(markdown(cell.text) for cell in metric_cells(record).values()),
+        *(markdown(cell.text) for cell in metric_cells(record, keys).values()),
     ]
 
 
@@ -144,12 +154,14 @@ def write_card(model: ModelArguments, data: DataArguments, training: GsvaTrainin
 
     records, licence = read_results(output_dir), licence_of(model.model)
     notes = [*(f"{protocol}: {note}" for protocol, note in protocol_notes(records).items()), *metric_notes(records)]
+    notes += measured_on(records)
+    keys = shown_keys(records)
     table = training_facts(model, data, training, read(LOG_HISTORY), dict(read(TRAINING)), read_record(output_dir))
     facts = {
         "base": markdown(public_name(model.model)),
         "data": markdown(data_name(data)),
-        "columns": (*FACTS, *METRIC_KEYS),
-        "results": [result_cells(record) for record in records],
+        "columns": (*FACTS, *keys),
+        "results": [result_cells(record, keys) for record in records],
         "notes": [markdown(note) for note in notes],
         "training": {name: markdown(value) for name, value in table.items()},
         "licence": licence,

@@ -27,8 +27,8 @@ def training_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     losses, metrics = figure.subplots(1, 2)
     for axes, names in (
-        (losses, ("loss", "ce_loss", "mask_bce_loss", "mask_dice_loss")),
-        (metrics, ("eval_gIoU", "eval_cIoU", "eval_N_acc", "eval_T_acc", "slot_accuracy")),
+        (losses, ("loss", "ce_loss", "mask_bce_loss", "mask_dice_loss", "object_score_loss")),
+        (metrics, ("eval_gIoU", "eval_cIoU", "eval_N_acc", "eval_T_acc", "eval_curve_area", "slot_accuracy")),
     ):
         for name in names:
             points = [(entry["step"], entry[name]) for entry in history if name in entry]

@@ -10,7 +10,8 @@ from datasets import Image
 from transformers import BatchFeature, ProcessorMixin
 
 import data_scripts
-from data_scripts.mixture import Mixture, TrainingDataset, load_mixture
+from data_scripts.mixture import Mixture, TrainingDataset, family_of, load_mixture
+from data_scripts.negatives import Negatives
 from data_scripts.skipped import SkipList
 from data_scripts.transforms import (
     ConversationTransform,
@@ -45,12 +46,15 @@ def training_data(args: DataArguments, training: GsvaTrainingArguments, wording:
     steps_per_epoch * world_size).
 
     Raises:
-        ValueError: The mixture has no `data_dir`, or names families that do not exist.
+        ValueError: The mixture has no `data_dir`, or names families that do not exist; or there are no expressions to draw
+            absent ones from.
     """
-    referring = ReferringTransform(wording, args.num_expressions, args.all_absent)
+    referring = ReferringTransform(wording, args.num_expressions, args.all_absent, args.drop_no_targets)
     if args.dataset != MIXTURE:
         rows = load_rows(args, args.train_split, args.max_train_samples)
         transform = ConversationTransform() if "conversation" in rows.column_names else referring
+        if args.negatives:
+            referring.negatives = negatives_of(args, rows)
         return TrainingDataset(rows, transform, training.seed, **bad_images(args, training))
     if args.data_dir is None:
         raise ValueError("dataset='mixture' needs data_dir, the folder that holds the data sets' files.")
@@ -63,12 +67,36 @@ def training_data(args: DataArguments, training: GsvaTrainingArguments, wording:
         seed=training.seed,
         split=args.train_split,
         **bad_images(args, training),
+        negatives=args.negatives,
+        negatives_like=args.negatives_like,
         transforms={
             "refer_seg": referring,
             "sem_seg": SemanticTransform(num_expressions=args.num_expressions),
             "reason_seg": ReasoningTransform(num_expressions=args.num_expressions),
         },
     )
+
+
+def negatives_of(args: DataArguments, rows: Any) -> Negatives:
+    """Return what draws absent expressions for the rows of a data set.
+
+    Raises:
+        ValueError: The data set has no expressions that name things.
+    """
+    if "expressions" not in rows.column_names or family_of(args.dataset) == "reason_seg":
+        raise ValueError(
+            f"negatives={args.negatives:g} needs expressions that name things, from which absent ones are drawn, and "
+            f"{args.dataset} has questions instead; leave negatives out, or train on a referring set."
+        )
+    categories = data_scripts.categories(args.dataset, args.data_dir)
+    return Negatives([rows], args.negatives, args.negatives_like, categories, args.drop_no_targets)
+
+
+def describe_negatives(dataset: TrainingDataset | Mixture) -> str:
+    """Return a sentence about the absent expressions that are drawn for a training set, or "" if none are."""
+    parts = [part for family in dataset.sources for part in family] if isinstance(dataset, Mixture) else [dataset]
+    drawn = (getattr(part.transform, "negatives", None) for part in parts)
+    return next((str(negatives) for negatives in drawn if negatives is not None), "")
 
 
 def skip_list(args: DataArguments, training: GsvaTrainingArguments) -> SkipList | None:
@@ -208,4 +236,5 @@ def evaluation_config(
         max_new_tokens=args.max_new_tokens,
         ignore_region=args.ignore_region,
         task=args.eval_task,
+        annotation_files=data_scripts.annotations_digest(args.evaluated, args.data_dir),
     )

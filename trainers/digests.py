@@ -54,7 +54,7 @@ def model_digest(model: nn.Module, processor: Any = None) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor_bytes(tensor))
     if processor is not None:
-        digest.update(as_json([processor.chat_template, processor.prompts, processor.image_processor.to_dict()]))
+        digest.update(as_json([processor.chat_template, processor.prompts, processor.image_settings()]))
         digest.update(as_json(processor.tokenizer.get_vocab()))
     return digest.hexdigest()[:32]
 

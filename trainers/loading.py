@@ -99,7 +99,7 @@ def load_model(
     with the adapter merged into it, and so does a converted model beside an unmerged adapter.
 
     Raises:
-        ValueError: `args.model` is not a GSVA model, or cannot be read.
+        ValueError: `args.model` is not a GSVA model, or cannot be read; its mask model has no object score to be trained.
     """
     if is_adapter(args.model):
         if args.quantization:
@@ -142,6 +142,9 @@ def load_model(
             f"model={args.model!r} cannot be loaded ({error}). Give a directory that save_pretrained or "
             "convert_checkpoint.py wrote, or a Hub id."
         ) from error
+    if args.object_score_loss_weight is not None:
+        model.config.object_score_loss_weight = args.object_score_loss_weight
+        model.config.check_object_score()
     if adapter is not None:
         model = merge(model, adapter)
     return processor, model if args.quantization else model.to(device or PartialState().device)

@@ -22,8 +22,8 @@ from .trainer import complete_checkpoints, last_complete_checkpoint
 logger = logging.getLogger(__name__)
 
 # Arguments of the model and the data that decide what is learned. The data's name, folder and options are in its digest.
-KEPT_OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "train_tokens")
-KEPT_OF_MODEL = ("dtype", "train_language_model", *KEPT_OF_LORA, "quantization")
+KEPT_OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "train_tokens")
+KEPT_OF_MODEL = ("dtype", "train_language_model", *KEPT_OF_LORA, "quantization", "object_score_loss_weight")
 KEPT_OF_DATA = (
     "mixture",
     "mixture_rates",
@@ -31,6 +31,9 @@ KEPT_OF_DATA = (
     "num_expressions",
     "wording",
     "all_absent",
+    "negatives",
+    "negatives_like",
+    "drop_no_targets",
     "max_length",
 )
 

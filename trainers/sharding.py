@@ -7,13 +7,12 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
 from transformers import IntervalStrategy
-from transformers.models.sam.modeling_sam import SamMaskDecoder
 
 from conversion.reading import read_state_dict
 from modeling_gsva import GsvaProcessor
 
 from .arguments import GsvaTrainingArguments, ModelArguments
-from .freezing import merge_lora, prepare_for_training
+from .freezing import merge_lora, plain_model, prepare_for_training
 from .loading import load_model
 from .publishing import save, save_adapter
 from .trainer import GsvaTrainer
@@ -90,8 +89,10 @@ def prepare_for_deepspeed(model: torch.nn.Module, args: GsvaTrainingArguments) -
 
         # The mask decoder runs once for each piece of the slots, and processes have different numbers of slots. As a leaf
         # its weights are gathered once per call, as all processes do, and not once per piece.
+        decoder = plain_model(model).sam.mask_decoder
+        kind = type(getattr(decoder, "original_module", decoder))  # of peft's two copies
         for module in model.modules():
-            if isinstance(module, SamMaskDecoder):
+            if isinstance(module, kind):
                 set_z3_leaf_module(module, True)
 
 

@@ -25,12 +25,14 @@ from evaluation.config import PROTOCOL_NOTES, EvaluationConfig
 from evaluation.loop import evaluate_rows
 from evaluation.questions import Question
 from evaluation.tiles import make_tiles, sheet
+from metrics.gres import rejection_curve
 
 from .divergence import DivergenceWatch
 from .feature_cache import FeatureCache
+from .guard import CURVE_AREA, GuardTAcc, guarded_checkpoint
 from .output_folder import RUN, TENSORBOARD, VALIDATION
 
-LOSS_PARTS = ("ce_loss", "mask_bce_loss", "mask_dice_loss")
+LOSS_PARTS = ("ce_loss", "mask_bce_loss", "mask_dice_loss", "object_score_loss")
 
 
 class EpochSampler(Sampler[int]):
@@ -124,6 +126,8 @@ class GsvaTrainer(Trainer):
             mode=getattr(self.args, "divergence", "off"),
             rank=self.args.process_index,
         )
+        if (bound := getattr(self.args, "guard_T_acc", None)) is not None:
+            self.add_callback(GuardTAcc(bound, self.args.guard))
         self.features: FeatureCache | None = None
         if getattr(self.args, "feature_cache", None):
             plain = self.accelerator.unwrap_model(self.model)
@@ -146,7 +150,8 @@ class GsvaTrainer(Trainer):
         return self._sampler
 
     def _run_epoch(self, **kwargs) -> None:
-        if self.state.global_step >= self.state.max_steps:  # transformers would add a step to a run that is complete
+        # transformers would add a step to a run that is complete, or that a guard has stopped.
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
         # accelerate does not reach the sampler when several processes resume within an epoch.
@@ -207,30 +212,40 @@ class GsvaTrainer(Trainer):
         aside.rmdir()
         if limit := self.args.save_total_limit:
             checkpoints = sort_checkpoints(str(folder), use_mtime=True)
-            unprotected = [checkpoint for checkpoint in checkpoints[:-1] if checkpoint != best]
+            protected = {best, self._guarded_checkpoint()}
+            unprotected = [checkpoint for checkpoint in checkpoints[:-1] if checkpoint not in protected]
             for checkpoint in unprotected[: max(len(checkpoints) - limit, 0)]:
                 remove_folder(checkpoint)
+
+    def _guarded_checkpoint(self) -> str | None:
+        bound = getattr(self.args, "guard_T_acc", None)
+        return None if bound is None else guarded_checkpoint(self.state.log_history, bound, self.args.output_dir)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         start = time.perf_counter()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._data_seconds += time.perf_counter() - start
         self._steps += 1
-        count = torch.tensor(sum(self._num_masks(batch) for batch in batches), device=device)
+        masks, slots = (
+            (sum(counts) for counts in zip(*(self._counts(batch) for batch in batches))) if batches else (0, 0)
+        )
+        count = torch.tensor([masks, slots], device=device)
         if self.args.world_size > 1:
             count = self.accelerator.reduce(count)
         for batch in batches:
-            batch["num_masks_in_batch"] = count.clamp(min=1)
+            batch["num_masks_in_batch"], batch["num_slots_in_batch"] = count.clamp(min=1)
             self._images += len(batch.get("pixel_values", ()))
         # There may be no supervised tokens, where max_length cuts off every answer: do not divide by zero.
         return batches, num_items.clamp(min=1) if torch.is_tensor(num_items) else num_items
 
-    def _num_masks(self, batch) -> int:
+    def _counts(self, batch) -> tuple[int, int]:
+        """Return how many masks of a batch count in the mask losses, and how many slots with a true mask it has."""
         config = self.accelerator.unwrap_model(self.model).config
         masks = batch.get("mask_labels", [])
+        slots = sum(len(mask) for mask in masks)
         if config.rejected_slot_loss == "zero_logits":
-            return sum(len(mask) for mask in masks)
-        return sum(int(mask.flatten(1).any(1).sum()) for mask in masks if len(mask))
+            return slots, slots
+        return sum(int(mask.flatten(1).any(1).sum()) for mask in masks if len(mask)), slots
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.features is not None:
@@ -271,7 +286,9 @@ class GsvaTrainer(Trainer):
             sums = torch.stack([torch.as_tensor(self._parts.get(n, 0.0), dtype=torch.float32).cpu() for n in names])
             sums = self.accelerator.reduce(sums.to(self.args.device)).tolist()
             parts = dict(zip(names, sums))
-            logs.update({name: parts[name] / self._steps for name in LOSS_PARTS})
+            trains_objects = self.accelerator.unwrap_model(self.model).config.object_score_loss_weight
+            shown = LOSS_PARTS if trains_objects else LOSS_PARTS[:-1]
+            logs.update({name: parts[name] / self._steps for name in shown})
             if parts["slots"]:
                 logs["slot_accuracy"] = parts["slots_right"] / parts["slots"]
             if parts["masks"]:
@@ -297,11 +314,8 @@ class GsvaTrainer(Trainer):
         with self.accelerator.autocast():  # half-precision frozen weights beside float32 trained ones
             model = self.accelerator.unwrap_model(self.model)
             result = evaluate_rows(model, self.processing_class, config, on_prediction=self._draw)
-        metrics = {
-            f"{metric_key_prefix}_{name}": value
-            for name, value in result.metrics(convention).items()
-            if not math.isnan(value)
-        }
+        values = {**result.metrics(convention), CURVE_AREA: rejection_curve(result.rows)["area"]}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items() if not math.isnan(value)}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         facts = {
             "protocol": config.protocol,

@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput
 
 from data_scripts.files import write_json
 from data_scripts.transforms import Wording
+from evaluation.config import EvaluationConfig
 from evaluation.loop import cpu_threads
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
 from modeling_gsva.segmentation_gsva import context_length
@@ -27,7 +28,14 @@ from modeling_gsva.segmentation_gsva import context_length
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
 from .console import show_as_table
 from .curves import training_curves
-from .data import GsvaCollator, ProcessorWording, evaluation_config, num_images, training_data
+from .data import (
+    GsvaCollator,
+    ProcessorWording,
+    describe_negatives,
+    evaluation_config,
+    num_images,
+    training_data,
+)
 from .freezing import (
     cast_trained,
     merge_lora,
@@ -38,6 +46,7 @@ from .freezing import (
     snapshot,
     unmoved,
 )
+from .guard import check_watched
 from .loading import load_model, merge, whole_weights
 from .memory_plan import trained_model
 from .output_folder import ADAPTER, CURVES, LOG_HISTORY, RUN, TRAINING
@@ -82,6 +91,8 @@ def train(
     threads = record["threads"] = choose_threads(training_args, record.get("threads"))
     if state.is_main_process:
         print(parts_table(model), flush=True)
+        if sentence := describe_negatives(dataset):
+            print(sentence, flush=True)
     prepare_for_deepspeed(model, training_args)
     before = snapshot(model)
     trainer = make_trainer(processor, model, dataset, data_args, training_args, record)
@@ -120,12 +131,15 @@ def begin_run(
         model: The base model as it was loaded.
 
     Raises:
-        ValueError: The output folder holds another run, or one of more steps than are asked for; or the disk is too small.
+        ValueError: The output folder holds another run, or one of more steps than are asked for; the disk is too small; or
+            evaluations cannot give a metric that is to be watched.
     """
     checkpoint = resume_point(training_args)
     check_optimizer(checkpoint, training_args)
     on_main_process(lambda: check_disk(planned_model(model, model_args, training_args), training_args))
     warn_of_long_conversations(model, data_args)
+    if training_args.do_eval:
+        check_watched(training_args, evaluation_in_training(data_args, training_args))
     record = make_record(processor, model, model_args, data_args, training_args)
     record = check_resumed(record, checkpoint, training_args)
     if PartialState().is_main_process and (sentence := describe_changes(record, checkpoint)):
@@ -260,6 +274,12 @@ def choose_threads(args: GsvaTrainingArguments, recorded: int | None) -> int | N
     return threads
 
 
+def evaluation_in_training(data_args: DataArguments, training_args: GsvaTrainingArguments) -> EvaluationConfig:
+    """Return the settings of the evaluations during training."""
+    limit = data_args.max_eval_samples_in_training
+    return evaluation_config(data_args, training_args, data_args.protocols[0], limit=limit)
+
+
 def make_trainer(
     processor: GsvaProcessor,
     model: nn.Module,
@@ -273,10 +293,7 @@ def make_trainer(
     # folder, where from_pretrained puts them on top of the merged weights.
     trainer_args = copy.copy(training_args)
     trainer_args.push_to_hub = False
-    evaluation = None
-    if training_args.do_eval:
-        limit = data_args.max_eval_samples_in_training
-        evaluation = evaluation_config(data_args, training_args, data_args.protocols[0], limit=limit)
+    evaluation = evaluation_in_training(data_args, training_args) if training_args.do_eval else None
     trainer = GsvaTrainer(
         callbacks=[RefuseFewerSteps()],
         model=model,

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_scripts.files import replacing
 
-from .functions import CONVENTIONS, METRIC_KEYS, RUN_FIELDS, report, to_json
+from .functions import BENCHMARK_KEYS, CONVENTIONS, METRIC_KEYS, RUN_FIELDS, report, to_json
 from .plots import plot_rejection_curves
 from .rows import group_rows, read_rows
 
@@ -28,23 +28,27 @@ def _as_text(record: dict[str, Any]) -> str:
     def number(value: float) -> str:
         return "-" if math.isnan(value) else f"{value:.4f}"
 
-    lines = [_title(record), line("", "rows", METRIC_KEYS)]
-    lines.append(line("all", record["samples"], [number(record["metrics"][key]) for key in METRIC_KEYS]))
-    if "intervals" in record:
-        pairs = [record["intervals"][key] for key in METRIC_KEYS]
-        cells = ["-" if math.isnan(low) else f"{low:.4f}-{high:.4f}" for low, high in pairs]
-        lines.append(line("95 % interval", "", cells))
-    for field, parts in record["breakdown"].items():
-        for value, part in parts.items():
-            name = value if field == "kind" else f"{value} per prompt"
-            lines.append(line(name, part["samples"], [number(part["metrics"][key]) for key in METRIC_KEYS]))
+    lines = [_title(record)]
+    further = [key for key in METRIC_KEYS if key not in BENCHMARK_KEYS and not math.isnan(record["metrics"][key])]
+    for keys in filter(None, (BENCHMARK_KEYS, further)):
+        lines.append(line("", "rows", keys))
+        lines.append(line("all", record["samples"], [number(record["metrics"][key]) for key in keys]))
+        if "intervals" in record:
+            pairs = [record["intervals"][key] for key in keys]
+            cells = ["-" if math.isnan(low) else f"{low:.4f}-{high:.4f}" for low, high in pairs]
+            lines.append(line("95 % interval", "", cells))
+        for field, parts in record["breakdown"].items():
+            for value, part in parts.items():
+                name = value if field == "kind" else f"{value} per prompt"
+                lines.append(line(name, part["samples"], [number(part["metrics"][key]) for key in keys]))
     if record["curve"]["balance"]:
         balance = record["curve"]["balance"]
         lines.append(
             f"N_acc/T_acc curve: area {record['curve']['area']:.4f}; balanced by rejecting score < "
             f"{balance['threshold']:.4f}: N_acc {balance['N_acc']:.4f}, T_acc {balance['T_acc']:.4f}"
         )
-    lines += [f"note, {key}: {note}" for key, note in record["notes"].items()]
+    hidden = {key for key in METRIC_KEYS if key not in (*BENCHMARK_KEYS, *further)}
+    lines += [f"note, {key}: {note}" for key, note in record["notes"].items() if key not in hidden]
     return "\n".join(lines)
 
 

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from .presence import count_metrics, decision_counts, rank_metrics, rejection_reliability
+
 # "rela": the benchmark's evaluator (github.com/henghuiding/ReLA, gres_model/evaluation/refer_evaluation.py).
 # "gsva": `eval_gres` of the original GSVA (github.com/LeapLabTHU/GSVA), which it uses for sets with no-targets.
 # "gsva_validate": `validate` of the original, which it uses for the RefCOCO family and ReasonSeg; without rejection.
@@ -33,8 +35,8 @@ EPSILON = {"rela": 0.0, "gsva": 1e-5, "gsva_validate": 1e-5}
 
 PRECISION_AT = (0.7, 0.8, 0.9)  # as in the benchmark's evaluator
 
-# metric -> the reason if its denominator is empty
-UNDEFINED = {
+# metric -> the reason if its denominator is empty: first those of the benchmark, which every table shows
+_BENCHMARK = {
     "gIoU": "no expressions",
     "cIoU": "no pixels in any counted union",
     "N_acc": "no no-target expressions",
@@ -42,7 +44,20 @@ UNDEFINED = {
     **{f"Pr@{x}": "no expressions with a target" for x in PRECISION_AT},
     "malformed": "the rows do not say which answers were malformed (field is_malformed)",
 }
-METRIC_KEYS = tuple(UNDEFINED)
+# These need more than a decision and a mask in each row; tables show those that a record has.
+_FURTHER = {
+    "REC": "no single-target expressions whose rows hold boxes (fields box_intersection and box_union)",
+    "AUROC": "it needs targets, no-targets and a score in every row",
+    "AP": "it needs targets and a score in every row",
+    "IL_MCC": "it needs targets and no-targets, rejected and kept expressions",
+    "pmF1": "no expressions with a target",
+    "cgF1": "IL_MCC or pmF1 is not defined",
+    "ECE": "it needs a score in every row",
+    "N3R": "no no-target expressions, or a kept one has no score",
+}
+UNDEFINED = {**_BENCHMARK, **_FURTHER}
+BENCHMARK_KEYS, METRIC_KEYS = tuple(_BENCHMARK), tuple(UNDEFINED)
+LOWER_IS_BETTER = ("malformed", "ECE")
 
 # Rows that differ in one of these fields come from different runs and are never averaged together.
 RUN_FIELDS = ("dataset", "split", "protocol", "prompts", "ignore_region", "threshold", "stage", "model", "convention")
@@ -51,15 +66,16 @@ REQUIRED = ("is_no_target", "is_rejected", "intersection", "union")
 REQUIRED_IN_FILES = ("dataset", "split", "protocol", "image_id", "expression", *REQUIRED)
 
 
-def _is_whole(value: Any, at_least: int) -> bool:
+def is_whole(value: Any, at_least: int) -> bool:
+    """Return whether a value is a whole number, not below `at_least`."""
     # float64 holds every whole number up to 2**53, so sums of areas stay exact
     return isinstance(value, Integral) and not isinstance(value, bool) and at_least <= int(value) < 2**53
 
 
 _Test = tuple[Callable[[Any], bool], str]
 _FLAG: _Test = (lambda v: isinstance(v, (bool, np.bool_)), "true or false")
-_AREA: _Test = (lambda v: _is_whole(v, 0), "a whole number of pixels, 0 or more")
-_COUNT: _Test = (lambda v: _is_whole(v, 0), "a whole number, 0 or more")
+_AREA: _Test = (lambda v: is_whole(v, 0), "a whole number of pixels, 0 or more")
+_COUNT: _Test = (lambda v: is_whole(v, 0), "a whole number, 0 or more")
 _TEXT: _Test = (lambda v: isinstance(v, str), "a string")
 _FINITE: _Test = (
     lambda v: isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v),
@@ -73,13 +89,20 @@ FIELDS: dict[str, _Test] = {
     "intersection": _AREA,
     "union": _AREA,
     "score": _FINITE,  # log-odds of [SEG] against [REJ]; a slot with a score below 0 is rejected
+    # the probability that the expression is there, by the model's calibration; without it, sigmoid(score)
+    "probability": (
+        lambda v: isinstance(v, Real) and not isinstance(v, bool) and 0 <= v <= 1,
+        "a number between 0 and 1",
+    ),
+    "box_intersection": _AREA,  # pixels in both the box of the predicted mask and that of the true one
+    "box_union": _AREA,
     "is_malformed": _FLAG,  # the answer did not have one slot per expression
     "num_targets": _COUNT,  # number of annotations of the expression; 0 for a no-target
     "num_expressions": (
-        lambda v: _is_whole(v, 1),
+        lambda v: is_whole(v, 1),
         "a whole number, 1 or more",
     ),  # number of expressions in the same prompt
-    "image_id": (lambda v: isinstance(v, str) or _is_whole(v, 0), "a string or a whole number"),
+    "image_id": (lambda v: isinstance(v, str) or is_whole(v, 0), "a string or a whole number"),
     "expression": _TEXT,
     **{name: _TEXT for name in RUN_FIELDS},
     # The threshold on score, if the protocol has one; older rows have none. Infinity rejects everything, or nothing.
@@ -113,6 +136,11 @@ def check_row(row: Mapping[str, Any], where: str = "row", required: Iterable[str
         raise ValueError(
             f"{where}: intersection {row['intersection']} is larger than union {row['union']}; "
             "union counts the pixels in prediction or truth, the intersection included"
+        )
+    box = [row.get(name) for name in ("box_intersection", "box_union")]
+    if (box[0] is None) != (box[1] is None) or (box[0] is not None and box[0] > box[1]):
+        raise ValueError(
+            f"{where}: box_intersection is {box[0]} and box_union {box[1]}; give both, the intersection at most the union"
         )
     if row["is_no_target"] and row["intersection"] > 0:
         raise ValueError(
@@ -164,6 +192,12 @@ def _terms(columns: _Columns, convention: str) -> dict[str, tuple[np.ndarray, np
         score = np.where(no_target, rejected, score)
         counted = ~(no_target & rejected)
     malformed = columns["is_malformed"]
+    probability = _probability(columns)
+    reliable = not np.isnan(probability[no_target & ~rejected & (union > 0)]).any()
+    boxes = target & np.not_equal(columns["box_union"], None) & np.isin(columns["num_targets"], (None, 1))
+    overlap, area = (np.where(boxes, columns[name], 0).astype(float) for name in ("box_intersection", "box_union"))
+    if convention == "rela":
+        overlap = np.where(rejected, 0, overlap)
     return {
         "gIoU": (score, np.ones(len(union))),
         "cIoU": (intersection * counted, union * counted),
@@ -174,7 +208,31 @@ def _terms(columns: _Columns, convention: str) -> dict[str, tuple[np.ndarray, np
             malformed.astype(bool),
             np.not_equal(malformed, np.array(None)),  # None means not recorded, which counts in neither sum
         ),
+        "REC": (boxes & (2 * overlap >= area), boxes),
+        "N3R": (
+            np.nan_to_num(rejection_reliability(no_target, rejected, union > 0, probability)),
+            no_target & reliable,
+        ),
     }
+
+
+def _probability(columns: _Columns) -> np.ndarray:
+    """Return the probability that each expression is there (rows,), NaN where a row has neither it nor a score."""
+    scores, stated = (columns[name].astype(float) for name in ("score", "probability"))  # None becomes NaN
+    of_score = np.exp(-np.logaddexp(0, -scores, out=np.full(len(scores), np.nan), where=~np.isnan(scores)))
+    return np.where(np.isnan(stated), of_score, stated)
+
+
+def _counts(columns: _Columns) -> np.ndarray:
+    """Return what each row adds to the sums of `count_metrics` (rows, counts)."""
+    union, probability = columns["union"], _probability(columns)
+    iou = np.divide(columns["intersection"], union, out=np.zeros(len(union)), where=union > 0)
+    is_known = not np.isnan(probability).any()
+    return decision_counts(columns["is_no_target"], columns["is_rejected"], iou, probability if is_known else None)
+
+
+def _has_scores(columns: _Columns) -> bool:
+    return not np.equal(columns["score"], None).any()
 
 
 def _ratio(numerator: float, denominator: float, epsilon: float) -> float:
@@ -182,10 +240,17 @@ def _ratio(numerator: float, denominator: float, epsilon: float) -> float:
 
 
 def _metrics(columns: _Columns, convention: str) -> dict[str, float]:
-    return {
+    metrics = {
         key: _ratio(math.fsum(top.tolist()), math.fsum(bottom.tolist()), EPSILON[convention] if key == "gIoU" else 0.0)
         for key, (top, bottom) in _terms(columns, convention).items()
     }
+    sums = np.array([[math.fsum(column) for column in _counts(columns).T.tolist()]])
+    further = count_metrics(sums)
+    if _has_scores(columns):
+        scores, present = columns["score"].astype(float), ~columns["is_no_target"]
+        further |= rank_metrics(scores, present, np.ones((1, len(scores))))
+    metrics |= {key: float(value[0]) for key, value in further.items()}
+    return {key: metrics.get(key, math.nan) for key in METRIC_KEYS}
 
 
 def gres_metrics(rows: Iterable[Mapping[str, Any]], convention: str = "rela") -> dict[str, float]:
@@ -197,7 +262,7 @@ def gres_metrics(rows: Iterable[Mapping[str, Any]], convention: str = "rela") ->
         convention: One of `CONVENTIONS`.
 
     Returns:
-        `{gIoU, cIoU, N_acc, T_acc, Pr@0.7, Pr@0.8, Pr@0.9, malformed}`, each between 0 and 1, or NaN if its
+        The metrics by name (`METRIC_KEYS`), each between 0 and 1 (IL_MCC and cgF1 between -1 and 1), or NaN if its
         denominator is empty (`undefined_notes` gives the reason).
 
     Raises:
@@ -270,39 +335,50 @@ def _bootstrap(
     if resamples < 1 or not 0 < level < 1:
         raise ValueError(f"resamples is {resamples} and level is {level}; expected at least 1, and between 0 and 1")
     terms = _terms(columns, convention)
-    table = np.column_stack([part for pair in terms.values() for part in pair]).astype(float)
-    if not len(table):
-        return {key: (math.nan, math.nan) for key in terms}
+    ratios = np.column_stack([part for pair in terms.values() for part in pair]).astype(float)
+    if not len(ratios):
+        return dict.fromkeys(METRIC_KEYS, (math.nan, math.nan))
+    scores, present = columns["score"].astype(float), ~columns["is_no_target"]
+    keys = (*ratios.T, np.nan_to_num(scores), np.nan_to_num(_probability(columns)))
     images = columns["image_id"]
     if any(image is None for image in images):
-        cluster = np.arange(len(table))
-        order = np.lexsort(table.T)
+        order = np.lexsort(keys)
+        cluster = np.arange(len(ratios))
     else:
         cluster = np.unique([str(image) for image in images], return_inverse=True)[1]
-        order = np.lexsort((*table.T, cluster))
+        order = np.lexsort((*keys, cluster))
         cluster = cluster[order]
     # With this order, the sums per image and the resamples depend only on the set of rows, not on their order.
-    table = np.add.reduceat(table[order], np.flatnonzero(np.diff(cluster, prepend=-1)), axis=0)
-    units = len(table)
+    table = np.column_stack([ratios, _counts(columns)])[order]
+    table = np.add.reduceat(table, np.flatnonzero(np.diff(cluster, prepend=-1)), axis=0)
+    units, rows_at_once = len(table), max(1, 2_000_000 // len(order))  # which limits memory
     rng = np.random.default_rng(seed)
-    drawn_sums = []
+    values: dict[str, list[np.ndarray]] = {key: [] for key in METRIC_KEYS}
     chunk = max(1, 2_000_000 // units)  # resamples at a time, which limits memory
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
         drawn = rng.integers(units, size=(size, units)) + units * np.arange(size)[:, None]
-        weights = np.bincount(drawn.ravel(), minlength=size * units).reshape(size, units)
+        weights = np.bincount(drawn.ravel(), minlength=size * units).reshape(size, units).astype(float)
         # einsum instead of @: the order of BLAS's sums depends on the number of threads
-        drawn_sums.append(np.einsum("ru,ut->rt", weights.astype(float), table))
-    sums = np.concatenate(drawn_sums)
+        sums = np.einsum("ru,ut->rt", weights, table)
+        for index, key in enumerate(terms):
+            top, bottom = sums[:, 2 * index], sums[:, 2 * index + 1]
+            epsilon = EPSILON[convention] if key == "gIoU" else 0.0
+            values[key].append(top[bottom > 0] / (bottom[bottom > 0] + epsilon))
+        parts = [count_metrics(sums[:, ratios.shape[1] :])]
+        if _has_scores(columns):
+            for first in range(0, size, rows_at_once):
+                of_rows = weights[first : first + rows_at_once, cluster]
+                parts.append(rank_metrics(scores[order], present[order], of_rows))
+        for part in parts:
+            for key, of_part in part.items():
+                values[key].append(of_part[~np.isnan(of_part)])
     tails = [(1 - level) / 2, (1 + level) / 2]
-    result = {}
-    for index, key in enumerate(terms):
-        top, bottom = sums[:, 2 * index], sums[:, 2 * index + 1]
-        epsilon = EPSILON[convention] if key == "gIoU" else 0.0
-        defined = bottom > 0
-        values = top[defined] / (bottom[defined] + epsilon)
-        result[key] = tuple(np.quantile(values, tails).tolist()) if len(values) else (math.nan, math.nan)
-    return result
+    found = {key: np.concatenate(parts) if parts else np.empty(0) for key, parts in values.items()}
+    return {
+        key: tuple(np.quantile(of_key, tails).tolist()) if len(of_key) else (math.nan, math.nan)
+        for key, of_key in found.items()
+    }
 
 
 def bootstrap_intervals(
@@ -491,114 +567,3 @@ def to_json(value: Any, **kwargs: Any) -> str:
         return None if isinstance(item, float) and math.isnan(item) else item
 
     return json.dumps(clean(value), allow_nan=False, **kwargs)
-
-
-def _run_lengths(counts: str) -> np.ndarray:
-    """Return the run lengths of a compressed encoding, or [-1] if it is not one.
-
-    Run lengths are little-endian numbers of 5 bits per character, from the fourth on the difference to the run length
-    two places before (maskApi.c: rleToString). `data_scripts.masks.check_rle` has the same check for files;
-    `evaluate.load` copies this module without that package.
-    """
-    codes = np.frombuffer(counts.encode("ascii", "replace"), np.uint8) - np.uint8(48)
-    ends = np.flatnonzero(codes < 32)
-    starts = np.append(0, ends + 1)
-    digits = np.diff(starts)
-    if not len(ends) or starts[-1] != len(codes) or codes.max() > 63 or digits.max() > 7:
-        return np.array([-1])
-    runs = np.where(codes & 48 == 16, codes.astype(np.int64) - 32, codes & 31)
-    runs = np.add.reduceat(runs << 5 * (np.arange(len(codes)) - np.repeat(starts[:-1], digits)), starts[:-1])
-    runs[1::2] = runs[1::2].cumsum()
-    runs[2::2] = runs[2::2].cumsum()
-    return runs
-
-
-def encode_mask(mask: Any, where: str = "mask") -> dict[str, Any]:
-    """Return a mask in any form that people have as `{"size": [height, width], "counts": str}`.
-
-    Args:
-        mask: A COCO run-length encoding, compressed (counts are a string or pycocotools' bytes) or not (a list), or an
-            array or tensor (height, width) of booleans or of 0 and 1.
-        where: The mask's name in errors.
-
-    Raises:
-        ValueError: It is none of these, or its run lengths do not fill its size. pycocotools would crash or hang.
-
-    Example:
-        >>> encode_mask({"size": [3, 3], "counts": [0, 1, 3, 1, 3, 1]}) == encode_mask(np.eye(3)) == encode_mask(np.eye(3) > 0)
-        True
-    """
-    from pycocotools import mask as coco  # imported here, since rows without masks do not need it
-
-    if hasattr(mask, "__array__"):
-        array = np.asarray(mask.detach().cpu() if hasattr(mask, "detach") else mask)
-        if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "buif" or not np.isin(array, (0, 1)).all():
-            raise ValueError(
-                f"{where} is an array of shape {array.shape} and type {array.dtype}, expected (height, width) of "
-                f"booleans or of 0 and 1"
-            )
-        rle = coco.encode(np.asfortranarray(array.astype(np.uint8)))
-        return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
-    size, counts = (mask.get("size"), mask.get("counts")) if isinstance(mask, Mapping) else (None, None)
-    size, counts = (value.tolist() if isinstance(value, np.ndarray) else value for value in (size, counts))
-    counts = counts.decode("ascii", "replace") if isinstance(counts, bytes) else counts
-    if isinstance(size, (list, tuple)) and len(size) == 2 and all(_is_whole(side, 1) for side in size):
-        height, width = int(size[0]), int(size[1])
-        runs: Any = [-1]
-        if isinstance(counts, str):
-            runs = _run_lengths(counts).tolist()
-        elif isinstance(counts, (list, tuple)) and all(_is_whole(run, 0) for run in counts):
-            runs = [int(run) for run in counts]
-        if runs and min(runs) >= 0 and sum(runs) == height * width < 2**32:
-            if not isinstance(counts, str):
-                rle = coco.frPyObjects({"size": [height, width], "counts": runs}, height, width)
-                counts = rle["counts"].decode("ascii")
-            return {"size": [height, width], "counts": counts}
-    raise ValueError(
-        f"{where} is {short_repr(mask)}, expected {{'size': [height, width], 'counts': str}}, a COCO run-length encoding "
-        f"of that size (counts may also be bytes or a list), or an array of booleans"
-    )
-
-
-def encode_pair(prediction: Any, reference: Any, where: str = "row") -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a predicted and a true mask in the form of `encode_mask`; None stands for a mask without any pixel.
-
-    Raises:
-        ValueError: One of the two is not a mask, or their sizes differ.
-    """
-    masks = {"prediction": prediction, "reference": reference}
-    encoded = {name: encode_mask(mask, f"{where}: {name}") for name, mask in masks.items() if mask is not None}
-    sizes = [mask["size"] for mask in encoded.values()] or [[1, 1]]
-    if sizes[0] != sizes[-1]:
-        raise ValueError(
-            f"{where}: the prediction's size is {sizes[0]}, the reference's {sizes[-1]}; "
-            "bring the prediction to the image's own (height, width) first"
-        )
-    empty = encode_mask(np.zeros(sizes[0], np.uint8))
-    return encoded.get("prediction", empty), encoded.get("reference", empty)
-
-
-def row_from_masks(prediction: Any, reference: Any, is_rejected: bool, where: str = "row") -> dict[str, Any]:
-    """Return one row from two masks.
-
-    Args:
-        prediction: The predicted mask in a form of `encode_mask`, without any pixel if there is none.
-        reference: The true mask in such a form. Without any pixel, the expression is a no-target.
-        is_rejected: The model's decision.
-        where: The row's name in errors.
-
-    Raises:
-        ValueError: One of the two is not a mask, or their sizes differ.
-    """
-    from pycocotools import mask as coco  # imported here, since rows without masks do not need it
-
-    for name, mask in {"prediction": prediction, "reference": reference}.items():
-        if mask is None:  # a column that was forgotten; the evaluate module takes None, by `encode_pair`
-            encode_mask(mask, f"{where}: {name}")
-    pair = [{**mask, "counts": mask["counts"].encode()} for mask in encode_pair(prediction, reference, where)]
-    return {
-        "is_no_target": int(coco.area(pair[1])) == 0,
-        "is_rejected": is_rejected,
-        "intersection": int(coco.area(coco.merge(pair, intersect=True))),
-        "union": int(coco.area(coco.merge(pair))),
-    }

@@ -1,7 +1,7 @@
 """The GRES metrics as an `evaluate` module: `evaluate.load("./metrics/gres")`, offline.
 
 Every number comes from `functions.py`, which needs neither evaluate nor torch. `evaluate.load` copies this file and the
-siblings that it names in `from .x import y`; those must not import siblings themselves.
+siblings that it names in `from .x import y`; it does not look into those, so all that they import stand here too.
 """
 
 from collections.abc import Mapping
@@ -10,11 +10,14 @@ from typing import Any
 import datasets
 import evaluate
 
-from .functions import check_row, encode_pair, gres_metrics, row_from_masks, undefined_notes
+from .functions import check_row, gres_metrics, undefined_notes
+from .masks import encode_pair, row_from_masks
+from .presence import CALIBRATION_BINS
 
 _DESCRIPTION = """\
 gIoU, cIoU, N-acc, T-acc and Pr@0.7/0.8/0.9 of generalized referring expression segmentation, as the benchmark counts
-them (convention "rela") or as the original GSVA does ("gsva", "gsva_validate").
+them (convention "rela") or as the original GSVA does ("gsva", "gsva_validate"); REC (accuracy of boxes), and how well
+decisions and scores tell what is there: AUROC, AP, IL_MCC, pmF1, cgF1, ECE and N3R.
 """
 
 _CITATION = """\
@@ -36,21 +39,30 @@ _INPUTS = """
 Args:
     is_rejected: list of bool, the model's decision for each expression.
     is_malformed: optional list of bool.
-    config "rows" (default): is_no_target (bool), intersection, union (pixels), one entry per expression.
+    score: optional, the log-odds that the expression is there; None where an answer has none. For AUROC, AP, ECE and N3R.
+    probability: optional, the calibrated probability for ECE and N3R; by default sigmoid(score).
+    num_targets: optional, the number of annotations of the expression. REC leaves out those with several.
+    config "rows" (default): is_no_target (bool), intersection, union (pixels), one entry per expression; optional for REC:
+        box_intersection, box_union (pixels of the masks' boxes).
     config "masks": predictions and references, COCO run-length encodings {"size": [height, width], "counts"} (counts a
         string, bytes or a list), arrays (height, width) of booleans, or None for no mask.
     convention: "rela" (default), "gsva" or "gsva_validate"; an argument of compute.
 
 Returns:
-    {gIoU, cIoU, N_acc, T_acc, Pr@0.7, Pr@0.8, Pr@0.9, malformed, notes}: numbers between 0 and 1, NaN where not
-    defined; notes maps each NaN to its reason.
+    {gIoU, cIoU, N_acc, T_acc, Pr@0.7, Pr@0.8, Pr@0.9, malformed, REC, AUROC, AP, IL_MCC, pmF1, cgF1, ECE, N3R, notes}:
+    numbers between 0 and 1 (IL_MCC and cgF1 between -1 and 1), NaN where not defined; notes maps each NaN to its reason.
+    ECE has BINS bins.
 
 Example:
     >>> metric = evaluate.load("./metrics/gres")
     >>> metric.add_batch(intersection=[3, 0], union=[4, 0], is_no_target=[False, True], is_rejected=[False, True])
     >>> metric.compute(convention="rela")["gIoU"]
     0.875
-"""
+""".replace("BINS", str(CALIBRATION_BINS))
+
+
+# columns that may be missing, and entries that may be None
+OPTIONAL = ("is_malformed", "score", "probability", "num_targets", "box_intersection", "box_union")
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
@@ -62,10 +74,18 @@ class Gres(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         flag, area = datasets.Value("bool"), datasets.Value("int64")
         rle = {"size": datasets.Sequence(datasets.Value("int32")), "counts": datasets.Value("string")}
+        number = datasets.Value("float64")
         inputs = {
-            "rows": {"intersection": area, "union": area, "is_no_target": flag},
+            "rows": {
+                "intersection": area,
+                "union": area,
+                "is_no_target": flag,
+                "box_intersection": area,
+                "box_union": area,
+            },
             "masks": {"predictions": rle, "references": rle},
         }
+        optional = {"is_malformed": flag, "score": number, "probability": number, "num_targets": area}
         if self.config_name == "default":
             self.config_name = "rows"
         if self.config_name not in inputs:
@@ -74,7 +94,7 @@ class Gres(evaluate.Metric):
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_INPUTS,
-            features=datasets.Features({**inputs[self.config_name], "is_rejected": flag, "is_malformed": flag}),
+            features=datasets.Features({**inputs[self.config_name], "is_rejected": flag, **optional}),
             reference_urls=["https://github.com/henghuiding/ReLA", "https://github.com/LeapLabTHU/GSVA"],
         )
 
@@ -87,7 +107,7 @@ class Gres(evaluate.Metric):
         return row
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **columns: Any) -> None:
-        """Add one entry per expression; `is_malformed` is optional.
+        """Add one entry per expression; the columns of `OPTIONAL` may be missing.
 
         Entries are checked here: evaluate would silently convert "no" to true and 0.5 pixels to 0.
 
@@ -102,19 +122,20 @@ class Gres(evaluate.Metric):
             if values is not None
         }
         names = self._feature_names()
-        required = [name for name in names if name != "is_malformed"]
+        optional = [name for name in names if name in OPTIONAL]
+        required = [name for name in names if name not in OPTIONAL]
         missing = [name for name in required if name not in columns]
         unknown = [name for name in columns if name not in names]
         if missing or unknown:
             raise ValueError(
-                f"gres ({self.config_name}) takes {', '.join(required)} and optionally is_malformed; "
+                f"gres ({self.config_name}) takes {', '.join(required)} and optionally {', '.join(optional)}; "
                 f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
             )
         lengths = {name: len(values) for name, values in columns.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"gres: every column needs one entry per expression, but the lengths are {lengths}")
         count = lengths["is_rejected"]
-        columns.setdefault("is_malformed", [None] * count)
+        columns |= {name: [None] * count for name in optional if name not in columns}
         for index, values in enumerate(zip(*columns.values())):
             self._row(dict(zip(columns, values)), f"entry {index} of the batch")
         if self.config_name == "masks":  # the columns hold one form only
@@ -132,9 +153,10 @@ class Gres(evaluate.Metric):
         values = {name: value for name, value in values.items() if value is not None}
         self.add_batch(**{name: [value] for name, value in {**pair, **values}.items()})
 
-    def compute(self, *, is_malformed: Any = None, **kwargs: Any) -> dict[str, Any] | None:
+    def compute(self, **kwargs: Any) -> dict[str, Any] | None:
         """Compute the metrics of everything added and of the columns given here; None except on the first process."""
-        return super().compute(is_malformed=is_malformed, **kwargs)
+        optional = dict.fromkeys(name for name in self._feature_names() if name in OPTIONAL)
+        return super().compute(**{**optional, **kwargs})
 
     def _compute(self, *, convention: str = "rela", **columns: list) -> dict[str, Any]:
         rows = [self._row(dict(zip(columns, values)), f"entry {n}") for n, values in enumerate(zip(*columns.values()))]

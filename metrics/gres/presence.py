@@ -5,7 +5,7 @@
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,47 @@ def _arrays(values: Iterable[float], is_present: Iterable[bool]) -> tuple[np.nda
     return values, present
 
 
+def _ratios(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+    """Return top / bottom, NaN where the denominator is empty."""
+    return np.divide(top, bottom, out=np.full(np.shape(bottom), math.nan), where=bottom > 0)
+
+
+def _ranked(scores: np.ndarray, present: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return how many targets and no-targets have each score, from the lowest: two arrays (resamples, different scores)."""
+    order = np.lexsort((present, scores))
+    starts = np.flatnonzero(np.diff(scores[order], prepend=np.nan) != 0)
+    drawn = weights[:, order]
+    targets = np.add.reduceat(drawn * present[order], starts, axis=1)
+    return targets, np.add.reduceat(drawn, starts, axis=1) - targets
+
+
+def rank_metrics(scores: np.ndarray, present: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Return AUROC and AP (resamples,), NaN where not defined.
+
+    Args:
+        scores, present: The score of each expression, and whether it has a target (expressions,).
+        weights: How often each resample drew each expression (resamples, expressions).
+    """
+    if not len(scores):
+        return {name: np.full(len(weights), math.nan) for name in ("AUROC", "AP")}
+    targets, others = _ranked(scores, present, weights)
+    positives, negatives = targets.sum(axis=1), others.sum(axis=1)
+    below = np.cumsum(others, axis=1) - others
+    ordered = (targets * (2 * below + others)).sum(axis=1)  # twice the pairs in order, a whole number
+    hits = np.cumsum(targets[:, ::-1], axis=1)  # from the highest score on
+    counts = hits + np.cumsum(others[:, ::-1], axis=1)
+    precision = np.divide(hits, counts, out=np.zeros_like(hits), where=counts > 0)
+    return {
+        "AUROC": _ratios(ordered, 2 * positives * negatives),
+        "AP": _ratios((targets[:, ::-1] * precision).sum(axis=1), positives),
+    }
+
+
+def _rank_metric(name: str, scores: Iterable[float], is_present: Iterable[bool]) -> float:
+    values, present = _arrays(scores, is_present)
+    return float(rank_metrics(values, present, np.ones((1, len(values))))[name][0])
+
+
 def presence_auroc(scores: Iterable[float], is_present: Iterable[bool]) -> float:
     """Return the area under the ROC curve: the chance that a target scores above a no-target; a tie counts half.
 
@@ -34,13 +75,7 @@ def presence_auroc(scores: Iterable[float], is_present: Iterable[bool]) -> float
     >>> presence_auroc([3.0, 1.0, 1.0, -2.0], [True, True, False, False])  # pairs: 1, 1, 1/2, 1
     0.875
     """
-    scores, present = _arrays(scores, is_present)
-    targets, others = scores[present], np.sort(scores[~present])
-    if not len(targets) or not len(others):
-        return math.nan
-    below = np.searchsorted(others, targets, side="left")
-    not_above = np.searchsorted(others, targets, side="right")
-    return float((below + not_above).sum() / (2 * len(targets) * len(others)))
+    return _rank_metric("AUROC", scores, is_present)
 
 
 def presence_average_precision(scores: Iterable[float], is_present: Iterable[bool]) -> float:
@@ -52,14 +87,44 @@ def presence_average_precision(scores: Iterable[float], is_present: Iterable[boo
     >>> round(presence_average_precision([4.0, 3.0, 2.0, 1.0], [True, False, True, False]), 4)  # (1 + 2/3) / 2
     0.8333
     """
-    scores, present = _arrays(scores, is_present)
-    if not present.any():
-        return math.nan
-    order = np.argsort(-scores, kind="stable")
-    hits = np.cumsum(present[order])
-    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)  # the last place of each score
-    gained = np.diff(hits[ends], prepend=0)
-    return float((gained * hits[ends] / (ends + 1)).sum() / present.sum())
+    return _rank_metric("AP", scores, is_present)
+
+
+def decision_counts(
+    no_target: np.ndarray, rejected: np.ndarray, iou: np.ndarray, probability: np.ndarray | None
+) -> np.ndarray:
+    """Return what each expression adds to the sums that `count_metrics` reads (expressions, counts).
+
+    Args:
+        no_target, rejected: Whether each expression has no target, and whether it was rejected (expressions,).
+        iou: The IoU of each mask with its truth (expressions,).
+        probability: The probability that each expression is there (expressions,), or None where it is not known.
+    """
+    outcomes = (~no_target & ~rejected, no_target & ~rejected, ~no_target & rejected, no_target & rejected)
+    hits = (outcomes[0] & (iou >= threshold) for threshold in CGF1_IOU)
+    columns = [*outcomes, *hits]
+    if probability is not None:
+        places = bin_of(probability, CALIBRATION_BINS)
+        for place in range(CALIBRATION_BINS):
+            inside = places == place
+            columns += [inside, inside * probability, inside & ~no_target]
+    return np.column_stack(columns).astype(float)
+
+
+def count_metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Return IL_MCC, pmF1, cgF1 and ECE (resamples,) of summed `decision_counts` (resamples, counts), NaN where not defined."""
+    tp, fp, fn, tn = sums[:, :4].T
+    # two roots instead of one: a product of four counts would not be exact
+    root = np.sqrt((tp + fp) * (tp + fn)) * np.sqrt((tn + fp) * (tn + fn))
+    mcc = _ratios(tp * tn - fp * fn, root)
+    last = 4 + len(CGF1_IOU)
+    hits, targets = sums[:, 4:last], tp + fn
+    f1 = np.stack([_ratios(2 * column, tp + targets) for column in hits.T], axis=1).mean(
+        axis=1
+    )  # 2 TP / (2 TP + FP + FN)
+    inside, probability, present = sums[:, last:].reshape(len(sums), -1, 3).transpose(2, 0, 1)
+    error = _ratios(np.abs(probability - present).sum(axis=1), inside.sum(axis=1))
+    return {"IL_MCC": mcc, "pmF1": f1, "cgF1": f1 * mcc, "ECE": error}
 
 
 def presence_mcc(is_kept: Iterable[bool], is_present: Iterable[bool]) -> float:
@@ -73,28 +138,28 @@ def presence_mcc(is_kept: Iterable[bool], is_present: Iterable[bool]) -> float:
     kept, present = np.asarray(list(is_kept), dtype=bool), np.asarray(list(is_present), dtype=bool)
     if kept.shape != present.shape:
         raise ValueError(f"{len(kept)} decisions for {len(present)} expressions; give one for each")
-    tp, fp = int((kept & present).sum()), int((kept & ~present).sum())
-    fn, tn = int((~kept & present).sum()), int((~kept & ~present).sum())
-    denominator = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
-    return (tp * tn - fp * fn) / math.sqrt(denominator) if denominator else math.nan
+    return _count_metric("IL_MCC", ~present, ~kept, np.zeros(len(kept)))
+
+
+def _count_metric(name: str, no_target: np.ndarray, rejected: np.ndarray, iou: np.ndarray) -> float:
+    return float(count_metrics(decision_counts(no_target, rejected, iou, None).sum(axis=0, keepdims=True))[name][0])
+
+
+def _count_metric_of_rows(name: str, rows: Iterable[Mapping[str, Any]]) -> float:
+    rows = list(rows)
+    flags = (np.array([row[field] for row in rows], dtype=bool) for field in ("is_no_target", "is_rejected"))
+    iou = np.array([row["intersection"] / row["union"] if row["union"] else 0.0 for row in rows])
+    return _count_metric(name, *flags, iou)
 
 
 def positive_micro_f1(rows: Iterable[Mapping[str, Any]]) -> float:
     """Return SAM 3's pmF1 over expressions with a target, averaged over the IoU thresholds `CGF1_IOU`.
 
-    SAM 3 matches instances. Here an expression has one mask, the union of its targets: a kept mask at or above the IoU
-    is a true positive, one below it a false positive and a false negative, a rejected target a false negative.
+    SAM 3 (arXiv 2511.16719) matches instances. Here an expression has one mask, the union of its targets: a kept mask at
+    or above the IoU is a true positive, one below it a false positive and a false negative, a rejected target a false
+    negative. F1 = 2 TP / (2 TP + FP + FN).
     """
-    targets = [row for row in rows if not row["is_no_target"]]
-    if not targets:
-        return math.nan
-    ious = np.array([row["intersection"] / row["union"] if row["union"] else 0.0 for row in targets])
-    kept = np.array([not row["is_rejected"] for row in targets])
-    values = []
-    for threshold in CGF1_IOU:
-        hits = int((kept & (ious >= threshold)).sum())
-        values.append(2 * hits / (int(kept.sum()) + len(targets)))  # 2 TP / (2 TP + FP + FN)
-    return float(np.mean(values))
+    return _count_metric_of_rows("pmF1", rows)
 
 
 def cgf1(rows: Iterable[Mapping[str, Any]]) -> float:
@@ -105,10 +170,24 @@ def cgf1(rows: Iterable[Mapping[str, Any]]) -> float:
     Args:
         rows: As in `gres_metrics`.
     """
-    rows = list(rows)
-    return positive_micro_f1(rows) * presence_mcc(
-        [not row["is_rejected"] for row in rows], [not row["is_no_target"] for row in rows]
-    )
+    return _count_metric_of_rows("cgF1", rows)
+
+
+def rejection_reliability(
+    no_target: np.ndarray, rejected: np.ndarray, has_mask: np.ndarray, probability: np.ndarray
+) -> np.ndarray:
+    """Return how reliably each no-target was rejected (expressions,); N3R is the mean of it over the no-targets.
+
+    1 for a rejected no-target. For a kept one Π (1 - c) over what was predicted for it, with the confidence c: here that
+    is one mask, and c the probability that the expression is there. 1/2 for an answer that neither rejects nor marks a
+    pixel. Source: "Negative Relative Rejection Reliability" of OpenRef (arXiv 2605.25706), as the authors' evaluation
+    computes it (github.com/zongjianwu/OpenRef-Benchmark at 835e30e, qwen3/eval_rdi_neg.py, `n3r_score_sum`).
+
+    Args:
+        no_target, rejected, has_mask: Of each expression (expressions,).
+        probability: The probability that each expression is there (expressions,); NaN where it is not known.
+    """
+    return np.where(rejected, 1.0, np.where(has_mask, 1 - probability, 0.5)) * no_target
 
 
 def calibration_error(
@@ -160,21 +239,3 @@ def reliability(
         }
         for place in sorted(set(places.tolist()))
     ]
-
-
-def presence_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return all metrics of presence that rows allow: AUROC and AP need a score in every row.
-
-    Args:
-        rows: As in `gres_metrics`.
-    """
-    present = [not row["is_no_target"] for row in rows]
-    scores: list[Any] = [row.get("score") for row in rows]
-    has_scores = all(score is not None for score in scores)
-    return {
-        "AUROC": presence_auroc(scores, present) if has_scores else math.nan,
-        "AP": presence_average_precision(scores, present) if has_scores else math.nan,
-        "IL_MCC": presence_mcc([not row["is_rejected"] for row in rows], present),
-        "pmF1": positive_micro_f1(rows),
-        "cgF1": cgf1(rows),
-    }

@@ -27,6 +27,7 @@ OTHERS = {
     "SAM 2": ("--sam", SAM_2, "it is SAM 2,.*sam_vit_h_4b8939.pth"),
     "SAM 2 of transformers": ("--sam", ["vision_encoder.backbone.blocks.0.x", "mask_decoder.iou_token.weight"], "it is SAM 2,"),
     "MobileSAM": ("--sam", MOBILE_SAM, "it is MobileSAM,"),
+    "EfficientSAM": ("--sam", [*SAM, "mask_decoder.final_output_upscaling_layers.0.0.weight"], "it is EfficientSAM,.*--sam also"),
     "SAM-HQ": ("--sam", [*SAM, "mask_decoder.hf_token.weight"], "it is SAM-HQ,"),
     "SAM of transformers": ("--sam", ["vision_encoder.layers.0.attn.rel_pos_h"], "SAM in the format of transformers"),
     "SAM with another encoder": ("--sam", ["image_encoder.backbone.stages.0.x", "mask_decoder.iou_token.weight"],

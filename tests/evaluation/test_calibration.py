@@ -92,6 +92,34 @@ def test_operating_points_by_hand(choose, wanted, n_acc, t_acc):
     assert calibration.accuracies(SMALL, choose(SMALL, wanted)) == pytest.approx((n_acc, t_acc))
 
 
+def test_a_goal_that_no_threshold_reaches_says_the_best():
+    kept = Scores(np.array([1.0, 2.0, 0.0, 3.0]), np.array([0, 0, 1, 1], dtype=bool), np.arange(4))
+    with pytest.raises(
+        ValueError, match=r"T_acc at 0.9; the best keeps 0.5000 and rejects 0.5000 .* lower --min_T_acc"
+    ):
+        calibration.threshold_for_min_t_acc(kept, 0.9)
+    above = Scores(np.array([4.0, 2.0, 0.0, 3.0]), np.array([0, 0, 1, 1], dtype=bool), np.arange(4))
+    with pytest.raises(
+        ValueError, match=r"N_acc to 0.9; the best reaches 0.5000 and keeps 0.5000 .* lower --min_N_acc"
+    ):
+        calibration.threshold_for_min_n_acc(above, 0.9)
+
+
+def test_held_out_images_are_a_share_by_seed():
+    images = [str(n // 3) for n in range(60)]
+    held = calibration.hold_out(images, 0.25)
+    assert held.sum() == 15 and (held == calibration.hold_out(images, 0.25)).all()
+    assert len({(image, is_held) for image, is_held in zip(images, held)}) == 20  # no image is in both parts
+    assert (held != calibration.hold_out(images, 0.25, seed=1)).any()
+
+
+def test_the_calibration_error_of_right_probabilities_is_chance():
+    data = drawn(images=1000, slope=1.0, offset=0.0)
+    least = calibration.least_calibration_error(sigmoid(data.scores))
+    assert 0 < least < 0.02 and calibration_error(sigmoid(data.scores), data.is_present) < 2 * least
+    assert calibration.least_calibration_error(np.array([0.0, 1.0])) == 0.0
+
+
 def test_the_balance_by_hand():
     assert calibration.accuracies(SMALL, calibration.threshold_for_balance(SMALL)) == pytest.approx((2 / 3, 2 / 3))
 
@@ -164,6 +192,24 @@ def test_a_calibration_is_written_and_used(model_dir, processor, make_picture, r
     assert config_of(rows, threshold=0.25).for_model(model).threshold == 0.25
 
 
+def test_half_of_the_images_measure_the_calibration_of_the_others(tmp_path, capsys):
+    """The wanted T-acc holds within its interval, and the calibration error falls to a third, on images not looked at."""
+    data = drawn(images=600, slope=0.25, offset=-1.5)
+    file = write_rows(tmp_path / "rows_val.jsonl", rows_of(data))
+    assert main([str(file), "--min_T_acc", "0.9", "--hold_out", "0.5", "--output", str(tmp_path / "half")]) == 0
+    result = json.loads((tmp_path / "half/calibration.json").read_text())
+    assert result["images"] == result["measured_on"]["images"] == 300
+    assert result["expressions"] + result["measured_on"]["expressions"] == 2400
+    low, high = result["T_acc"]["interval"]
+    assert low <= 0.9 <= high
+    error = result["calibration_error"]
+    assert error["after"]["value"] <= error["before"]["value"] / 3 and error["if_right"] > 0
+    half = data.select(~calibration.hold_out([str(image) for image in data.images], 0.5))
+    assert result["threshold"] == calibration.threshold_for_min_t_acc(half, 0.9)
+    assert "on 300 images that were held out" in capsys.readouterr().out
+    assert "300 images that were held out" in (tmp_path / "half/calibration.html").read_text()
+
+
 def test_a_run_is_calibrated_by_its_slots_rows(model, processor, rows, tmp_path, capsys):
     for protocol in ("generate", "slots"):
         run_evaluation(model, processor, config_of(rows, protocol=protocol), tmp_path / "run", "as loaded", "tiny")
@@ -185,9 +231,12 @@ def test_a_run_is_calibrated_by_its_slots_rows(model, processor, rows, tmp_path,
         ("no model", "has no config.json"),
         ("another model", "of type 'llama'"),
         ("risk", "No threshold keeps the risk"),
+        ("T_acc", "No threshold that rejects a no-target keeps T_acc at 0.99"),
+        ("a folder that cannot be written", "cannot be written; copy it"),
+        ("half without no-targets", "rows hold no no-targets"),
     ],
 )
-def test_what_cannot_be_calibrated_is_named(rows_file, tmp_path, capsys, damage, message):
+def test_what_cannot_be_calibrated_is_named(rows_file, tmp_path, capsys, monkeypatch, damage, message):
     rows, words = [json.loads(line) for line in rows_file.read_text().splitlines()], [str(rows_file), "--balance"]
     if damage == "two models":
         rows[0]["model"] = "other"
@@ -201,13 +250,28 @@ def test_what_cannot_be_calibrated_is_named(rows_file, tmp_path, capsys, damage,
         words[0] = str(tmp_path / "nothing.jsonl")
     elif damage == "risk":
         words[1:] = ["--max_risk", "0.0001"]
-    elif damage in ("no model", "another model"):
+    elif damage == "T_acc":
+        words[1:] = ["--min_T_acc", "0.99"]
+        rows[0].update(is_no_target=False, score=-99.0)
+        rows = [row for row in rows if row["is_no_target"] or row is rows[0]]
+    elif damage == "half without no-targets":
+        words += ["--hold_out", "0.5"]
+        rows = [row for row in rows if not row["is_no_target"] or row["image_id"] == "3"]
+    elif damage in ("no model", "another model", "a folder that cannot be written"):
         (tmp_path / "m").mkdir()
         words += ["--model", str(tmp_path / "m")]
-        if damage == "another model":
-            (tmp_path / "m/config.json").write_text('{"model_type": "llama"}')
+        if damage != "no model":
+            kind = "llama" if damage == "another model" else "gsva"
+            (tmp_path / "m/config.json").write_text(json.dumps({"model_type": kind}))
+        monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
     write_rows(rows_file, rows)
     assert main(words) == 1
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
     assert not (tmp_path / "calibration.json").exists()
+
+
+def test_a_confidence_needs_a_risk(rows_file, capsys):
+    with pytest.raises(SystemExit):
+        main([str(rows_file), "--balance", "--confidence", "0.9"])
+    assert "--confidence belongs to --max_risk" in capsys.readouterr().err

@@ -54,8 +54,9 @@ def test_add_and_add_batch(load):
 
 def test_combine(load):
     both = evaluate.combine({"first": load(experiment_id="one"), "second": load(experiment_id="two")})
-    both.add_batch(**COLUMNS, is_malformed=None)
-    both.add(intersection=1, union=2, is_no_target=False, is_rejected=False, is_malformed=None)
+    without = dict.fromkeys(["is_malformed", "score", "probability", "num_targets", "box_intersection", "box_union"])
+    both.add_batch(**COLUMNS, **without)
+    both.add(intersection=1, union=2, is_no_target=False, is_rejected=False, **without)
     metrics = both.compute()
     assert metrics["first_gIoU"] == metrics["second_gIoU"] == (0.75 + 1 + 0 + 0.5) / 4
 

@@ -16,10 +16,12 @@ from metrics.gres import (
     CONVENTIONS,
     METRIC_KEYS,
     bootstrap_intervals,
+    box_overlap,
     breakdown,
     check_together,
     gres_metrics,
     kind_of,
+    mask_box,
     plot_rejection_curves,
     read_rows,
     rejection_curve,
@@ -150,15 +152,23 @@ def test_figures_of_the_original(areas, conventions, expected):
         assert {key: metrics[key] for key in expected} == pytest.approx(expected, abs=1e-6)
 
 
+SCORED = ("AUROC", "AP", "IL_MCC", "cgF1", "ECE")  # not defined for one row without a score
+
+
 @pytest.mark.parametrize(
     "rows, undefined",
     [
         ([], set(METRIC_KEYS)),
-        ([row(1, 2)], {"N_acc", "malformed"}),
-        ([row(0, 5, 1, 0, is_malformed=True)], {"T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9"}),
-        ([row(0, 5, 1, 1)], {"cIoU", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9", "malformed"}),
+        ([row(1, 2)], {"N_acc", "malformed", "REC", "N3R", *SCORED}),
+        (
+            [row(0, 5, 1, 0, is_malformed=True)],
+            {"T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9", "pmF1", "REC", "N3R", *SCORED},
+        ),
+        ([row(0, 5, 1, 1)], {"cIoU", "T_acc", "Pr@0.7", "Pr@0.8", "Pr@0.9", "malformed", "pmF1", "REC", *SCORED}),
+        ([row(1, 2, score=1.0)], {"N_acc", "malformed", "REC", "N3R", *SCORED} - {"AP", "ECE"}),
+        ([row(1, 2, box_intersection=1, box_union=2)], {"N_acc", "malformed", "N3R", *SCORED}),
     ],
-    ids=["no rows", "targets only", "no-targets only", "all rejected"],
+    ids=["no rows", "targets only", "no-targets only", "all rejected", "scored targets", "a box"],
 )
 def test_empty_denominators_are_nan_with_a_note(rows, undefined):
     metrics = gres_metrics(rows)
@@ -168,6 +178,63 @@ def test_empty_denominators_are_nan_with_a_note(rows, undefined):
     low, high = bootstrap_intervals(rows, resamples=5)["N_acc"]
     assert math.isnan(low) == math.isnan(high) == ("N_acc" in undefined)
     assert {key for key, value in json.loads(to_json(metrics)).items() if value is None} == undefined
+
+
+# no_target, rejected, I, U, score, number of targets, pixels of the boxes (both, either)
+TABLE = [
+    (0, 0, 9, 10, 4.0, 1, 10, 16),
+    (0, 0, 6, 10, 2.0, 1, 10, 20),  # boxes overlap by exactly 1/2
+    (0, 0, 8, 10, 1.0, 2, 1, 20),  # several targets: no box counts
+    (0, 1, 0, 10, -1.0, 1, 16, 16),  # rejected
+    (1, 1, 0, 0, -4.0, 0, 0, 0),
+    (1, 0, 0, 5, 0.0, 0, 0, 7),  # kept at even odds
+    (1, 0, 0, 0, 3.0, 0, 0, 0),  # kept, but without any pixel
+]
+
+
+def table_rows():
+    names = ("is_no_target", "is_rejected", "intersection", "union", "score", "num_targets", "box_intersection")
+    return [
+        {**dict(zip((*names, "box_union"), values)), "is_no_target": bool(values[0]), "is_rejected": bool(values[1])}
+        for values in TABLE
+    ]
+
+
+def test_further_metrics_by_hand():
+    """One table for REC, AUROC, AP, IL_MCC, pmF1, cgF1, ECE and N3R."""
+    metrics, gsva = gres_metrics(table_rows()), gres_metrics(table_rows(), "gsva")
+    assert metrics["REC"] == 2 / 3 and gsva["REC"] == 1.0  # gsva counts the box of a rejected target
+    # pairs (target, no-target) in order, of 12: 4 has 3, 2 has 2, 1 has 2, -1 has 1
+    assert metrics["AUROC"] == pytest.approx(8 / 12)
+    # from the top: 4 yes, 3 no, 2 yes, 1 yes, 0 no, -1 yes, -4 no
+    assert metrics["AP"] == pytest.approx((1 / 1 + 2 / 3 + 3 / 4 + 4 / 6) / 4)
+    mcc = (3 * 1 - 2 * 1) / math.sqrt(5 * 4 * 3 * 2)  # TP 3, FP 2, FN 1, TN 1
+    assert metrics["IL_MCC"] == pytest.approx(mcc)
+    # IoU .9, .6, .8: 3 hits at .50 to .60, 2 at .65 to .80, 1 at .85 and .90, 0 at .95; F1 = 2 hits / (3 kept + 4 targets)
+    f1 = (3 * 6 / 7 + 4 * 4 / 7 + 2 * 2 / 7) / 10
+    assert metrics["pmF1"] == pytest.approx(f1) and metrics["cgF1"] == pytest.approx(f1 * mcc)
+    # 15 bins: 4 (.982, yes) and 3 (.953, no) share the last, all others are alone
+    p = [1 / (1 + math.exp(-values[4])) for values in TABLE]
+    alone = (1 - p[1]) + (1 - p[2]) + (1 - p[3]) + p[4] + p[5]
+    assert metrics["ECE"] == pytest.approx((abs(p[0] + p[6] - 1) + alone) / 7)
+    assert metrics["N3R"] == pytest.approx((1 + (1 - 0.5) + 0.5) / 3)
+    calibrated = gres_metrics([{**row, "probability": 0.25} for row in table_rows()])
+    assert calibrated["N3R"] == pytest.approx((1 + 0.75 + 0.5) / 3) and calibrated["ECE"] == pytest.approx(
+        4 / 7 - 0.25
+    )
+    assert gsva["IL_MCC"] == metrics["IL_MCC"] and gsva["N3R"] == metrics["N3R"]
+
+
+def test_boxes_end_behind_the_last_pixel():
+    mask = np.zeros((4, 6), bool)
+    assert mask_box(mask) == (0, 0, 0, 0)
+    mask[1, 2] = True
+    assert mask_box(mask) == (2, 1, 1, 1)
+    mask[3, 4] = True
+    assert mask_box(mask) == (2, 1, 3, 3)
+    assert box_overlap(mask_box(mask), (0, 0, 3, 2)) == (1, 14)
+    assert box_overlap((0, 0, 2, 2), (2, 0, 2, 2)) == (0, 8)  # boxes that touch
+    assert box_overlap((0, 0, 0, 0), (0, 0, 2, 2)) == (0, 4)  # a prediction without any pixel
 
 
 def test_malformed_counts_the_rows_that_say_so():
@@ -185,6 +252,7 @@ def many_rows(count=400, seed=0):
         truth = 0 if empty else rng.randint(100, 9000)
         overlap = rng.randint(0, truth)
         more = {"score": score, "num_targets": 0 if empty else rng.randint(1, 3), "num_expressions": rng.randint(1, 4)}
+        more |= {"box_intersection": overlap, "box_union": truth + overlap}
         rows.append(
             file_row(
                 0 if score < 0 else overlap,
@@ -323,6 +391,9 @@ WRONG = [
     ("text is no flag", {**row(1, 4), "is_rejected": "no"}, "is_rejected is 'no'"),
     ("NaN is no score", row(1, 4, score=NAN), "score is nan"),
     ("a target without targets", row(1, 4, num_targets=0), "num_targets is 0"),
+    ("a box without the other number", row(1, 4, box_union=3), "box_intersection is None and box_union 3; give both"),
+    ("a box larger than both", row(1, 4, box_intersection=4, box_union=3), "box_intersection is 4 and box_union 3"),
+    ("no probability", row(1, 4, probability=1.5), "probability is 1.5"),
     ("an empty prompt", row(1, 4, num_expressions=0), "num_expressions is 0"),
     ("a split that is no text", row(1, 4, split=3), "split is 3"),
 ]
@@ -365,6 +436,9 @@ def test_report_says_what_must_be_said():
     assert set(record["notes"]) == {
         "N_acc",
         "malformed",
+        "REC",
+        "N3R",
+        *SCORED,
         "curve",
         "protocol",
         "convention",
@@ -381,9 +455,9 @@ def test_row_from_masks():
         return {**encoded, "counts": encoded["counts"].decode()}
 
     full, left, none = rle([[1, 1], [1, 1]]), rle([[1, 0], [1, 0]]), rle([[0, 0], [0, 0]])
-    assert row_from_masks(full, left, False) == row(2, 4)
-    assert row_from_masks(none, left, True) == row(0, 2, 0, 1)
-    assert row_from_masks(full, none, False) == row(0, 4, 1)
+    assert row_from_masks(full, left, False) == row(2, 4, box_intersection=2, box_union=4)
+    assert row_from_masks(none, left, True) == row(0, 2, 0, 1, box_intersection=0, box_union=2)
+    assert row_from_masks(full, none, False) == row(0, 4, 1, box_intersection=0, box_union=4)
     with pytest.raises(ValueError, match=r"prediction's size is \[2, 2\], the reference's \[1, 3\]"):
         row_from_masks(full, rle([[1, 1, 1]]), False)
     with pytest.raises(ValueError, match="prediction is None"):
@@ -532,6 +606,7 @@ def test_masks_in_every_form_that_people_have():
         mask.astype(np.float32),
     ]
     expected = {"is_no_target": False, "is_rejected": False, "intersection": 6, "union": 6}
+    expected |= {"box_intersection": 6, "box_union": 6}
     for form in forms:
         assert row_from_masks(form, forms[0], False) == row_from_masks(forms[0], form, False) == expected
     for wrong in ({"size": [4, 6], "counts": [5, 2]}, {"size": [4, 6], "counts": [-1, 25]}, mask * 255, mask[0],

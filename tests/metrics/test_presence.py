@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from metrics.gres import rejection_curve
+from metrics.gres import gres_metrics, rejection_curve
 from metrics.gres.presence import (
     calibration_error,
     cgf1,
@@ -12,7 +12,6 @@ from metrics.gres.presence import (
     presence_auroc,
     presence_average_precision,
     presence_mcc,
-    presence_metrics,
     reliability,
 )
 
@@ -71,7 +70,7 @@ def test_cgf1_by_hand():
     assert positive_micro_f1(rows) == pytest.approx(f1)
     mcc = (2 * 1 - 1 * 1) / math.sqrt(3 * 3 * 2 * 2)
     assert cgf1(rows) == pytest.approx(f1 * mcc)
-    assert presence_metrics(rows)["cgF1"] == pytest.approx(f1 * mcc)
+    assert gres_metrics(rows)["cgF1"] == pytest.approx(f1 * mcc)
     assert math.isnan(positive_micro_f1([row("none", True)])) and math.isnan(cgf1([row("none", True)]))
 
 
@@ -91,4 +90,4 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="not a finite number"):
         presence_average_precision([math.nan], [True])
     lacking = [row("one", False), {**row("none", True), "score": None}]
-    assert math.isnan(presence_metrics(lacking)["AUROC"]) and presence_metrics(lacking)["IL_MCC"] == 1.0
+    assert math.isnan(gres_metrics(lacking)["AUROC"]) and gres_metrics(lacking)["IL_MCC"] == 1.0

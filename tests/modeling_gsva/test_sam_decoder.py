@@ -1,10 +1,11 @@
-"""SAM's mask decoder with shared images against transformers' own."""
+"""The mask decoders with shared images against transformers' own: SAM's, SAM 2's and that of SAM 3's tracker."""
 
 import copy
 
 import pytest
 import torch
-from transformers import SamConfig, SamModel
+from tiny_bases import mask_config
+from transformers import AutoConfig, AutoModel, SamConfig, SamModel
 
 import modeling_gsva.sam_decoder_gsva as shared
 
@@ -40,6 +41,24 @@ def inputs():
         torch.randn(len(SLOTS), 2, 32).double(),
         torch.randn(1, 32, 1, 1).double(),
     )
+
+
+@pytest.fixture(params=["sam2", "sam3_tracker"])
+def sam2(request):
+    """The mask model of SAM 2 or SAM 3, random."""
+    torch.manual_seed(0)
+    model = AutoModel.from_config(AutoConfig.for_model(**mask_config(request.param))).eval().double()
+    for parameter in model.mask_decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.mask_decoder.dynamic_multimask_via_stability = False
+    return model
+
+
+@pytest.fixture
+def finer():
+    """Maps of twice and four times the resolution; the highest first."""
+    torch.manual_seed(2)
+    return [torch.randn(IMAGES, 4, 24, 20).double(), torch.randn(IMAGES, 8, 12, 10).double()]
 
 
 def of_transformers(sam, embeddings, positions, prompts, no_mask, multimask):
@@ -116,3 +135,72 @@ def test_gradients_equal(inputs, monkeypatch):
         gradients.append({name: parameter.grad for name, parameter in named} | {"image": embeddings.grad})
     assert all(gradient is not None for gradient in gradients[1].values()), "distributed training waits for each"
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-8, rtol=1e-8)
+
+
+# ---- SAM 2 and SAM 3 ---------------------------------------------------------------------------------------------------
+def of_transformers_sam2(sam, inputs, finer, multimask):
+    (embeddings, positions, prompts, no_mask), rows = inputs, torch.tensor(SLOTS)
+    places = positions.expand(len(rows), -1, -1, -1)
+    maps = [part[rows] for part in finer]
+    masks, iou, _, objects = sam.mask_decoder(embeddings[rows], places, prompts[:, None], no_mask, multimask, maps)
+    return masks[:, 0], iou[:, 0], objects[:, 0]
+
+
+@pytest.mark.parametrize("step", [1, 2, 64])
+@pytest.mark.parametrize("multimask", [False, True])
+def test_sam_2s_equals_transformers(sam2, inputs, finer, monkeypatch, step, multimask):
+    monkeypatch.setitem(shared.MAP_BYTES, "cpu", step * MAP)
+    ours = copy.deepcopy(sam2)
+    shared.share_images(ours)
+    assert isinstance(ours.mask_decoder, shared.SharedImages) and isinstance(
+        ours.mask_decoder, type(sam2.mask_decoder)
+    )
+    wanted = of_transformers_sam2(sam2, inputs, finer, multimask)
+    found = ours.mask_decoder(*inputs, multimask, finer, torch.tensor(SLOTS))
+    assert found[0].shape == (len(SLOTS), 3 if multimask else 1, 24, 20) and found[2].shape == (len(SLOTS), 1)
+    torch.testing.assert_close(found, wanted, atol=1e-10, rtol=1e-10)
+    again = of_transformers_sam2(ours, inputs, finer, multimask)  # without slot_images it is transformers' class
+    torch.testing.assert_close(again, wanted, atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_sam_2s_is_within_1e_5_in_single_precision(sam2, inputs, finer):
+    sam2 = sam2.float()
+    inputs, finer = tuple(value.float() for value in inputs), [value.float() for value in finer]
+    wanted = of_transformers_sam2(sam2, inputs, finer, False)
+    shared.share_images(sam2)
+    for given, truth in zip(sam2.mask_decoder(*inputs, False, finer, torch.tensor(SLOTS)), wanted, strict=True):
+        assert float((given - truth).abs().max() / truth.abs().max()) < 1e-5
+
+
+def test_sam_2s_gradients_equal(sam2, inputs, finer, monkeypatch):
+    """Of every parameter and of all maps, which several slots share."""
+    monkeypatch.setitem(shared.MAP_BYTES, "cpu", 2 * MAP)
+    gradients = []
+    for kind in ("plain", "ours"):
+        sam, maps = copy.deepcopy(sam2), [value.clone().requires_grad_() for value in (inputs[0], *finer)]
+        given = (maps[0], *inputs[1:])
+        if kind == "plain":
+            masks, iou, objects = of_transformers_sam2(sam, given, maps[1:], False)
+        else:
+            shared.share_images(sam)
+            masks, iou, objects = sam.mask_decoder(*given, False, maps[1:], torch.tensor(SLOTS))
+        (masks.sin().sum() + iou.square().sum() + objects.sin().sum()).backward()
+        named = {name: parameter.grad for name, parameter in sam.mask_decoder.named_parameters()}
+        gradients.append(named | {f"map {number}": part.grad for number, part in enumerate(maps)})
+    # conv_s0 and conv_s1 belong to the maps of an image, of which they are the last layers.
+    without = {name for name, gradient in gradients[1].items() if gradient is None}
+    assert without == {f"{name}.{kind}" for name in ("conv_s0", "conv_s1") for kind in ("weight", "bias")}
+    for name in gradients[0].keys() - without:
+        torch.testing.assert_close(gradients[1][name], gradients[0][name], atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize("side", [4, 6])
+def test_finer_maps_are_laid_out_as_transposed_convolutions_do(side):
+    """A map that is a number per pixel, against two convolutions that copy each pixel."""
+    size, count = (side, 3), side * 3
+    numbers = torch.arange(count * 16.0).reshape(1, 1, 4 * side, 12)
+    laid = shared._laid_out(numbers, size)
+    assert laid.shape == (1, count, 16, 1)
+    masks = laid.unflatten(2, (2, 2, 2, 2)).reshape(1, *size, 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
+    assert torch.equal(masks.reshape(1, 1, 4 * side, 12), numbers)

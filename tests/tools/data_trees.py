@@ -76,6 +76,36 @@ def referring(root: Path, name: str, refs, segmentations=None, images=(1,), pict
     return root
 
 
+def absence(root: Path, folder: str, refs_file: str, sentences, split="val") -> Path:
+    """A set over RefCOCO whose sentences say whether they are there: one ref of SQUARE with these sentences."""
+    referring(root, folder, [{**ref(split=split), "sentences": list(sentences)}])
+    place = root / "refer_seg" / folder
+    (place / "refs(unc).p").rename(place / refs_file)
+    return root
+
+
+def halluseg(folder: Path, *pairs) -> Path:
+    """A subset of HalluSegBench; pairs are fields that differ from those of a pair of its own images."""
+    records = []
+    for number, changes in enumerate(pairs):
+        names = {
+            "factual_image_path": f"factual_images/{number}.jpg",
+            "factual_mask_path": f"factual_masks/{number}_7_mask.png",
+            "counterfactual_image_path": f"counterfactual_images/{number}_7_edited.png",
+            "counterfactual_mask_path": f"counterfactual_masks/{number}_7_newmask.png",
+        }
+        labels = {"factual_label": "red tie", "counterfactual_label": "blue scarf", "ann_id": 7}
+        records.append({**names, **labels, "gpt_instruction": "Change red tie to blue scarf.", **changes})
+        for name in ("factual_image_path", "counterfactual_image_path"):
+            picture(folder / records[-1][name])
+        for name, rows in (("factual_mask_path", 5), ("counterfactual_mask_path", 10)):
+            label_map(
+                folder / records[-1][name], np.pad(np.full((rows, 4), 255), ((0, HEIGHT - rows), (0, WIDTH - 4)))
+            )
+    write(folder / "data.json", records)
+    return folder
+
+
 def reason_seg(root: Path, record=None, split="train", explanations=None, stem="a") -> Path:
     record = {"text": ["what purrs"], "is_sentence": False, "shapes": []} if record is None else record
     folder = root / "reason_seg/ReasonSeg"

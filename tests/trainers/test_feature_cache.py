@@ -4,9 +4,12 @@ import multiprocessing
 
 import numpy as np
 import pytest
+import tiny_bases as bases
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
 
+from modeling_gsva.masks_gsva import mask_adapter_class
 from trainers.data import GsvaCollator
 from trainers.feature_cache import FeatureCache
 from trainers.freezing import prepare_for_training
@@ -187,3 +190,72 @@ def test_training_with_the_cache_gives_the_same_losses(
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=tolerance) and len(losses[0]) == 3
     assert (trainer.features.misses, trainer.features.hits) == (2, 4)
+
+
+# ---- other mask models and bases -----------------------------------------------------------------------------------------
+def frozen(kind: str, base: str = "llava"):
+    model = bases.make_gsva(base, bases.mask_config(kind))
+    for part in model.masks.encoding_parts().values():
+        part.requires_grad_(False)
+    return model
+
+
+@pytest.fixture
+def inputs():
+    def make(kind: str) -> dict:
+        ids = torch.tensor([[1, *[bases.IMAGE] * 16, 7, bases.SEG, 2]] * 2)
+        pixels = torch.randn(2, 3, bases.SIDES[kind], bases.SIDES[kind], generator=torch.Generator().manual_seed(4))
+        return {"input_ids": ids, "sam_pixel_values": pixels, **bases.make_images("llava")}
+
+    return make
+
+
+@pytest.mark.parametrize("kind", bases.MASK_MODELS)
+def test_all_maps_of_an_image_are_in_one_file(kind, inputs, tmp_path):
+    """Beside any base, of whose own images nothing is kept."""
+    model, inputs = frozen(kind), inputs(kind)
+    cache = FeatureCache(tmp_path, model, torch.float32)
+    assert f"MB each, {kind})" in cache.disk_report(2) and not list(tmp_path.iterdir())
+    expected = model(**inputs)
+    for _ in range(2):
+        filled = cache.fill(inputs)
+        assert "sam_pixel_values" not in filled and filled["pixel_values"] is inputs["pixel_values"]
+        given = model(**filled)
+        for masks, others in zip(given.mask_logits, expected.mask_logits, strict=True):
+            torch.testing.assert_close(masks, others, rtol=1e-5, atol=1e-5)
+    assert (cache.misses, cache.hits) == (2, 2)
+    files = list(tmp_path.glob("*/*.safetensors"))
+    assert len(files) == 2
+    assert all(cache.bytes_per_image <= path.stat().st_size <= cache.bytes_per_image + 600 for path in files)
+
+
+def test_what_the_maps_depend_on_names_the_cache(tmp_path):
+    """The mask model's type and preparation, and also the last layers of SAM 2's maps, which are in its decoder."""
+    folders, model = [], frozen("sam2")
+    for change in (
+        None,
+        "mask_decoder.conv_s0.weight",
+        "no_memory_embedding",
+        "mask_decoder.iou_token.weight",
+        "side",
+    ):
+        if change == "side":
+            model.config.sam_config.prompt_encoder_config.image_size = 80
+        elif change:
+            model.sam.get_parameter(change).data += 1
+        folders.append(FeatureCache(tmp_path, model).folder)
+    assert folders[2] == folders[3] and len(set(folders)) == 4
+    model.sam.mask_decoder.conv_s1.requires_grad_(True)
+    with pytest.raises(ValueError, match="the mask model's encoder is trained"):
+        FeatureCache(tmp_path, model)
+
+
+@pytest.mark.parametrize("kind, megabytes", [("sam", 4.2), ("sam2", 16.8)])
+def test_the_size_of_the_true_models(kind, megabytes, tmp_path):
+    """In fp32 at 1024 px; the weights are not needed."""
+    config = AutoConfig.for_model(kind)
+    with torch.device("meta"):
+        sam = AutoModel.from_config(config)
+    maps = mask_adapter_class(kind)(sam).empty(torch.empty(0, device="meta"))
+    maps = [maps] if isinstance(maps, torch.Tensor) else maps
+    assert sum(4 * part.numel() for part in maps) / 1e6 == pytest.approx(megabytes, abs=0.05)
