@@ -1,15 +1,18 @@
 """
-Train the embedded base model, `assets/tiny_gsva`: a small GSVA before generalized fine-tuning, like LLaVA and SAM before GSVA.
+Train an embedded base model, a small GSVA before generalized fine-tuning, like LLaVA and SAM before GSVA.
 
-    python assets/make_tiny_gsva.py            # or: make base
+    python assets/make_tiny_gsva.py                # assets/tiny_gsva; or: make base
+    python assets/make_tiny_gsva.py --arch today   # assets/tiny_gsva_today; or: make base ARCH=today
 
-It has two stages, and each resumes at its last checkpoint in `--work_dir`:
+Its stages resume at their last checkpoints in `--work_dir`:
 
-1. *towers*: both image encoders learn the colour, shape and size of each patch, and SAM's decoder learns to segment things by
-   their attributes, as CLIP and SAM are pretrained. They are frozen afterwards.
+1. *towers*: both image encoders learn the colour, shape and size of each patch, and the mask decoder learns to segment things by
+   their attributes, as CLIP and SAM are pretrained. They are frozen afterwards. Over today's parts these are two stages, *vision*
+   and *masks*, that also learn the place of each thing among the others; the decoder is prompted by the words of expressions.
 2. *language*: projector, language model and mask prompts learn to answer questions in words (is there a …? what is there
    from left to right?) and to segment expressions with one or several targets. Expressions without a target do not occur,
-   and `[REJ]` is never an answer: the generalized fine-tuning of `configs/demo.yaml` teaches rejection.
+   and `[REJ]` is never an answer: the generalized fine-tuning of `configs/demo.yaml` teaches rejection. Over today's parts a
+   stage *words* comes first, without masks; then mask prompts also learn to be those that the decoder has learned from words.
 """
 
 import argparse
@@ -134,7 +137,8 @@ class Stage:
         save_every: int = 200,
         series: int = 100,
     ):
-        self.series = series  # part of the seed of its batches
+        """Prepare a stage, or continue it. `series` is part of the seed of its batches."""
+        self.series = series
         self.name, self.modules, self.steps, self.lr = name, modules, steps, lr
         self.path, self.log, self.save_every = work_dir / f"{name}.pt", log, save_every
         self.parameters = [p for p in modules.parameters() if p.requires_grad]
@@ -276,6 +280,39 @@ def pad(sequences: list, value: int = 0, side: str = "right") -> tuple[torch.Ten
     return pad_sequence(tensors, padding_value=value, **options), pad_sequence(masks, **options)
 
 
+class Conversations:
+    """Draws batches of conversations: questions in words, and expressions with targets to be segmented."""
+
+    def __init__(self, base, processor, images: Images, batch: int):
+        self.base, self.processor, self.images, self.batch = base, processor, images, batch
+
+    def __call__(self, random: np.random.Generator):
+        """Return the images' numbers, ids, their mask, labels, the expressions of each conversation, and all their masks."""
+        rows = random.integers(len(self.images.things), size=self.batch)
+        turns, texts, truths = zip(*(self._conversation(random, row) for row in rows))
+        encoded = self.base.encode(self.processor, list(turns))
+        ids, mask = pad([ids for ids, _ in encoded])
+        labels, _ = pad([labels for _, labels in encoded], value=-100)
+        # Every second pixel is enough here and takes a quarter of the time.
+        return torch.from_numpy(rows), ids, mask, labels, texts, torch.cat(truths)[:, ::2, ::2].clone()
+
+    def _conversation(self, random, row):
+        """Return a conversation, with the questions in words and the expressions in random order, the expressions and masks."""
+        things = self.images.things[row]
+        asked = [item for item in shapes.make_expressions(random, things, 6) if item[1]]
+        asked = asked[: random.integers(1, len(asked) + 1)] if random.random() < 0.2 else asked
+        words = [
+            {"role": t["role"], "content": t["text"].replace("<image>\n", "")}
+            for t in shapes.make_conversation(random, things)
+        ]
+        texts = [text for text, _ in asked]
+        segment = self.processor.build_conversation(texts)
+        segment[0]["content"] = segment[0]["content"].replace("<image>\n", "")
+        turns = segment + words if random.random() < 0.6 else words + segment
+        turns[0] = {"role": "user", "content": "<image>\n" + turns[0]["content"]}
+        return turns, texts, torch.stack([self.images.mask(row, targets) for _, targets in asked])
+
+
 def train_language(model, base, processor, teacher, images: Images, args, log):
     """Run stage 2 on stored features of the frozen towers."""
     for parameter in model.parameters():
@@ -296,33 +333,9 @@ def train_language(model, base, processor, teacher, images: Images, args, log):
         "projector": model.model.multi_modal_projector, "language": model.model.language_model, "head": model.lm_head,
     }  # fmt: skip
     drawing = {"prompts": model.mask_projector, "decoder": model.sam.mask_decoder}
-    prompts = []
-    model.mask_projector.register_forward_hook(lambda module, args, output: prompts.append(output))
-
-    def conversation(random, row):
-        """Return a conversation of questions in words and of expressions with targets, in random order, the expressions, and masks."""
-        things = images.things[row]
-        asked = [item for item in shapes.make_expressions(random, things, 6) if item[1]]
-        asked = asked[: random.integers(1, len(asked) + 1)] if random.random() < 0.2 else asked
-        words = [
-            {"role": t["role"], "content": t["text"].replace("<image>\n", "")}
-            for t in shapes.make_conversation(random, things)
-        ]
-        texts = [text for text, _ in asked]
-        segment = processor.build_conversation(texts)
-        segment[0]["content"] = segment[0]["content"].replace("<image>\n", "")
-        turns = segment + words if random.random() < 0.6 else words + segment
-        turns[0] = {"role": "user", "content": "<image>\n" + turns[0]["content"]}
-        return turns, texts, torch.stack([images.mask(row, targets) for _, targets in asked])
-
-    def draw(random):
-        rows = random.integers(len(images.things), size=args.batch)
-        turns, texts, truths = zip(*(conversation(random, row) for row in rows))
-        encoded = base.encode(processor, list(turns))
-        ids, mask = pad([ids for ids, _ in encoded])
-        labels, _ = pad([labels for _, labels in encoded], value=-100)
-        # Every second pixel is enough here and takes a quarter of the time.
-        return torch.from_numpy(rows), ids, mask, labels, texts, torch.cat(truths)[:, ::2, ::2].clone()
+    draw = Conversations(base, processor, images, args.batch)
+    prompts: list[torch.Tensor] = []
+    model.mask_projector.register_forward_hook(lambda module, inputs, output: prompts.append(output))
 
     def word_losses(rows, ids, mask, labels, texts, truths):
         (features,) = clip(rows)
@@ -447,8 +460,9 @@ class Log(list):
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", help="run this stage alone, after those before it")
-    parser.add_argument("--arch", choices=list(BASES), default="llava_v1")
+    parser.add_argument("--arch", choices=list(BASES), default="llava_v1", help="the parts of the base")
+    stages = sorted({stage for kind in BASES.values() for stage in kind.steps})
+    parser.add_argument("--stage", choices=stages, help="run this stage alone and save no base")
     parser.add_argument("--output_dir", type=Path, help="by default the base's folder in assets")
     parser.add_argument(
         "--work_dir",
@@ -460,6 +474,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="of every stage, in place of the base's own numbers")
     args = parser.parse_args(argv)
     base = BASES[args.arch]()
+    if args.stage is not None and args.stage not in base.steps:
+        parser.error(f"--stage {args.stage}: the stages of --arch {args.arch} are {', '.join(base.steps)}")
     args.output_dir = args.output_dir or Path(base.output_dir)
     args.work_dir = args.work_dir or Path(base.work_dir)
     args.work_dir.mkdir(parents=True, exist_ok=True)
@@ -471,6 +487,8 @@ def main(argv: list[str] | None = None) -> None:
     images = Images(base.image_preparation(model.config, processor), args.images, args.work_dir / "images.pt")
     teacher = train_towers(model, base, images, args, log)
     train_language(model, base, processor, teacher, images, args, log)
+    if args.stage is not None:
+        return
     log.append({"stage": "done", "seconds_of_this_start": round(time.time() - start)})
     save_base(model, base, processor, args.output_dir, log)
 

@@ -95,10 +95,10 @@ class LlavaV1Base:
 
     output_dir = "assets/tiny_gsva"
     work_dir = "runs/base"
+    tower_stages = {"towers": ("vision", "masks")}  # what each stage of the towers trains
+    steps = {"towers": 2000, "language": 2300}  # of each stage
+    learns_places = False  # whether the towers learn where things are among others
     learns_prompts = False  # whether the language stage also learns the prompts of the towers' stage
-    learns_places = False  # whether the vision tower learns where things are among others
-    tower_stages = {"towers": ("vision", "masks")}
-    steps = {"towers": 2000, "language": 2300}
     mask_stride = 1  # pixels between those at which the towers' stage compares masks
     generation_config = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_new_tokens": 128}
 
@@ -226,10 +226,10 @@ class TodayBase:
 
     output_dir = "assets/tiny_gsva_today"
     work_dir = "runs/base_today"
-    learns_prompts = learns_places = True
+    learns_places = learns_prompts = True
     # Neither needs the other: they may run at the same time (`--stage vision` and `--stage masks`), with one thread each.
     tower_stages = {"vision": ("vision",), "masks": ("masks",)}
-    steps = {"vision": 3000, "masks": 1100, "words": 400, "language": 700}
+    steps = {"vision": 3000, "masks": 1100, "words": 200, "language": 500}
     mask_stride = 2
     generation_config = {"pad_token_id": 0, "eos_token_id": 2, "max_new_tokens": 128}
     sam_side, sam_stride = shapes.PICTURE_SIDE, 16  # the images' own size; the main map is 8 x 8, masks are 32 x 32

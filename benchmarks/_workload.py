@@ -13,12 +13,14 @@ import psutil
 import torch
 from PIL import Image
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, SamConfig
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.models.sam.modeling_sam import SamMaskDecoder
 
+from benchmarks._mask_models import SMALL_VIT, vit_config
 from data_scripts.files import write_text
 from data_scripts.schema import encode_mask
 from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration, GsvaImageProcessor, GsvaProcessor
+from modeling_gsva.image_processing_gsva import sam_preparation
 from modeling_gsva.processing_gsva import ADDED_TOKENS, CHAT_TEMPLATES, PROMPTS
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -73,17 +75,23 @@ def make_models() -> tuple[GsvaForConditionalGeneration, GsvaForConditionalGener
 
     The first is this project's model. The second has transformers' eager attention in SAM and transformers' mask decoder.
     """
-    processor = GsvaProcessor(GsvaImageProcessor(), make_tokenizer(), patch_size=14)
+    ours, processor = make_model(vit_config(*SMALL_VIT))
+    plain = GsvaForConditionalGeneration._from_config(ours.config, attn_implementation={"sam_config": "eager"}).eval()
+    plain.load_state_dict(ours.state_dict())
+    plain.sam.mask_decoder.__class__ = PlainMaskDecoder
+    return ours, plain, processor
+
+
+def make_model(sam_config: PreTrainedConfig) -> tuple[GsvaForConditionalGeneration, GsvaProcessor]:
+    """Return this project's model with a mask model, and the processor."""
+    image_processor = GsvaImageProcessor(**sam_preparation(sam_config))
+    processor = GsvaProcessor(image_processor, make_tokenizer(), patch_size=14)
     config = GsvaConfig(
         vision_config=CLIPVisionConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
                                        image_size=224, patch_size=14),
         text_config=LlamaConfig(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
                                 vocab_size=VOCABULARY, initializer_range=0.05),
-        sam_config=SamConfig(
-            vision_config={"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6, "mlp_dim": 768,
-                           "global_attn_indexes": [2, 5], "image_size": 1024, "patch_size": 16, "window_size": 14,
-                           "output_channels": 256, "initializer_range": 0.02},
-            prompt_encoder_config={"hidden_size": 256}, mask_decoder_config={"layer_norm_eps": 1e-5}),
+        sam_config=sam_config,
         image_token_id=processor.image_token_id, seg_token_id=processor.seg_token_id, rej_token_id=processor.rej_token_id,
     )  # fmt: skip
     torch.manual_seed(SEED)
@@ -100,10 +108,7 @@ def make_models() -> tuple[GsvaForConditionalGeneration, GsvaForConditionalGener
         # These weights make both tokens likely at every slot; the state's difference from the mean decides between them.
         weights -= torch.outer(weights @ mean, mean) / mean.square().sum()
         ours.lm_head.weight[[processor.seg_token_id, processor.rej_token_id]] = 20 * (weights + mean / mean.norm())
-    plain = GsvaForConditionalGeneration._from_config(config, attn_implementation={"sam_config": "eager"}).eval()
-    plain.load_state_dict(ours.state_dict())
-    plain.sam.mask_decoder.__class__ = PlainMaskDecoder
-    return ours, plain, processor
+    return ours, processor
 
 
 def make_rows(count: int) -> list[dict]:

@@ -1,28 +1,35 @@
 """Measure evaluation stage by stage, compared with a plain implementation of the original's cost.
 
-    python -m benchmarks eval [--quick]
+    python -m benchmarks eval [--quick] [--sam sam2]
 
 Workload M has random weights from a fixed seed, in fp32 on two threads, and 12 images of COCO's sizes with 4 expressions each.
 The plain implementation works as the original does: SAM with transformers' eager attention, CLIP and the language model twice
 for every image (the second time with every slot `[SEG]`), logits at every position, one image at a time. Both run in turns in
 one process, on the same inputs and weights, and must reach the same decisions. Only ratios within one run are meaningful.
 
-The benchmark prints a table and writes benchmarks/results/eval.json.
+With `--sam sam2` this project's evaluation with an encoder of ViT-H's proportions takes turns with one whose encoder has those
+of Hiera B+ (SAM 2.1), both scaled down; so small, the parts of Hiera that do not shrink with its width weigh more than in
+B+. The floating point operations of the published encoders, and of these two, are counted on tensors without data.
+
+The benchmark prints a table and writes benchmarks/results/eval.json, with `--sam sam2` benchmarks/results/eval_sam2.json.
 """
 
 import argparse
+import copy
 import time
 from collections import defaultdict
 
 import torch
 from transformers.models.sam.modeling_sam import SamVisionSdpaAttention
 
+from benchmarks._mask_models import SMALL_HIERA, SMALL_VIT, encoder_cost, hiera_config, true_costs, vit_config
 from benchmarks._workload import (
     TARGETS,
     THREADS,
     Elsewhere,
     busy_line,
     machine,
+    make_model,
     make_models,
     make_rows,
     parts_of,
@@ -155,6 +162,42 @@ def measure_further(ours, processor, rows, batch_size: int, repeats: int) -> dic
     return {"first_seconds": dict(seconds[1]), "further_seconds": further, "share": further["all"] / seconds[1]["all"]}
 
 
+def measure_mask_models(models: dict, rows, batch_size: int) -> dict:
+    """Measure `slots` with each mask model, in turns: seconds per image of each stage, and the operations of its encoder."""
+    seconds = {name: defaultdict(float) for name in models}
+    for first in range(0, len(rows), batch_size):
+        for name, (model, processor) in models.items():
+            with stages(parts_of(model)) as spent:
+                run_ours(model, processor, rows[first : first + batch_size], "slots", batch_size=batch_size)
+            for stage, value in with_rest(spent).items():
+                seconds[name][stage] += value / len(rows)
+    small = {name: encoder_cost(copy.deepcopy(model.config.sam_config)) for name, (model, _) in models.items()}
+    return {
+        "seconds_per_picture": {name: dict(values) for name, values in seconds.items()},
+        "encoders": {**small, **true_costs()},
+    }
+
+
+def mask_models_table(result: dict) -> str:
+    seconds = result["slots"]["seconds_per_picture"]
+    lines = [f"{'seconds per image':<20}" + "".join(f"{name:>12}" for name in seconds)]
+    for stage in (*ORIGINAL, "all"):
+        lines.append(f"{stage:<20}" + "".join(f"{values.get(stage, 0.0):>12.3f}" for values in seconds.values()))
+    lines.append(f"{'encoder':<20}{'parameters':>14}{'operations':>14}")
+    for name, cost in result["slots"]["encoders"].items():
+        lines.append(f"{name:<20}{cost['parameters'] / 1e6:>12.1f} M{cost['operations'] / 1e12:>12.3f} T")
+    return "\n".join([*lines, busy_line(result)])
+
+
+def compare_mask_models(rows: list[dict], batch_size: int, elsewhere: Elsewhere) -> dict:
+    models = {"ViT of M": make_model(vit_config(*SMALL_VIT)), "Hiera of M": make_model(hiera_config(*SMALL_HIERA))}
+    for model, processor in models.values():  # the first call takes longer
+        run_ours(model, processor, rows[:1], "slots")
+    measured = measure_mask_models(models, rows, batch_size)
+    workload = {"pictures": len(rows), "expressions": len(TARGETS), "batch_size": batch_size, "threads": THREADS}
+    return {"workload": {**workload, "dtype": "float32"}, "machine": machine(elsewhere), "slots": measured}
+
+
 def table(result: dict) -> str:
     encoder, evaluation, slots = result["sam_encoder"], result["teacher_forced"], result["slots"]
     lines = [f"{'seconds per image':<20}{'plain':>12}{'ours':>10}{'ratio':>8}{'the original':>14}"]
@@ -185,11 +228,20 @@ def main(argv: list[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="use 2 images, and do not write the result file")
     parser.add_argument("--batch-size", type=int, default=4, help="images per batch of this project (default: 4)")
+    parser.add_argument(
+        "--sam", choices=("sam", "sam2"), default="sam", help="compare mask models instead (default: sam)"
+    )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(THREADS)
     elsewhere = Elsewhere()
-    ours, plain, processor = make_models()
     rows = make_rows(2 if arguments.quick else 12)
+    if arguments.sam == "sam2":
+        result = compare_mask_models(rows, arguments.batch_size, elsewhere)
+        print(mask_models_table(result))
+        if not arguments.quick:
+            write_result("eval_sam2", result)
+        return
+    ours, plain, processor = make_models()
     for model, run in ((plain, run_plain), (ours, run_ours)):  # the first call of each takes longer
         run(model, processor, rows[:1])
     measured = {

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     elsewhere = Elsewhere()
-    decoders = {name: measure(name, 1 if arguments.quick else 5) for name in DECODERS}
+    decoders = {name: measure(name, 1 if arguments.quick else 3) for name in DECODERS}
     result = {
         "workload": {"slots": SLOTS, "images": 1, "channels": CHANNELS, "side": SIDE, "threads": 1, "dtype": "float32"},
         "machine": machine(elsewhere),

@@ -22,7 +22,7 @@ from .directories import TRY_INSTEAD, ModelDirectory, find_base, find_mask_model
 from .hub import create_repository, push
 from .keys import PREFIXES
 from .new_rows import SlotTokens, with_new_rows
-from .reading import CheckpointSource, LazyTensor, is_finite, listed
+from .reading import SAFETENSORS_DTYPES, CheckpointSource, LazyTensor, is_finite, listed
 from .writing import START_CARD, check_output, check_room, in_dtype, naming_output, write_card, write_directory
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ def convert_base(args: argparse.Namespace) -> dict:
     output = Path(args.output)
     check_output(output)
     directory, config = find_base(args.base)
-    mask_model = open_mask_model(args.sam)
     check_contract(directory, config)
+    mask_model = open_mask_model(args.sam)
     processor, tokens = make_processor(directory, config, mask_model.config)
     require_weights(directory)
     if args.push_to_hub:
@@ -255,6 +255,11 @@ def load_whole(
         raise ValueError(
             f"The weights of {directory} are not those of {type(model).__name__} that its config.json describes: "
             f"{listed(wrong, 4)}. The directory is not whole, or its files are of two models: download it again."
+        )
+    types = {parameter.dtype for parameter in model.parameters()} - set(SAFETENSORS_DTYPES.values())
+    if types:
+        raise ValueError(
+            f"{directory} has weights of type {listed(types)}: it is quantized. Pass the model before it was quantized."
         )
     return model.eval(), sorted(report["unexpected_keys"])
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Standard deviation of the noise on a new row, relative to that of the old rows in each column.
 NOISE = 0.1
-ROWS_AT_A_TIME = 4096  # of a table, in float64
+NUMBERS_AT_A_TIME = 2**18  # of a table, in float64
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ def with_new_rows(table: torch.Tensor, rows: int, tokens: SlotTokens, seed: int)
 
 def _mean_and_deviation(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and standard deviation of each column in float64, with a few rows in that type at a time."""
-    parts = [part for part in table.split(ROWS_AT_A_TIME)]
-    mean = sum((part.double().sum(0) for part in parts), table.new_zeros(table.shape[1:], dtype=torch.float64)) / len(
-        table
-    )
+    width = max(1, table[0].numel()) if len(table) else 1
+    parts = table.split(max(1, NUMBERS_AT_A_TIME // width))
+    start = table.new_zeros(table.shape[1:], dtype=torch.float64)
+    mean = sum((part.double().sum(0) for part in parts), start) / len(table)
     squares = sum(((part.double() - mean).square().sum(0) for part in parts), torch.zeros_like(mean))
     return mean, (squares / len(table)).sqrt()

@@ -68,7 +68,8 @@ class Negatives:
         share: The part of the expressions asked in a question that is drawn, from 0 (nothing) to below 1.
         like: "noun" draws texts whose head nouns and categories the image does not have. "attribute" prefers texts that
             share a head noun with the image and differ in an attribute, such as "the red car" where the image has a blue
-            one, and draws as "noun" does where there is none.
+            one; every second time first those whose attribute another thing of the image has, such as a red bus. Where
+            there is none, it draws as "noun" does.
         categories: The categories of the annotations, if the data has them.
         drop_no_targets: Whether to leave out the rows' own expressions without a target, as if the data did not have them.
             The rows given to `draw` must lack them, too.
@@ -220,15 +221,25 @@ class Negatives:
         return drawn
 
     def _like_attribute(self, row: dict[str, Any], facts: ImageFacts, draws: Draws) -> str | None:
-        present = (read_phrase(clean_expression(entry["text"])) for entry in row["expressions"] if _has_target(entry))
-        heads = sorted({part.head for phrase in present for part in phrase.parts} & self.by_attribute.keys())
+        """Return a text with a noun of the image and another attribute, every second time one that another thing has."""
+        present = [
+            part
+            for entry in row["expressions"]
+            if _has_target(entry)
+            for part in read_phrase(clean_expression(entry["text"])).parts
+        ]
+        heads = sorted({part.head for part in present} & self.by_attribute.keys())
+        stated = {value for part in present for value in part.values}
         if not heads:
             return None
-        for _ in range(TRIES):
-            numbers = self.by_attribute[heads[draws.index(len(heads), "noun of a negative")]]
-            text = self.texts[numbers[draws.index(len(numbers), "negative")]]
-            if self.has_another_attribute(text, row, facts):
-                return text
+        for is_stated in (True, False) if draws.chance("attribute that the image has") < 0.5 else (False,):
+            for _ in range(TRIES):
+                numbers = self.by_attribute[heads[draws.index(len(heads), "noun of a negative")]]
+                text = self.texts[numbers[draws.index(len(numbers), "negative")]]
+                if is_stated and stated.isdisjoint(read_phrase(text).parts[0].values):
+                    continue
+                if self.has_another_attribute(text, row, facts):
+                    return text
         return None
 
     def _another_thing(self, facts: ImageFacts, draws: Draws) -> str | None:

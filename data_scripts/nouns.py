@@ -167,6 +167,11 @@ class Part:
         """Return whether its noun does not tell what it is."""
         return not self.head or self.head in GENERIC
 
+    @property
+    def values(self) -> frozenset[tuple[str, int]]:
+        """Return (kind, value) of all attributes, whatever carries them."""
+        return frozenset((kind, value) for (kind, _), values in self.attributes.items() for value in values)
+
     def differs_in_attribute(self, other: Part) -> bool:
         """Return whether both state an attribute of one kind, of one carrier, and have no value of it in common."""
         return any(values.isdisjoint(other.attributes.get(key, values)) for key, values in self.attributes.items())

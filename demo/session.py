@@ -71,8 +71,8 @@ class Assistant:
             pixels = 0  # the processor says what is wrong with it
         if pixels > MAX_PIXELS:
             raise ValueError(f"The image has {pixels:,} pixels, more than {MAX_PIXELS:,}; make it smaller.")
-        image = self.processor.image_processor.fetch_images(str(path))
-        array = self.processor.image_processor.process_image(image)
+        image = self.processor.sam_image_processor.fetch_images(str(path))
+        array = self.processor.sam_image_processor.process_image(image)
         return Session(Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0))), self.model.new_cache())
 
     def ask(self, session: Session, expressions: Sequence[str]) -> None:

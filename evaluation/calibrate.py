@@ -15,7 +15,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -149,14 +149,12 @@ def calibrate(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> tu
 
 def _error(data: Scores, probabilities: np.ndarray) -> dict[str, Any]:
     """Return the calibration error of probabilities with its interval."""
-    interval = _interval(data, lambda places: calibration_error(probabilities[places], data.is_present[places]))
-    return {"value": calibration_error(probabilities, data.is_present), "interval": list(interval)}
-
-
-def _interval(data: Scores, statistic: Callable[[np.ndarray], float]) -> tuple[float, float]:
-    """Return the bootstrap interval of a statistic of places, with images as the unit."""
     places = Scores(np.arange(len(data.scores), dtype=float), data.is_present, data.images)
-    return calibration.bootstrap(places, lambda drawn: statistic(drawn.scores.astype(int)))
+
+    def error(drawn: Scores) -> float:
+        return calibration_error(probabilities[drawn.scores.astype(int)], drawn.is_present)
+
+    return {"value": error(places), "interval": list(calibration.bootstrap(places, error, is_error=True))}
 
 
 def _accuracy_interval(data: Scores, threshold: float, which: int) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from metrics.gres.presence import calibration_error
+from metrics.gres.presence import calibration_error, without_bias
 
 FOLDS = 5
 # With fewer expressions of either kind two parameters cannot be fitted to any use: they stay at 1 and 0.
@@ -281,11 +281,21 @@ def resampled(data: Scores, count: int, seed: int = 0) -> Iterator[Scores]:
         yield data.select(np.concatenate([places[starts[image] : starts[image + 1]] for image in images]))
 
 
-def bootstrap(data: Scores, statistic: Callable[[Scores], float], seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of a statistic, with images as the unit."""
-    values = [value for drawn in resampled(data, RESAMPLES, seed) if not math.isnan(value := statistic(drawn))]
+def bootstrap(
+    data: Scores, statistic: Callable[[Scores], float], seed: int = 0, is_error: bool = False
+) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of a statistic, with images as the unit.
+
+    Args:
+        is_error: Whether it is a calibration error, whose bias in resamples is taken off (`without_bias`).
+    """
+    values = np.array(
+        [value for drawn in resampled(data, RESAMPLES, seed) if not math.isnan(value := statistic(drawn))]
+    )
+    if is_error:
+        values = without_bias(values, statistic(data))
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    return tuple(np.quantile(values, tails).tolist()) if values else (math.nan, math.nan)
+    return tuple(np.quantile(values, tails).tolist()) if len(values) else (math.nan, math.nan)
 
 
 def least_calibration_error(probabilities: np.ndarray, draws: int = 200, seed: int = 0) -> float:

@@ -191,7 +191,8 @@ def evaluation_identity(model, processor, config: EvaluationConfig) -> dict[str,
         options["generation_config"] = _digest(model.generation_config.to_json_string().encode())
     if model.config.rejection:  # the rows' probabilities depend on it
         options["rejection"] = model.config.rejection_values
-    parts = (model.config.text_config, model.config.vision_config, model.config.sam_config.vision_config)
+    towers = (getattr(part, "vision_config", None) for part in (model.config.vlm_config, model.config.sam_config))
+    parts = [part for part in (model.config.text_config, *towers) if part is not None]
     return {
         **options,
         **config.labels,

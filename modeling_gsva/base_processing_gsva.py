@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import os
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def check_extras(processor_class: type[ProcessorMixin]) -> None:
             )
 
 
-def load_base_processor(base: str, **kwargs) -> ProcessorMixin:
+def load_base_processor(base: str | os.PathLike, **kwargs) -> ProcessorMixin:
     """
     Return the processor of a base's directory or Hub id.
 
@@ -51,8 +52,13 @@ def load_base_processor(base: str, **kwargs) -> ProcessorMixin:
         ValueError: a model without a processor for images.
     """
     model_type = AutoConfig.from_pretrained(base, **kwargs).model_type
-    if (name := PROCESSOR_MAPPING_NAMES.get(model_type)) is not None:
-        check_extras(processor_class_from_name(name))
+    name = PROCESSOR_MAPPING_NAMES.get(model_type)
+    if name is None:
+        raise ValueError(
+            f"{str(base)!r} holds a model of type {model_type!r}, which has no processor of images and text, so it cannot be the "
+            "base of a GSVA. Take a vision-language model, such as llava, qwen3_vl, internvl or smolvlm."
+        )
+    check_extras(processor_class_from_name(name))
     processor = AutoProcessor.from_pretrained(base, **kwargs)
     _check_base(processor)
     return processor

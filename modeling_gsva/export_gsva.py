@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .configuration_gsva import GsvaConfig
+from .llava_v1_gsva import LlavaV1Config
 from .modeling_gsva import GsvaForConditionalGeneration
 
 # Largest accepted difference to torch, relative to the largest output: float32 rounding over some thirty layers.
@@ -58,6 +60,19 @@ ONNX_GRAPHS = {  # name of the file → (method of the model, names of its outpu
 }
 
 
+def check_types(config: GsvaConfig) -> None:
+    """Raise ValueError for a model whose graphs would not be the three that are written, before anything is written."""
+    for name, kind, known in (
+        ("base", config.vlm_config.model_type, LlavaV1Config.model_type),
+        ("mask model", config.sam_config.model_type, "sam"),
+    ):
+        if kind != known:
+            raise ValueError(
+                f"Only a GSVA over LLaVA v1 with the masks of SAM can be exported to ONNX: images of a fixed size, one map of each. "
+                f"This one's {name} is of type {kind!r}. Use it with torch."
+            )
+
+
 @torch.no_grad()
 def export_onnx(model: GsvaForConditionalGeneration, folder: str | Path, check: bool = True) -> dict[str, float]:
     """
@@ -75,8 +90,10 @@ def export_onnx(model: GsvaForConditionalGeneration, folder: str | Path, check: 
         For each file's name the largest difference to the model, relative to the largest output (0.0 unless `check`).
 
     Raises:
-        ValueError: a part that is not in float32, or a file whose outputs differ by more than `TOLERANCE`.
+        ValueError: another base than LLaVA v1 or another mask model than SAM, a part that is not in float32, or a file whose
+            outputs differ by more than `TOLERANCE`.
     """
+    check_types(model.config)
     parts = (model.model.vision_tower, model.sam, model.mask_projector)
     kinds = {parameter.dtype for part in parts for parameter in part.parameters()}
     if kinds != {torch.float32}:

@@ -23,7 +23,8 @@ from .threads import usable_cores
 TRAIN_LANGUAGE_MODEL = ("lora", "full", "frozen")
 TRAIN_TOKENS = ("all", "new")
 QUANTIZATIONS = ("4bit", "8bit")
-ARCHITECTURES = ("7b", "13b")
+# Files of configs/architectures: the paper's two models, and bases of today.
+ARCHITECTURES = ("7b", "13b", "llava15_sam2", "qwen3vl_4b_sam2", "smolvlm_500m_sam2")
 
 
 def _json_object(name: str, text: str | None) -> dict | None:
@@ -52,16 +53,16 @@ class ModelArguments:
     lora_r: int = field(default=8, metadata={"help": "Rank of LoRA."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of LoRA, divided by the rank."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA."})
-    train_tokens: str = field(
-        default="all",
-        metadata={
-            "help": "With LoRA: train 'all' rows of the embedding and the language head, or only the 'new' ones of [SEG] and [REJ]."
-        },
-    )
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
             "help": "Last names of the language model's layers that get LoRA; default: its projections to queries and values."
+        },
+    )
+    train_tokens: str = field(
+        default="all",
+        metadata={
+            "help": "With LoRA: train 'all' rows of the embedding and the language head, or only the 'new' ones of [SEG] and [REJ]."
         },
     )
     quantization: str | None = field(
@@ -78,7 +79,7 @@ class ModelArguments:
     )
     architecture: str | None = field(
         default=None,
-        metadata={"help": f"--plan: size of `model` if it is not on this machine, {' or '.join(ARCHITECTURES)}."},
+        metadata={"help": f"--plan: size of `model` if it is not on this machine: {', '.join(ARCHITECTURES)}."},
     )
 
     def __post_init__(self):

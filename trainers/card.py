@@ -1,6 +1,7 @@
 """The model card of a run: data, hyper-parameters, results, licences of the bases, citation."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from evaluation.records import (
     shown_keys,
 )
 from metrics.gres import METRIC_KEYS
+from modeling_gsva.llava_v1_gsva import LlavaV1Config
 
 from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
 from .output_folder import ADAPTER, CARD, LOG_HISTORY, TRAINING
@@ -44,13 +46,41 @@ def markdown(text: Any) -> Markup:
     return Markup(line)
 
 
-def licence_of(base: str) -> str | None:
-    """Return the licence that the base's card names, or None."""
+def card_of(base: str) -> ModelCard | None:
+    """Return the base's card; None if there is none, or no connection to the Hub."""
     path = Path(base) / CARD
     try:
-        return ModelCard.load(path if Path(base).is_dir() else base).data.get("license")
-    except (OSError, ValueError):  # there is no card, or no connection to the Hub
+        return ModelCard.load(path if Path(base).is_dir() else base)
+    except (OSError, ValueError):
         return None
+
+
+def licence_of(base: str) -> str | None:
+    """Return the licence that the base's card names, or None."""
+    card = card_of(base)
+    return None if card is None else card.data.get("license")
+
+
+def parts_with_licences(base: str, output_dir: Path) -> dict[str, str]:
+    """
+    Return what the model was made of and the licences of these parts, by the part; empty for LLaVA v1 with SAM.
+
+    The card of a start by `convert_checkpoint.py --base` states both. Where there is none, the trained model's configuration
+    tells the types.
+    """
+    path = output_dir / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    kinds = {
+        "base": config.get("vlm_config", {}).get("model_type", LlavaV1Config.model_type),
+        "mask model": config.get("sam_config", {}).get("model_type", "sam"),
+    }
+    if kinds == {"base": LlavaV1Config.model_type, "mask model": "sam"}:
+        return {}
+    card = card_of(base)
+    stated = dict(
+        re.findall(r"^\| (base|mask model) \| (.+) \|$", card.text if card is not None else "", re.MULTILINE)
+    )
+    return {part: stated.get(part, f"of the type {kind}, licence not stated") for part, kind in kinds.items()}
 
 
 def public_name(base: str) -> str:
@@ -165,6 +195,7 @@ def write_card(model: ModelArguments, data: DataArguments, training: GsvaTrainin
         "notes": [markdown(note) for note in notes],
         "training": {name: markdown(value) for name, value in table.items()},
         "licence": licence,
+        "parts": {part: markdown(what) for part, what in parts_with_licences(model.model, output_dir).items()},
         # In a fenced block, which only a line of backticks would end; JSON has no such line.
         "arguments": Markup(json.dumps(public_arguments(model, data), indent=1, default=str)),
     }

@@ -147,8 +147,9 @@ def prepare_for_training(model: nn.Module, args: ModelArguments) -> nn.Module:
         if args.train_tokens == "new":
             slots = sorted((model.config.seg_token_id, model.config.rej_token_id))
             # peft shares the rows with a tied head if only the embedding is named.
-            tables = (parts.embedding,) if parts.is_tied else (parts.embedding, parts.head)
-            in_full, rows = MASK_PARTS, {_short_name(model, table): slots for table in tables}
+            with_rows = (parts.embedding,) if parts.is_tied else (parts.embedding, parts.head)
+            rows = {_short_name(model, part): slots for part in with_rows}
+            in_full = MASK_PARTS
         config = LoraConfig(
             r=args.lora_r,
             lora_alpha=args.lora_alpha,
@@ -156,12 +157,12 @@ def prepare_for_training(model: nn.Module, args: ModelArguments) -> nn.Module:
             target_modules=lora_targets(model, args.lora_target_modules),
             modules_to_save=[_short_name(model, part) for part in in_full],
             trainable_token_indices=rows,
-            ensure_weight_tying=parts.is_tied,
+            ensure_weight_tying=parts.is_tied and rows is None,
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, config)
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and _is_in(_plain_name(name), parts.without_gradient):
+            if parameter.requires_grad and _is_in(plain_name(name), parts.without_gradient):
                 parameter.requires_grad_(False)
         return model
     trained = parts.in_full + ((parts.decoder,) if args.train_language_model == "full" else ())
@@ -176,7 +177,7 @@ def _short_name(model: nn.Module, part: str) -> str:
     return last if [name for name, _ in model.named_modules() if name.endswith(last)] == [part] else part
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """Return the name that a parameter has without peft."""
     name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     return re.sub(r"\.(modules_to_save\.\w+|original_module)\.", ".", name)
@@ -198,7 +199,7 @@ def _part_namer(model: nn.Module) -> Callable[[str], str]:
     known = (*parts.in_full, parts.decoder, *parts.encoders)
 
     def part_of(name: str) -> str:
-        name = _plain_name(name)
+        name = plain_name(name)
         if "lora_" in name:
             return "LoRA of the language model"
         part = next((part for part in known if _is_in(name, (part,))), None)

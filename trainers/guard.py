@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 CURVE_AREA = "curve_area"
 # What an evaluation during training logs, each as "eval_" and its name.
 WATCHED = (*METRIC_KEYS, CURVE_AREA)
+NEED_SCORES = ("AUROC", "AP", "ECE", "N3R", CURVE_AREA)
+ABSENT, PRESENT, SINGLE = "without a target", "with a target", "with a single target"  # kinds of expressions
 GUARDS = ("warn", "stop")
 T_ACC = "eval_T_acc"
 
@@ -109,7 +111,7 @@ def check_watched(args: Any, config: EvaluationConfig) -> None:
                 f"{config.split}, which have no expression {' and none '.join(missing)}; choose another metric, or evaluate "
                 f"on more images (--max_eval_samples_in_training) or other ones."
             )
-        if name == CURVE_AREA and config.protocol == "generate":
+        if name in NEED_SCORES and config.protocol == "generate":
             raise ValueError(
                 f"{option}: {name} needs a score for every expression, which generated answers need not have; put slots first "
                 f"in --protocols, or choose another metric."
@@ -118,11 +120,13 @@ def check_watched(args: Any, config: EvaluationConfig) -> None:
 
 def _needed(name: str) -> tuple[str, ...]:
     """Return the kinds of expressions without which a metric is not defined."""
-    if name == CURVE_AREA:
-        return ("without a target", "with a target")
-    if name == "N_acc":
-        return ("without a target",)
-    return ("with a target",) if name == "T_acc" or name.startswith("Pr@") else ()
+    if name in ("AUROC", "IL_MCC", "cgF1", CURVE_AREA):
+        return (ABSENT, PRESENT)
+    if name in ("N_acc", "N3R"):
+        return (ABSENT,)
+    if name == "REC":
+        return (SINGLE,)
+    return (PRESENT,) if name in ("T_acc", "AP", "pmF1") or name.startswith("Pr@") else ()
 
 
 def _kinds(config: EvaluationConfig) -> set[str]:
@@ -135,8 +139,11 @@ def _kinds(config: EvaluationConfig) -> set[str]:
         entries = row.get("expressions", ())
         for entry in entries[:1] if config.is_reasoning else entries:
             if clean_expression(entry["text"]):
-                kinds.add("with a target" if mask_area(entry["mask"]) else "without a target")
-        if len(kinds) == 2:
+                if not mask_area(entry["mask"]):
+                    kinds.add(ABSENT)
+                else:
+                    kinds |= {PRESENT, SINGLE} if entry["num_targets"] == 1 else {PRESENT}
+        if len(kinds) == 3:
             break
     return kinds
 

@@ -20,6 +20,13 @@ from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
 from .arguments import ModelArguments
 from .output_folder import ADAPTER
 
+# The base and the mask model of the presets that begin with them, by their architecture.
+STARTS = {
+    "llava15_sam2": ("llava-hf/llava-1.5-7b-hf", "facebook/sam2.1-hiera-base-plus"),
+    "qwen3vl_4b_sam2": ("Qwen/Qwen3-VL-4B-Instruct", "facebook/sam2.1-hiera-base-plus"),
+    "smolvlm_500m_sam2": ("HuggingFaceTB/SmolVLM-500M-Instruct", "facebook/sam2.1-hiera-tiny"),
+}
+
 
 def quantization_config(kind: str, dtype: str) -> BitsAndBytesConfig:
     """
@@ -89,6 +96,20 @@ def whole_weights() -> Iterator[None]:
         deepspeed_integration._hf_deepspeed_config_weak_ref = reference
 
 
+def why_not_loaded(args: ModelArguments, error: OSError) -> str:
+    """Return why a model cannot be loaded and what to do; the text continues a sentence that begins with the model's name."""
+    if args.architecture in STARTS and not Path(args.model).exists():
+        base, sam = STARTS[args.architecture]
+        return (
+            f"is neither on this machine nor on the Hub. Make it first: python convert_checkpoint.py --base {base} --sam {sam} "
+            f"--output {args.model}"
+        )
+    return (
+        f"cannot be loaded ({error}). Give a directory that save_pretrained or convert_checkpoint.py wrote, or a Hub id; "
+        "convert_checkpoint.py --base BASE --sam MASK_MODEL --output DIR makes one of a vision-language model and a mask model."
+    )
+
+
 def load_model(
     args: ModelArguments, device: torch.device | str | None = None
 ) -> tuple[GsvaProcessor, GsvaForConditionalGeneration]:
@@ -138,10 +159,7 @@ def load_model(
                 processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
                 model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, **options)
     except OSError as error:
-        raise ValueError(
-            f"model={args.model!r} cannot be loaded ({error}). Give a directory that save_pretrained or "
-            "convert_checkpoint.py wrote, or a Hub id."
-        ) from error
+        raise ValueError(f"model={args.model!r} {why_not_loaded(args, error)}") from error
     if args.object_score_loss_weight is not None:
         model.config.object_score_loss_weight = args.object_score_loss_weight
         model.config.check_object_score()

@@ -13,13 +13,16 @@ The parts of the sum, in bytes per process:
 - **buffers**: additional memory of the strategy, see `Strategy`.
 
 The count assumes the worst case: every conversation is as long as max_length allows, all its text is supervised, all its
-num_expressions slots are `[SEG]`, and images are 640 x 640, COCO's largest. It leaves out the memory of the driver,
-fragmentation of the allocator, and temporaries inside fused kernels; `MARGIN` allows for them.
+num_expressions slots are `[SEG]`, and images are 640 x 640, COCO's largest. Where the base's configuration says how many
+tokens an image takes, these are not supervised; of other bases all tokens are taken for text. The base's own vision tower is
+run for LLaVA v1. For others, whose inputs differ by family, its temporaries are bounded by `tower_bytes`. The count leaves out
+the memory of the driver, fragmentation of the allocator, and temporaries inside fused kernels; `MARGIN` allows for them.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,7 +32,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import yaml
-from peft import PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,16 +39,19 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig
 
 from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration
+from modeling_gsva.llava_v1_gsva import LlavaV1Config
 from modeling_gsva.modeling_gsva import upscaled_mask_losses
 from modeling_gsva.sam_attention_gsva import BIAS_ELEMENTS
 from modeling_gsva.sam_decoder_gsva import MAP_BYTES
 
-from .arguments import DataArguments, GsvaTrainingArguments, ModelArguments
-from .freezing import cast_trained, prepare_for_training
+from .arguments import ARCHITECTURES, DataArguments, GsvaTrainingArguments, ModelArguments
+from .freezing import cast_trained, parts_of, plain_model, plain_name, prepare_for_training
 
 GIB = 1024**3
 MARGIN = 1.5 * GIB  # an assumption: about 0.5 GiB for the CUDA context, the rest for the allocator
 IMAGE_SIDE = 640
+# Patches of a vision tower that become one token, at most: SmolVLM 500M and Gemma 3 join 4 x 4, Qwen and InternVL 2 x 2.
+PATCHES_PER_TOKEN = 16
 # The cards people train on, in GiB.
 CARDS = {"24 GiB": 24, "40 GiB": 40, "48 GiB": 48, "80 GiB": 80}
 PLANNED = ("one_gpu", "ddp", "zero2", "zero3", "fsdp2")
@@ -54,7 +59,8 @@ PLANNED = ("one_gpu", "ddp", "zero2", "zero3", "fsdp2")
 
 def architecture(name: str) -> GsvaConfig:
     """
-    Return the paper's model in size "7b" or "13b": LLaMA with 32,004 rows, CLIP ViT-L/14 at 224 px, SAM ViT-H at 1024 px.
+    Return a model of `configs/architectures`, the paper's "7b" or "13b" (LLaMA with 32,004 rows, CLIP ViT-L/14 at 224 px, SAM
+    ViT-H at 1024 px) or one over a base of today.
 
     >>> architecture("7b").image_seq_length
     256
@@ -78,7 +84,8 @@ def planned_config(args: ModelArguments) -> GsvaConfig:
         return AutoConfig.from_pretrained(args.model, trust_remote_code=True)
     except OSError:
         raise ValueError(
-            f"model={args.model!r} is not on this machine, so its size is not known; name it: --architecture 7b or 13b."
+            f"model={args.model!r} is not on this machine, so its size is not known; name it: --architecture "
+            f"{', '.join(ARCHITECTURES[:-1])} or {ARCHITECTURES[-1]}."
         ) from None
 
 
@@ -204,13 +211,17 @@ def sizes_of(model: nn.Module, quantization: str | None) -> Sizes:
     layers: dict[str, float] = {}
     frozen = root = 0.0
     seen = set()
+    in_layer = re.compile(rf"{re.escape(parts_of(plain_model(model)).decoder)}\.\w+\.(\d+)\.")
+    quantized = {
+        f"{name}.weight" for name, part in model.named_modules() if isinstance(part, nn.Linear) and "lora_" not in name
+    }
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
         size = tensor.numel() * tensor.element_size()
-        _, inside, rest = name.partition("language_model.layers.")
-        if quantization and inside and name.endswith("_proj.weight") | name.endswith("base_layer.weight"):
+        layer = in_layer.match(plain_name(name))
+        if quantization and layer and name in quantized:
             sizes.dequantized = max(sizes.dequantized, size)
             size = _quantized_bytes(tensor, quantization)
         sizes.parameters += tensor.numel()
@@ -219,9 +230,8 @@ def sizes_of(model: nn.Module, quantization: str | None) -> Sizes:
             sizes.trained_bytes += size
         else:
             frozen += size
-        if inside:
-            number = rest.partition(".")[0]
-            layers[number] = layers.get(number, 0) + size
+        if layer:
+            layers[layer[1]] = layers.get(layer[1], 0) + size
         else:
             root += size
     sizes.frozen_bytes, sizes.root_bytes, sizes.layer_bytes = int(frozen), int(root), int(max(layers.values()))
@@ -278,6 +288,33 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
+def image_tokens(config: GsvaConfig) -> int:
+    """Return how many tokens an image takes at least, as far as the base's configuration says so; else 0."""
+    names = ("image_seq_length", "mm_tokens_per_image")
+    counts = (getattr(config.vlm_config, name, None) for name in names)
+    return next((count for count in counts if isinstance(count, int)), 0)
+
+
+def tower_bytes(config: GsvaConfig, images: int, length: int, half: bool) -> int:
+    """
+    Return a bound of what a frozen vision tower holds at a time: it keeps nothing for a backward pass, so that this is the
+    input of a layer and what its attention and its perceptron make of it, for the patches of conversations full of images.
+    """
+    vision = config.vision_config
+    hidden = int(getattr(vision, "hidden_size", 0) or getattr(vision, "embed_dim", 0))
+    wide = int(getattr(vision, "intermediate_size", 0) or 4 * hidden)
+    return images * length * PATCHES_PER_TOKEN * (6 * hidden + 2 * wide) * (2 if half else 4)
+
+
+def embedded_images(gsva: nn.Module, images: int, length: int) -> torch.Tensor:
+    """Return (images, positions, hidden) features of images; those of LLaVA v1 are computed."""
+    if gsva.config.vlm_config.model_type == LlavaV1Config.model_type:
+        side = gsva.config.vision_config.image_size
+        return gsva.model.multi_modal_projector(gsva.model.get_vision_features(torch.empty(images, 3, side, side)))
+    count = min(image_tokens(gsva.config), length - 1)
+    return torch.empty(images, count, gsva.config.text_config.hidden_size, dtype=gsva.dtype)
+
+
 def activation_bytes(
     model: nn.Module, images: int, length: int, slots: int, half: bool, side: int = IMAGE_SIDE
 ) -> int:
@@ -292,9 +329,8 @@ def activation_bytes(
         half: Whether autocast computes in bfloat16.
         side: Height and width of the images in pixels, for the mask losses.
     """
-    gsva = model.base_model.model if isinstance(model, PeftModel) else model
-    config, model = gsva.config, model.train()
-    vision, sam = config.vision_config.image_size, config.sam_config.vision_config.image_size
+    gsva, model = plain_model(model), model.train()
+    config, sam = gsva.config, gsva.config.mask_input_size
     for parameter in model.parameters():  # gradients are counted by themselves and updated in place
         if parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter)
@@ -306,15 +342,13 @@ def activation_bytes(
     with LiveBytes(counted_elsewhere) as counter, pieces_as_on_a_card(), ExitStack() as stack:
         if half:
             stack.enter_context(torch.autocast("cpu", torch.bfloat16))
-        features = gsva.model.multi_modal_projector(
-            gsva.model.get_vision_features(torch.empty(images, 3, vision, vision))
-        )
+        features = embedded_images(gsva, images, length)
         ids = torch.zeros(images, length, dtype=torch.long)
         embeds = gsva.get_input_embeddings()(ids)
         embeds = torch.cat([embeds[:, : length - features.shape[1]], features.to(embeds)], 1)
-        hidden = gsva.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        hidden = gsva.vlm.get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state
         text = max(length - features.shape[1], 1)
-        logits = gsva.lm_head(hidden[:, -text:]).float()
+        logits = gsva.language.logits(hidden[:, -text:]).float()
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, -text:].flatten(), reduction="sum")
         del logits, features, embeds
         embeddings = gsva.get_sam_embeddings(torch.empty(images, 3, sam, sam))
@@ -331,7 +365,8 @@ def activation_bytes(
         loss.backward()
     for parameter in model.parameters():
         parameter.grad = None
-    return counter.peak
+    is_v1 = config.vlm_config.model_type == LlavaV1Config.model_type
+    return counter.peak if is_v1 else max(counter.peak, tower_bytes(config, images, length, half))
 
 
 def memory_of(sizes: Sizes, activations: int, strategy: Strategy, half: bool = True) -> Memory:
@@ -390,6 +425,14 @@ def plan(model_args: ModelArguments, data_args: DataArguments, training: GsvaTra
         f"images with {data_args.num_expressions} expressions per card, activations "
         f"{'checkpointed' if training.activation_checkpointing else 'kept'}; GiB per card:"
     )
+    config = planned_config(model_args)
+    if config.vlm_config.model_type != LlavaV1Config.model_type:
+        tokens = image_tokens(config)
+        title += (
+            f"\nassumed: {data_args.max_length or 'as many as the base takes'} tokens in each conversation, "
+            f"{f'{tokens} of them' if tokens else 'an unknown number of them'} of the image; every other token is supervised; up "
+            f"to {PATCHES_PER_TOKEN} patches of the vision tower for each token of a conversation."
+        )
     names = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
     head = f"{'strategy':<10}{'cards':>6}" + "".join(f"{name:>13}" for name in names)
     lines = [title, f"{head}  fits (with {MARGIN / GIB:g} GiB to spare)"]

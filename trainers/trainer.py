@@ -326,7 +326,9 @@ class GsvaTrainer(Trainer):
         self._show_pictures()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._begun += time.perf_counter() - start  # the time of an evaluation is not training time
-        return metrics
+        # A metric may depend on the answers (IL_MCC needs rejected ones). As NaN it is never the best; transformers would
+        # end the run if it were missing.
+        return {f"{metric_key_prefix}_{name}": math.nan for name in values} | metrics
 
     @property
     def _pictures(self) -> Path:

@@ -131,15 +131,15 @@ def begin_run(
         model: The base model as it was loaded.
 
     Raises:
-        ValueError: The output folder holds another run, or one of more steps than are asked for; the disk is too small; or
-            evaluations cannot give a metric that is to be watched.
+        ValueError: The output folder holds another run, or one of more steps than are asked for; evaluations cannot give a
+            metric that is to be watched; or the disk is too small.
     """
     checkpoint = resume_point(training_args)
     check_optimizer(checkpoint, training_args)
-    on_main_process(lambda: check_disk(planned_model(model, model_args, training_args), training_args))
-    warn_of_long_conversations(model, data_args)
     if training_args.do_eval:
         check_watched(training_args, evaluation_in_training(data_args, training_args))
+    on_main_process(lambda: check_disk(planned_model(model, model_args, training_args), training_args))
+    warn_of_long_conversations(model, data_args)
     record = make_record(processor, model, model_args, data_args, training_args)
     record = check_resumed(record, checkpoint, training_args)
     if PartialState().is_main_process and (sentence := describe_changes(record, checkpoint)):

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from .presence import count_metrics, decision_counts, rank_metrics, rejection_reliability
+from .presence import count_metrics, decision_counts, rank_metrics, rejection_reliability, without_bias
 
 # "rela": the benchmark's evaluator (github.com/henghuiding/ReLA, gres_model/evaluation/refer_evaluation.py).
 # "gsva": `eval_gres` of the original GSVA (github.com/LeapLabTHU/GSVA), which it uses for sets with no-targets.
@@ -90,10 +90,7 @@ FIELDS: dict[str, _Test] = {
     "union": _AREA,
     "score": _FINITE,  # log-odds of [SEG] against [REJ]; a slot with a score below 0 is rejected
     # the probability that the expression is there, by the model's calibration; without it, sigmoid(score)
-    "probability": (
-        lambda v: isinstance(v, Real) and not isinstance(v, bool) and 0 <= v <= 1,
-        "a number between 0 and 1",
-    ),
+    "probability": (lambda v: _FINITE[0](v) and 0 <= v <= 1, "a number between 0 and 1"),
     "box_intersection": _AREA,  # pixels in both the box of the predicted mask and that of the true one
     "box_union": _AREA,
     "is_malformed": _FLAG,  # the answer did not have one slot per expression
@@ -194,7 +191,8 @@ def _terms(columns: _Columns, convention: str) -> dict[str, tuple[np.ndarray, np
     malformed = columns["is_malformed"]
     probability = _probability(columns)
     reliable = not np.isnan(probability[no_target & ~rejected & (union > 0)]).any()
-    boxes = target & np.not_equal(columns["box_union"], None) & np.isin(columns["num_targets"], (None, 1))
+    single = np.array([number in (None, 1) for number in columns["num_targets"]], dtype=bool)
+    boxes = target & single & np.not_equal(columns["box_union"], np.array(None))
     overlap, area = (np.where(boxes, columns[name], 0).astype(float) for name in ("box_intersection", "box_union"))
     if convention == "rela":
         overlap = np.where(rejected, 0, overlap)
@@ -232,7 +230,7 @@ def _counts(columns: _Columns) -> np.ndarray:
 
 
 def _has_scores(columns: _Columns) -> bool:
-    return not np.equal(columns["score"], None).any()
+    return not np.equal(columns["score"], np.array(None)).any()
 
 
 def _ratio(numerator: float, denominator: float, epsilon: float) -> float:
@@ -375,6 +373,8 @@ def _bootstrap(
                 values[key].append(of_part[~np.isnan(of_part)])
     tails = [(1 - level) / 2, (1 + level) / 2]
     found = {key: np.concatenate(parts) if parts else np.empty(0) for key, parts in values.items()}
+    of_data = count_metrics(table[:, ratios.shape[1] :].sum(axis=0, keepdims=True))
+    found["ECE"] = without_bias(found["ECE"], float(of_data["ECE"][0]))
     return {
         key: tuple(np.quantile(of_key, tails).tolist()) if len(of_key) else (math.nan, math.nan)
         for key, of_key in found.items()

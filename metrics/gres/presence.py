@@ -147,9 +147,11 @@ def _count_metric(name: str, no_target: np.ndarray, rejected: np.ndarray, iou: n
 
 def _count_metric_of_rows(name: str, rows: Iterable[Mapping[str, Any]]) -> float:
     rows = list(rows)
-    flags = (np.array([row[field] for row in rows], dtype=bool) for field in ("is_no_target", "is_rejected"))
+    no_target, rejected = (
+        np.array([row[field] for row in rows], dtype=bool) for field in ("is_no_target", "is_rejected")
+    )
     iou = np.array([row["intersection"] / row["union"] if row["union"] else 0.0 for row in rows])
-    return _count_metric(name, *flags, iou)
+    return _count_metric(name, no_target, rejected, iou)
 
 
 def positive_micro_f1(rows: Iterable[Mapping[str, Any]]) -> float:
@@ -206,6 +208,15 @@ def calibration_error(
     if not count:
         return math.nan
     return sum(line["count"] / count * abs(line["probability"] - line["share"]) for line in table)
+
+
+def without_bias(resampled: np.ndarray, value: float) -> np.ndarray:
+    """Return calibration errors of resamples (resamples,) without their bias, around that of the data.
+
+    A resample has fewer different expressions than the data, so chance moves its bins further: its error is larger on
+    average. The mean surplus is taken off (bootstrap estimate of bias: Efron and Tibshirani, 1993, chapter 10).
+    """
+    return np.maximum(resampled - (resampled.mean() - value), 0) if len(resampled) else resampled
 
 
 def bin_of(probabilities: np.ndarray, bins: int) -> np.ndarray:

@@ -1,13 +1,17 @@
 """`--base` and `--sam` make the start of a GSVA: the base is still itself, new rows are drawn, and the directory loads and segments."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tiny_bases as bases
 import tiny_directories as tiny
 import torch
+from isolation import WITHOUT_PROJECT
 from safetensors.torch import load_file, save_file
 from tiny_bases import rms
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
@@ -309,3 +313,42 @@ def test_uploads(mask_models, llava, tmp_path, monkeypatch):
     convert(llava, mask_models["sam"], tmp_path / "start", "--push_to_hub", "someone/start")
     assert calls == [("create", "someone/start"), ("someone/start", tmp_path / "start")]
     assert "# someone/start" in (tmp_path / "start/README.md").read_text()
+
+
+# Runs isolated (-I: no working directory, no PYTHONPATH).
+SCRIPT = (
+    WITHOUT_PROJECT
+    + """
+import sys
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+torch.set_num_threads(1)
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+inputs = processor(images=[Image.new("RGB", (40, 30), "red")], expressions=[["the man", "a dog"]], return_tensors="pt")
+results = processor.post_process_segmentation(model.segment(**inputs, threshold=-1e9), inputs)
+assert [entry["mask"].shape for entry in results[0]] == [(30, 40)] * 2
+print(type(model).__module__.split(".")[0], [entry["score"] for entry in results[0]])
+"""
+)
+
+
+@pytest.mark.slow
+def test_a_start_segments_where_the_project_is_not_installed(mask_models, llava, tmp_path):
+    convert(llava, mask_models["sam3_tracker"], tmp_path / "start")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", "-c", SCRIPT, str(tmp_path / "start")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert ended.returncode == 0 and ended.stdout.startswith("transformers_modules "), ended.stderr
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_the_base_and_a_shard(tmp_path):
+    """Of 200 MB; what Python and the libraries take by themselves is taken off."""
+    from benchmarks.convert_base import measure
+
+    figures = measure(tmp_path, 200)
+    for name in ("padding", "growing"):
+        more = figures[f"{name}_peak_megabytes"] - figures["nothing_peak_megabytes"]
+        assert more < figures[f"{name}_base_megabytes"] + figures["shard_megabytes"]

@@ -22,7 +22,14 @@ def run(tmp_path, monkeypatch):
         mask = np.ones((images[0].height, images[0].width), bool)
         return [
             [
-                {"text": text, "is_rejected": False, "score": 1.0, "mask": mask, "is_malformed": False}
+                {
+                    "text": text,
+                    "mask": mask,
+                    "is_rejected": False,
+                    "is_malformed": False,
+                    "score": 1.0,
+                    "probability": 0.7,
+                }
                 for text in expressions[0]
             ]
         ]

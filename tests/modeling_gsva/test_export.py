@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_bases as bases
 import torch
 from paths import BASE as TRAINED
 
@@ -99,3 +100,12 @@ def test_other_precisions_are_refused_and_nothing_is_left_half_written(model, tm
     with pytest.raises(KeyboardInterrupt):
         export_gsva.export_onnx(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["sam", "sam2"])
+def test_other_bases_and_mask_models_are_refused_by_name(kind, tmp_path):
+    model = bases.make_gsva("llava", bases.mask_config(kind))
+    message = "Only a GSVA over LLaVA v1 with the masks of SAM can be exported to ONNX.* base is of type 'llava'"
+    with pytest.raises(ValueError, match=message):
+        export_gsva.export_onnx(model, tmp_path / "parts")
+    assert not (tmp_path / "parts").exists()

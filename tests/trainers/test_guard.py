@@ -1,6 +1,7 @@
 """What is watched in training: the guard of T-acc, the metric of the best model, and that both can be measured."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -51,7 +52,14 @@ def make(make_model, processor, rows, tmp_path):
 
             def stand_in(model, processor, config, on_prediction=None):
                 value = values[trainer.state.global_step - 1]
-                metrics = {"gIoU": 1 - value, "N_acc": rejects, "T_acc": value, "malformed": value}
+                undefined = math.nan if trainer.state.global_step < 3 else value
+                metrics = {
+                    "gIoU": 1 - value,
+                    "N_acc": rejects,
+                    "T_acc": value,
+                    "malformed": value,
+                    "IL_MCC": undefined,
+                }
                 return SimpleNamespace(metrics=lambda convention: metrics, rows=[])
 
             monkeypatch.setattr(trainer_module, "evaluate_rows", stand_in)
@@ -132,7 +140,8 @@ def test_without_any_checkpoint_above_this_is_said(make, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("metric", "best"), [("T_acc", 2), ("T-acc", 2), ("eval_T_acc", 2), ("gIoU", 3), (None, 3), ("malformed", 3)]
+    ("metric", "best"),
+    [("T_acc", 2), ("T-acc", 2), ("eval_T_acc", 2), ("gIoU", 3), (None, 3), ("malformed", 3), ("IL_MCC", 4)],
 )
 def test_the_best_model_by_any_metric_is_loaded_at_the_end(make, monkeypatch, metric, best):
     values = [0.6, 0.9, 0.1, 0.5]
@@ -161,9 +170,8 @@ def test_every_metric_of_evaluation_can_choose_the_best_model(tmp_path, name):
         load_best_model_at_end=True,
         metric_for_best_model=name,
     )
-    assert args.metric_for_best_model in WATCHED and args.greater_is_better is (
-        args.metric_for_best_model != "malformed"
-    )
+    assert args.metric_for_best_model in WATCHED
+    assert args.greater_is_better is (args.metric_for_best_model not in ("malformed", "ECE"))
 
 
 @pytest.mark.parametrize(
@@ -208,6 +216,9 @@ def test_metrics_that_the_evaluated_images_do_not_have_are_said_at_the_start(row
         ),
         (args(metric="curve_area"), present, "have no expression without a target"),
         (args(metric="Pr@0.7"), absent, "have no expression with a target"),
+        (args(metric="REC"), absent, "have no expression with a single target"),
+        (args(metric="IL_MCC"), present, "have no expression without a target"),
+        (args(metric="ECE"), config(bool, "generate"), "ECE needs a score"),
         (args(guard=0.9), absent, "guard_T_acc: T_acc is not defined"),
         (args(metric="curve_area"), config(bool, "generate"), "put slots first in --protocols"),
     ):

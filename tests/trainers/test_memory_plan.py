@@ -143,7 +143,7 @@ def test_the_table(make_model, tmp_path, monkeypatch):
 
 
 def test_the_plan_needs_a_size_and_a_config(tmp_path):
-    with pytest.raises(ValueError, match="--architecture 7b or 13b"):
+    with pytest.raises(ValueError, match="--architecture 7b, 13b, .* or smolvlm"):
         planned_config(ModelArguments(model=str(tmp_path / "nothing")))
     assert planned_config(ModelArguments(model="nothing", architecture="13b")).text_config.hidden_size == 5120
     (tmp_path / "x.yaml").write_text("a: 1")

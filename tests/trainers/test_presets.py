@@ -209,7 +209,7 @@ def test_a_mixture_that_cannot_be_says_why(words, message):
         (["--steps_per_epoch", "0"], "must be at least 1"),
         (["--quantization", "2bit"], "choose one of 4bit, 8bit"),
         (["--quantization", "4bit", "--train_language_model", "full"], "choose 'lora'"),
-        (["--architecture", "70b"], "choose one of 7b, 13b"),
+        (["--architecture", "70b"], "choose one of 7b, 13b, llava15_sam2"),
     ],
 )
 def test_bad_arguments_say_what_to_write(words, message):
