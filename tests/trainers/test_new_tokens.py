@@ -109,3 +109,11 @@ def test_it_is_for_lora(way):
         ModelArguments(train_tokens="new", train_language_model=way)
     with pytest.raises(ValueError, match="train_tokens"):
         ModelArguments(train_tokens="some")
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "mask_tokens", "upscale_conv1"])
+def test_lora_on_weights_that_are_read_without_a_call_is_refused_first(words, tmp_path, capsys, name):
+    out = tmp_path / "out"
+    assert run_gres.main([*words, "--do_eval", "--lora_target_modules", name, "--output_dir", str(out)]) == 1
+    assert f"has no linear layer named {name}; its linear layers are" in capsys.readouterr().err
+    assert not [*out.glob("rows_*"), *out.glob("checkpoint-*")]
