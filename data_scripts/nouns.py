@@ -213,7 +213,7 @@ def _acts(word: str) -> bool:
 def read_phrase(text: str) -> Phrase:
     """Return what an expression names.
 
-    >>> [part.head for part in read_phrase("the men in red and a slice of pizza").parts]
+    >>> [part.head for part in read_phrase("the men with red hats and a slice of pizza").parts]
     ['person', 'pizza']
     >>> read_phrase("the man with a red hat").parts[0].attributes
     {('colour', 'hat'): frozenset({0})}

@@ -330,6 +330,7 @@ def outputs_of(processor, answers, scores, method="slots", threshold=0.0, image_
         mask_logits=logits,
         scores=scores,
         probabilities=tuple(torch.sigmoid(row) for row in scores),
+        object_scores=None,
         is_rejected=rejected,
         num_candidates=1,
         image_index=torch.arange(len(rows)) if image_index is None else torch.tensor(image_index),

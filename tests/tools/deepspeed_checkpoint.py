@@ -8,7 +8,6 @@ import json
 import sys
 from pathlib import Path
 
-import deepspeed
 import torch
 from torch import nn
 
@@ -32,6 +31,8 @@ def module_of(state: dict[str, torch.Tensor], frozen: set[str]) -> nn.Module:
 
 def main(folder: Path) -> None:
     """Write the checkpoint."""
+    import deepspeed
+
     state = torch.load(folder / "state.pt", weights_only=True)
     model = module_of(state, set(json.loads((folder / "frozen.json").read_text())))
     settings = {
