@@ -95,7 +95,7 @@ def negatives_of(args: DataArguments, rows: Any) -> Negatives:
 def describe_negatives(dataset: TrainingDataset | Mixture) -> str:
     """Return a sentence about the absent expressions that are drawn for a training set, or "" if none are."""
     parts = [part for family in dataset.sources for part in family] if isinstance(dataset, Mixture) else [dataset]
-    drawn = (getattr(part.transform, "negatives", None) for part in parts)
+    drawn = (getattr(getattr(part, "transform", None), "negatives", None) for part in parts)
     return next((str(negatives) for negatives in drawn if negatives is not None), "")
 
 
