@@ -602,7 +602,9 @@ def test_each_evaluation_draws_a_few_pictures(logged, rows, tmp_path):
         with Image.open(path) as sheet:
             assert sheet.width == 10 + 266 * len(rows[n]["expressions"]) and sheet.height > 256 + 3 * 17
             colours = {colour for _, colour in sheet.getcolors(2**24)}
-        assert (20, 20, 20) in colours or not rows[n]["expressions"][0]["num_targets"]  # the rim of the truth's outline
+        assert (20, 20, 20) in colours or not rows[n]["expressions"][0][
+            "num_targets"
+        ]  # the rim of the truth's outline
         assert colours & {(17, 112, 58), (176, 0, 32)}  # what became of it, in words
         (shown,) = logged[1].Images(f"validation/{n:03d}")
         assert (shown.step, shown.width, shown.height) == (2, *sheet.size)
