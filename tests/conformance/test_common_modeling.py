@@ -1,9 +1,12 @@
 """ModelTesterMixin, GenerationTesterMixin and ConfigTester of transformers on a tiny GSVA."""
 
+import tempfile
 import unittest
 
 import hf_common
 import torch
+from safetensors.torch import load_file
+from tiny_bases import mask_config
 from transformers.models.auto import modeling_auto
 from transformers.testing_utils import torch_device
 
@@ -126,13 +129,68 @@ class GsvaModelTest(common.ModelTesterMixin, GenerationTesterMixin, unittest.Tes
 
     def test_correct_missing_keys(self):
         """A base's own directory names no mask model and no tokens: it loads with config=..., tests/modeling_gsva/test_bases.py."""
-        with self.assertRaisesRegex(ValueError, "holds a model of type 'gsva_llava_v1', not a GSVA"):
+        base = self.model_tester.get_config().vlm_config.model_type
+        with self.assertRaisesRegex(ValueError, f"holds a model of type '{base}', not a GSVA"):
             super().test_correct_missing_keys()
+
+
+class GsvaTodayTester(GsvaModelTester):
+    """Parts of today: transformers' LLaVA with SigLIP and Qwen3, and the masks of SAM 2."""
+
+    def get_config(self):
+        old = super().get_config()
+        text = {
+            **old.text_config.to_dict(),
+            "model_type": "qwen3",
+            "head_dim": self.hidden_size // self.num_attention_heads,
+        }
+        vision = {
+            "model_type": "siglip_vision_model", "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": self.image_size, "patch_size": self.patch_size, "vision_use_head": False,
+        }  # fmt: skip
+        vlm = {
+            "model_type": "llava", "text_config": text, "vision_config": vision, "image_token_index": IMAGE,
+            "vision_feature_select_strategy": "full", "vision_feature_layer": -1,
+        }  # fmt: skip
+        return GsvaConfig(vlm_config=vlm, sam_config=mask_config("sam2"), seg_token_id=SEG, rej_token_id=REJ)
+
+    def prepare_config_and_inputs_for_common(self):
+        config, inputs = super().prepare_config_and_inputs_for_common()
+        inputs["input_ids"][:, -1] = SEG  # a rejected slot has no object score, NaN, which the common tests refuse
+        return config, inputs
 
 
 class LlavaV1Tester(GsvaModelTester):
     def get_config(self):
         return super().get_config().vlm_config
+
+
+class GsvaTodayTest(GsvaModelTest):
+    """The same tests over a base and a mask model of today."""
+
+    def setUp(self):
+        self.model_tester = GsvaTodayTester(self)
+        self.config_tester = ConfigTester(self, config_class=GsvaConfig, has_text_modality=False)
+
+    def test_init_weights_can_init_buffers(self):
+        """SAM 2 draws positions at random; the common test looks for their scale one configuration higher."""
+        get_config = self.model_tester.get_config
+
+        def without_randomness():
+            config = get_config()
+            config.sam_config.prompt_encoder_config.scale = 0
+            return config
+
+        self.model_tester.get_config = without_randomness
+        super().test_init_weights_can_init_buffers()
+
+    def test_reverse_loading_mapping(self):
+        """The renaming is that of LLaVA v1 and its older directories; a base of today is saved under `vlm.` and its type's names."""
+        model = GsvaForConditionalGeneration(self.model_tester.get_config())
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            saved = set(load_file(f"{folder}/model.safetensors"))
+        assert {name.partition(".")[0] for name in saved} == {"vlm", "sam", "mask_projector"}
 
 
 class GsvaLlavaV1Test(common.ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
