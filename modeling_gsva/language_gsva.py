@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
@@ -142,7 +143,8 @@ class LanguageAdapter:
         if not any(name.startswith("pixel_values") for name in given):
             return None
         given["pixel_values"] = given["pixel_values"].to(self.base.dtype)
-        features = self.base.get_image_features(**given, return_dict=True)
+        with align_module_device(self.base):  # LLaVA-NeXT reads its `image_newline` here, which may be offloaded
+            features = self.base.get_image_features(**given, return_dict=True)
         return EncodedImages(features, {name: given[name] for name in PER_IMAGE_INPUTS if name in given})
 
     def select(self, images: Any, image_index: torch.LongTensor, input_ids: torch.LongTensor) -> dict[str, Any]:

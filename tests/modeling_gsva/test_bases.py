@@ -3,7 +3,7 @@
 import pytest
 import tiny_bases as bases
 import torch
-from tiny_bases import IMAGE, INDEX, REJ, SEG, conversation, images_in, make_gsva, padded_rows, rms
+from tiny_bases import IMAGE, INDEX, REJ, SEG, conversation, images_in, make_gsva, make_inputs, rms
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from modeling_gsva import ConversationCache, GsvaForConditionalGeneration
@@ -23,27 +23,7 @@ def model(family) -> GsvaForConditionalGeneration:
 
 @pytest.fixture(scope="module")
 def inputs(model, family) -> dict[str, torch.Tensor]:
-    """Three prompts over two images, left-padded, that share their beginnings; answers of two slots, right-padded."""
-    images, generator = bases.make_images(family), torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        features = model.language.encode(images).features.pooler_output
-    counts = [len(features[image]) for image in range(2)]
-
-    def words(number: int) -> list[int]:
-        return torch.randint(5, 280, (number,), generator=generator).tolist()
-
-    before = [1, *words(4), bases.VISION_START]
-    prompts = [
-        [*before, *[IMAGE] * counts[image], bases.VISION_END, 17, 18, *words(5 + 2 * row)]
-        for row, image in enumerate(INDEX)
-    ]
-    answers = [[*words(2 + row), SEG, *words(3), SEG, 9, 2] for row in range(3)]
-    ids, mask = padded_rows(prompts, left=True)
-    answer_ids, answer_mask = padded_rows(answers, left=False)
-    return {
-        "input_ids": ids, "attention_mask": mask, "answer_ids": answer_ids, "answer_attention_mask": answer_mask,
-        "image_index": torch.tensor(INDEX), "sam_pixel_values": torch.randn(2, 3, 64, 64, generator=generator), **images,
-    }  # fmt: skip
+    return make_inputs(model, family)
 
 
 def types_of(model, ids: torch.Tensor, start: int) -> dict[str, torch.Tensor]:

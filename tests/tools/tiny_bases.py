@@ -210,8 +210,8 @@ INDEX = [0, 0, 1]  # the images of three conversations
 
 def rms(given: torch.Tensor, expected: torch.Tensor) -> float:
     """Root mean square of the difference relative to the expected values."""
-    difference = (given.double() - expected.double()).pow(2).mean().sqrt()
-    return float(difference / expected.double().pow(2).mean().sqrt())
+    given, expected = given.detach().double(), expected.detach().double()
+    return float((given - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt())
 
 
 def make_gsva(family: str, sam: dict | None = None) -> GsvaForConditionalGeneration:
@@ -244,3 +244,30 @@ def conversation(inputs: dict, row: int) -> tuple[torch.Tensor, int]:
     prompt = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
     answer = inputs["answer_ids"][row][inputs["answer_attention_mask"][row].bool()]
     return torch.cat([prompt, answer]), len(prompt)
+
+
+def make_inputs(model: GsvaForConditionalGeneration, family: str, side: int = 64) -> dict[str, torch.Tensor]:
+    """Return three prompts over two images, left-padded, that share their beginnings, and right-padded answers of two slots.
+
+    Args:
+        side: Of the mask model's input in pixels (`SIDES`).
+    """
+    images, generator = make_images(family), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        features = model.language.encode(images).features.pooler_output
+    counts = [len(features[image]) for image in range(2)]
+
+    def words(number: int) -> list[int]:
+        return torch.randint(5, 280, (number,), generator=generator).tolist()
+
+    before = [1, *words(4), VISION_START]
+    prompts = [
+        [*before, *[IMAGE] * counts[image], VISION_END, 17, 18, *words(5 + 2 * row)] for row, image in enumerate(INDEX)
+    ]
+    answers = [[*words(2 + row), SEG, *words(3), SEG, 9, 2] for row in range(3)]
+    ids, mask = padded_rows(prompts, left=True)
+    answer_ids, answer_mask = padded_rows(answers, left=False)
+    return {
+        "input_ids": ids, "attention_mask": mask, "answer_ids": answer_ids, "answer_attention_mask": answer_mask,
+        "image_index": torch.tensor(INDEX), "sam_pixel_values": torch.randn(2, 3, side, side, generator=generator), **images,
+    }  # fmt: skip
