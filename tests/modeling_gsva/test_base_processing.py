@@ -393,14 +393,15 @@ def test_processors_that_are_refused():
      ("SmolVLMProcessor", "torchvision", "smolvlm"), ("SmolVLMProcessor", "num2words", "smolvlm")],
 )  # fmt: skip
 def test_what_a_processor_needs_is_named(name, needed, extra, monkeypatch):
+    processor_class, other = getattr(transformers, name), transformers.LlavaNextProcessor  # imported before the patch
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec",
         lambda module, *rest: None if module == needed else find("os") if module in ("torchvision", "num2words") else find(module, *rest),
     )  # fmt: skip
     with pytest.raises(ImportError, match=rf"{name} needs {needed}, which is not installed: .*\[{extra}\]"):
-        check_extras(getattr(transformers, name))
-    check_extras(transformers.LlavaNextProcessor)
+        check_extras(processor_class)
+    check_extras(other)
 
 
 def test_a_bases_directory(tmp_path):
