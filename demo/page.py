@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ HELP = (
     "Drop an image and write what to look for, one expression on each line. Each expression gets a mask, or is rejected "
     "because it is not there. The slider decides anew at once, without the model."
 )
-logger = logging.getLogger(__name__)
 
 
 def build(assistant: Assistant, examples: Path) -> gr.Blocks:
@@ -168,6 +166,3 @@ def _uploaded(image: Any) -> str:
 def launch_options() -> dict[str, Any]:
     """Return the options of `launch` that limit what visitors can send."""
     return {"max_file_size": MAX_FILE_SIZE, "show_error": True, "ssr_mode": False}
-
-
-__all__: Sequence[str] = ["build", "launch_options"]
