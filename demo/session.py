@@ -15,6 +15,7 @@ from PIL import Image
 
 from data_scripts.files import replacing
 from data_scripts.schema import encode_mask
+from metrics.gres import mask_box
 
 # Below every score, so that each expression gets a mask. No score depends on the threshold.
 KEEP_ALL = -1e9
@@ -159,7 +160,7 @@ def as_json(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def as_coco(image: Image.Image, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the kept masks in COCO's format of annotations (https://cocodataset.org/#format-data), a category each."""
     kept = [result for result in as_json(results) if not result["is_rejected"]]
-    boxes = [_box(result["mask"]) for result in results if not result["is_rejected"]]
+    boxes = [list(mask_box(result["mask"])) for result in results if not result["is_rejected"]]
     return {
         "images": [{"id": 1, "file_name": "image.png", "height": image.height, "width": image.width}],
         "categories": [{"id": n, "name": one["text"]} for n, one in enumerate(kept, 1)],
@@ -169,14 +170,6 @@ def as_coco(image: Image.Image, results: Sequence[dict[str, Any]]) -> dict[str, 
             for n, (one, box) in enumerate(zip(kept, boxes, strict=True), 1)
         ],
     }  # fmt: skip
-
-
-def _box(mask: np.ndarray) -> list[int]:
-    """Return left, top, width and height of a mask in pixels; zeros for an empty one."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return [0, 0, 0, 0]
-    return [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
 
 
 def write_archive(image: Image.Image, results: Sequence[dict[str, Any]], path: Path) -> None:
