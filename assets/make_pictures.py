@@ -91,7 +91,9 @@ def _arrow(axes: Axes, begin: Sequence, end: Sequence, label: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="assets/tiny_gsva_gres", help="directory of a model that was trained on shapes")
+    parser.add_argument(
+        "--model", default="assets/tiny_gsva_gres", help="directory of a model that was trained on shapes"
+    )
     options = parser.parse_args(argv)
     draw_answers(options.model, HERE / "demo.png")
     draw_architecture(HERE / "architecture.png")
