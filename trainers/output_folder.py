@@ -18,6 +18,6 @@ VALIDATION = "validation"  # pictures of the evaluations during training
 
 def where_to_look(output_dir: Path) -> str:
     """Return the last line of a run: its pages and pictures. Empty where there are none."""
-    names = ("report.html", "predictions.html", CURVES, VALIDATION)
-    paths = [str(output_dir / name) for name in names if (output_dir / name).exists()]
+    patterns = ("pictures_*.html", "report.html", "predictions.html", CURVES, VALIDATION)
+    paths = [str(path) for pattern in patterns for path in sorted(output_dir.glob(pattern))]
     return f"\nlook at {', '.join(paths)}\n" if paths else ""
