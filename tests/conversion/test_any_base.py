@@ -307,7 +307,7 @@ def test_the_summary_and_the_card_tell_the_parts_and_their_licences(mask_models,
             and str(sum(value.nbytes for value in weights)) in text
         )
         assert "[SEG] 260, [REJ] 261" in text and "280, as in the base" in text
-        assert str(tmp_path) not in card
+        assert str(tmp_path) not in card and str(tmp_path) not in (tmp_path / "start/config.json").read_text()
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# LLaVA\n")
     convert(base, sam, tmp_path / "free")
     assert 'license: "apache-2.0"' in (tmp_path / "free/README.md").read_text()

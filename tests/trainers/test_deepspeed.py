@@ -132,8 +132,8 @@ def test_the_documented_command_ends_with_the_weights_of_the_resumed_run(trained
 
 # The forms in which the tools of the libraries write whole weights.
 FORMS = {
-    "zero_to_fp32": ([], ["--max_shard_size", "500KB"], ["--safe_serialization"],
-                     ["--safe_serialization", "--max_shard_size", "500KB"]),
+    "zero_to_fp32": ([], ["--max_shard_size", "1MB"], ["--safe_serialization"],
+                     ["--safe_serialization", "--max_shard_size", "1MB"]),
     "merge-weights": ([], ["--unsafe_serialization"]),
 }  # fmt: skip
 
