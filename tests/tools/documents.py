@@ -231,10 +231,5 @@ def anchors(path: Path) -> set[str]:
 def make_reader_folder(folder: Path) -> None:
     """Link the project's files into a folder, where a reader's commands may then write."""
     for path in ROOT.iterdir():
-        if not path.name.startswith(".") and path.name not in ("runs", "assets"):
+        if not path.name.startswith(".") and path.name != "runs":
             os.symlink(path, folder / path.name)
-    (folder / "assets").mkdir()
-    for path in (ROOT / "assets").iterdir():
-        os.symlink(path, folder / "assets" / path.name)
-    if not (ROOT / "assets/tiny_gsva_gres").exists():  # until it is trained; the base has the same parts
-        os.symlink(ROOT / "assets/tiny_gsva_today", folder / "assets/tiny_gsva_gres")
