@@ -15,6 +15,7 @@ REFERENCE = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "PARITY.md",
 ]
+TRAINING = [page for page in PAGES if any("slow" in block.marks for block in blocks(page))]
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 
 
@@ -51,7 +52,7 @@ def test_a_page_runs(page, reader):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if any("slow" in b.marks for b in blocks(page))], ids=str)
+@pytest.mark.parametrize("page", TRAINING, ids=lambda path: path.name)
 def test_a_page_runs_with_its_training(page, reader):
     run_page(page, {"no-run"})
 
