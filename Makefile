@@ -67,9 +67,9 @@ $(VENV)/installed: setup.cfg pyproject.toml configs/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (transformers 5.23 \
 	requires it), but this is %s. Name another one: make PYTHON=python3.12 ..." % sys.version.split()[0])'
 	@echo "Installing PyTorch and then some 120 packages into $(VENV). This takes one to four minutes, once."
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --constraint configs/constraints.txt torch | $(STEPS)
-	$(RUN) -m pip install --constraint configs/constraints.txt --editable '.[test]' | $(STEPS)
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --constraint configs/constraints.txt torch | $(STEPS)
+	@$(RUN) -m pip install --constraint configs/constraints.txt --editable '.[test]' | $(STEPS)
 	touch $@
 
 clean:
