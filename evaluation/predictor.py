@@ -41,6 +41,7 @@ class Predictor:
         dtype: Type of the weights.
         device: Where the model goes; by default the accelerator, or else the CPU.
         threads: CPU threads of the model where there is no accelerator. The same number gives the same rows.
+        one_prompt_per_expression: Ask for each expression in a separate prompt.
         loaded: (processor, model) that are loaded already, which `model` only names.
 
     Raises:
@@ -61,6 +62,7 @@ class Predictor:
         dtype: str = "float32",
         device: str | None = None,
         threads: int = 1,
+        one_prompt_per_expression: bool = False,
         loaded: tuple[Any, Any] | None = None,
     ):
         check_choice("method", method, METHODS)
@@ -73,7 +75,8 @@ class Predictor:
         self.model_name, self.threshold, self.method, self.masks = str(model), threshold, method, masks
         self.revision, self.expressions, self.batch_size = revision, list(expressions), batch_size
         self.max_new_tokens, self.dtype, self.device, self.threads = max_new_tokens, dtype, device, threads
-        self.given = loaded
+        self.one_prompt_per_expression, self.given = one_prompt_per_expression, loaded
+        self.tokens = self.padded_tokens = 0  # of what was answered so far, without and with padding
         self._loaded: tuple[Any, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -81,13 +84,17 @@ class Predictor:
 
     @property
     def parts(self) -> tuple[Any, Any]:
-        """Return processor and model, which are loaded at the first use in a process."""
+        """Return processor and model."""
+        return self.load()
+
+    def load(self) -> tuple[Any, Any]:
+        """Load processor and model where this process has not done so yet, and return them."""
         if self._loaded is None:
-            self._loaded = self.given or self._load()
+            self._loaded = self.given or self._read()
             check_slot_tokens(self._loaded[1], self._loaded[0])
         return self._loaded
 
-    def _load(self) -> tuple[Any, Any]:
+    def _read(self) -> tuple[Any, Any]:
         if Path(self.model_name).is_dir():
             processor = GsvaProcessor.from_pretrained(self.model_name)
             model = GsvaForConditionalGeneration.from_pretrained(self.model_name, dtype=self.dtype)
@@ -190,6 +197,8 @@ class Predictor:
         for chunk in batches(prompts, shape=lambda entry: entry[2].lengths, most=self.batch_size, size=sum):
             asked = [prompt for _, _, prompt in chunk]
             texts = joined_texts(asked, processor.tokenizer.pad_token_id)
+            self.tokens += sum(sum(prompt.lengths) for prompt in asked)
+            self.padded_tokens += sum(value.numel() for name, value in texts.items() if name.endswith("_ids"))
             index = torch.tensor([n for n, _, _ in chunk])
             outputs = model.segment(
                 **{name: value.to(model.device) for name, value in {**texts, "image_index": index}.items()},

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import fsspec
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
@@ -93,10 +94,13 @@ class Asking:
         processor: Of the model.
         config: Of the model, for its context.
         max_new_tokens: Room for a generated answer; None where the answer's wording is given.
+        one_prompt_per_expression: Ask for each expression in a separate prompt.
     """
 
-    def __init__(self, processor, config, max_new_tokens: int | None = None, prompt: str = "refer"):
-        self.processor, self.prompt, self.max_new_tokens = processor, prompt, max_new_tokens
+    prompt = "refer"
+
+    def __init__(self, processor, config, max_new_tokens: int | None = None, one_prompt_per_expression: bool = False):
+        self.processor, self.max_new_tokens, self.is_one_by_one = processor, max_new_tokens, one_prompt_per_expression
         self.context = context_length(config.text_config) or math.inf
 
     def about_expressions(self, image: Any, expressions: Sequence[str], facts: dict[str, Any]) -> Request:
@@ -123,7 +127,8 @@ class Asking:
                 asked.append(text)
             except ValueError as error:
                 request.errors.append((text if isinstance(text, str) else None, str(error)))
-        self._add_prompts(request, picture, asked)
+        for group in [[text] for text in asked] if self.is_one_by_one else [asked]:
+            self._add_prompts(request, picture, group)
         return request
 
     def about_question(self, image: Any, question: str, facts: dict[str, Any]) -> Request:
@@ -149,7 +154,7 @@ class Asking:
 
     def _read(self, image: Any, request: Request) -> Image.Image:
         """Return an image in any form as an upright RGB image, and note its size and what tells it from others."""
-        (picture,) = self.processor.sam_image_processor.read_images([image])
+        (picture,) = self.processor.sam_image_processor.read_images([readable(image)])
         request.facts |= {"height": picture.height, "width": picture.width}
         digest = hashlib.sha256(picture.tobytes())
         digest.update(repr(picture.size).encode())
@@ -191,6 +196,18 @@ class Asking:
                 f"The prompt has {length} tokens and its answer {answer}, which is more than the model's context of "
                 f"{self.context}; shorten it."
             )
+
+
+def readable(image: Any) -> Any:
+    """Return an image whose file lies elsewhere, such as on the Hub or in an archive, as its bytes; others as they are.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    if isinstance(image, Mapping) and image.get("bytes") is None and "://" in (image.get("path") or ""):
+        with fsspec.open(image["path"], "rb") as file:
+            return {**image, "bytes": file.read()}
+    return image
 
 
 def padding(shapes: Sequence[tuple[int, ...]], size: Callable[[tuple[int, ...]], float]) -> float:
