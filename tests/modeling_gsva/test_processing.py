@@ -1,6 +1,7 @@
 """GsvaProcessor: exact strings, tokens and labels, results from answers, and the message for every bad input."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -330,6 +331,7 @@ def outputs_of(processor, answers, scores, method="slots", threshold=0.0, image_
         mask_logits=logits,
         scores=scores,
         probabilities=tuple(torch.sigmoid(row) for row in scores),
+        iou_scores=tuple(torch.full_like(row, 0.75) for row in scores),
         object_scores=None,
         is_rejected=rejected,
         num_candidates=1,
@@ -346,6 +348,7 @@ def test_post_process_gives_masks_in_the_pictures_own_size(processor, make_pictu
     assert [[entry["text"] for entry in image] for image in results] == [["a", "b"], ["c"]]
     assert [entry["mask"].shape for image in results for entry in image] == [(30, 40), (30, 40), (50, 20)]
     assert [entry["is_rejected"] for image in results for entry in image] == [False, True, False]
+    assert [str(entry["iou_score"]) for image in results for entry in image] == ["0.75", "nan", "0.75"]
     assert [entry["score"] for image in results for entry in image] == [2.0, -1.0, 0.5]
     assert not any(entry["is_malformed"] for image in results for entry in image)
     assert all(entry["mask"].dtype == bool for image in results for entry in image)
@@ -569,3 +572,18 @@ def test_tokenizer_without_the_tokens_is_named(processor, make_tokenizer):
         '"truncation":null,"padding":null,"model":{"type":"BPE","vocab":{"a":0},"merges":[]}}'))  # fmt: skip
     with pytest.raises(ValueError, match=r"The tokenizer lacks \['\[SEG\]', .*Add them with tokenizer.add_tokens"):
         GsvaProcessor(processor.image_processor, bare)
+
+
+def test_threads_with_a_processor_each_get_what_one_thread_gets(make_processor, make_picture):
+    texts = [[f"thing {n}"] * (n % 5 + 1) for n in range(60)]
+
+    def ask(processor, asked):
+        return processor(images=[make_picture(0, 8, 8)], expressions=[asked], return_tensors="pt")
+
+    processors = [make_processor() for _ in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda n: [ask(processors[n], asked) for asked in texts], range(6)))
+    for n, asked in enumerate(texts):
+        alone = ask(processors[0], asked)
+        for of_thread in together:
+            assert all((of_thread[n][name] == alone[name]).all() for name in ("input_ids", "answer_ids"))
