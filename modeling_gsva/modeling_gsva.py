@@ -158,7 +158,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         masks = mask_adapter_class(config.sam_config.model_type)
         masks.prepare_config(config.sam_config)
         self.sam = AutoModel.from_config(config.sam_config)
-        masks.prepare(self.sam)
+        masks.prepare(self.sam, config.sam_attention)
         prompt_size = config.sam_config.prompt_encoder_config.hidden_size
         # text_hidden_fcs of the original
         self.mask_projector = nn.Sequential(
