@@ -158,11 +158,12 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         config.set_parts_dtype()
         hidden_size = config.get_text_config().hidden_size
         self.vlm = build_vlm(config.vlm_config)
-        masks = mask_adapter_class(config.sam_config.model_type)
-        masks.prepare_config(config.sam_config)
-        self.sam = AutoModel.from_config(config.sam_config)
+        sam_config = config.sam_config
+        masks = mask_adapter_class(sam_config.model_type)
+        masks.prepare_config(sam_config)
+        self.sam = AutoModel.from_config(sam_config)
         masks.prepare(self.sam, config.sam_attention)
-        prompt_size = config.sam_config.prompt_encoder_config.hidden_size
+        prompt_size = sam_config.prompt_encoder_config.hidden_size
         # text_hidden_fcs of the original
         self.mask_projector = nn.Sequential(
             nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, prompt_size)
@@ -408,7 +409,11 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         return decoded
 
     def _add_object_score_loss(self, result: GsvaOutput, mask_labels, num_slots, part=1.0):
-        assert result.object_scores is not None  # the configuration refuses a weight without them
+        if result.object_scores is None:
+            raise ValueError(
+                f"object_score_loss_weight={self.config.object_score_loss_weight}, but the mask model "
+                f"({self.config.sam_config.model_type}) has no object score to train; set it to 0."
+            )
         loss = object_score_loss(self.config, result.object_scores, mask_labels, num_slots)
         result.object_score_loss = part * loss
         result.loss = result.loss + result.object_score_loss
@@ -416,9 +421,8 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
     def _add_mask_losses(
         self, result: GsvaOutput, mask_labels, image_index, original_sizes, reshaped_sizes, num_masks, part=1.0
     ):
-        assert result.mask_logits is not None  # of _add_masks
         bce, dice, result.mask_ious = batch_mask_losses(
-            self.config, result.mask_logits, mask_labels, image_index, original_sizes, reshaped_sizes, num_masks
+            self.config, result.mask_logits or (), mask_labels, image_index, original_sizes, reshaped_sizes, num_masks
         )
         result.mask_bce_loss, result.mask_dice_loss = part * bce, part * dice
         result.loss = result.loss + result.mask_bce_loss + result.mask_dice_loss
