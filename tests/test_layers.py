@@ -47,6 +47,7 @@ TOP_LEVEL = {
         "configs",
         "benchmarks",
         "demo",
+        "docs",
         "tests",
         "assets",
         ".ci",

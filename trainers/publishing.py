@@ -6,11 +6,11 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 from peft import PeftModel
 
+from conversion.writing import without_progress_bar
 from data_scripts.files import adding_files, replacing_folder
 from evaluation.records import RESULTS
 
 from .arguments import GsvaTrainingArguments
-from .console import quiet_saving
 from .output_folder import ADAPTER, CARD, CURVES, RUN, TRAINING
 
 # Files that a run publishes. Nothing in them names folders of this machine, and files that others put beside them stay.
@@ -22,7 +22,7 @@ UNPUBLISHED = ("*/*", ".*", "rows_*", "predictions*", RESULTS, TRAINING, RUN)
 def save(processor, model, output_dir: Path) -> None:
     """Save model and processor as a directory that the Auto classes load. Files are moved in when all are written."""
     with adding_files(output_dir) as folder:
-        with quiet_saving():
+        with without_progress_bar():
             model.save_pretrained(folder)
         processor.save_pretrained(folder)
 
