@@ -579,11 +579,10 @@ class GsvaProcessor(ProcessorMixin):
                 if outputs.object_scores is not None:
                     result["object_score"] = found["object_scores"]
                 # A slot that `segment` rejected has constant zero logits, which are not a mask.
-                can_have_mask = n is not None and outputs.mask_logits is not None
-                has_mask = can_have_mask and (not was_rejected or outputs.method == "teacher_forced")
+                has_mask = outputs.mask_logits is not None and (not was_rejected or outputs.method == "teacher_forced")
                 if has_mask:
-                    result["iou_score"] = found["iou_scores"]
-                if has_mask and (keep_rejected_masks or not is_rejected):
+                    result["iou_score"] = found["iou_scores"]  # NaN where the answer has no slot
+                if n is not None and has_mask and (keep_rejected_masks or not is_rejected):
                     kept.setdefault(n, []).append(result)
                 elif as_tensors:
                     result["mask"] = torch.zeros(*sizes[image], dtype=torch.bool, device=outputs.sequences.device)
