@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -53,7 +53,7 @@ AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToTex
 
 
 @dataclass
-class GsvaOutput(ModelOutput):
+class GsvaOutput(CausalLMOutputWithPast):
     """
     Output of [`GsvaForConditionalGeneration`].
 
@@ -74,21 +74,18 @@ class GsvaOutput(ModelOutput):
         slot_positions: (all slots, 2), conversation and position of each slot in `input_ids`.
     """
 
-    loss: torch.Tensor | None = None
+    # loss, logits, hidden states, attentions and the cache are the parent's: transformers 5.24 names the cache anew, and renames
+    # what others call past_key_values.
     ce_loss: torch.Tensor | None = None
     mask_bce_loss: torch.Tensor | None = None
     mask_dice_loss: torch.Tensor | None = None
     object_score_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
     mask_logits: tuple[torch.Tensor, ...] | None = None
     iou_scores: tuple[torch.Tensor, ...] | None = None
     object_scores: tuple[torch.Tensor, ...] | None = None
     mask_ious: torch.Tensor | None = None
     slot_logits: torch.Tensor | None = None
     slot_positions: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: list[torch.Tensor] | None = None
 
 
