@@ -1,7 +1,6 @@
 """Results as the instances that transformers' detectors give, which tools for masks and boxes take."""
 
 from math import isnan
-from numbers import Real
 from reprlib import repr as shown  # short, and safe for values that are nested deeply or contain themselves
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 def check_probability(threshold: Any) -> None:
     """Raise ValueError for a threshold that is not a probability."""
-    if not isinstance(threshold, Real) or isinstance(threshold, bool) or not 0 <= threshold <= 1:
+    if not isinstance(threshold, (int, float)) or isinstance(threshold, bool) or not 0 <= threshold <= 1:
         raise ValueError(
             f"threshold={shown(threshold)} is not a probability; give a number from 0 to 1 above which an expression is kept, "
             "or None for the model's own decision. (post_process_segmentation compares log-odds.)"
