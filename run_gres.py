@@ -6,6 +6,8 @@ Train, evaluate and predict with GSVA.
     accelerate launch run_gres.py configs/demo.yaml --max_steps 100 --output_dir runs/short
     python run_gres.py --do_predict --model runs/demo --image a.jpg b.png --expressions "the red circle" "all stars" \
         --output_dir runs/predictions
+    accelerate launch run_gres.py --do_predict --model runs/demo --dataset FOLDER_OR_HUB_ID --expressions "the red circle" \
+        --output_dir runs/predicted
 
 `python run_gres.py --help` lists every name; presets are in configs/.
 """
@@ -30,6 +32,7 @@ from trainers.failures import allow_any_file_name_in_output, report_failure
 from trainers.loading import load_model
 from trainers.lock import run_lock
 from trainers.output_folder import where_to_look
+from trainers.predicting import is_stream, open_predictions, predict_stream
 from trainers.preflight import check_before_run
 from trainers.publishing import push
 from trainers.sharding import consolidate, refuse_what_shards_cannot
@@ -70,6 +73,7 @@ def stages(model_args: ModelArguments, data_args: DataArguments, training_args: 
     """Run the stages of a run, while no other run writes to the output folder."""
     check_before_run(training_args)
     quieten(training_args.log_level)
+    stream = open_predictions(data_args, training_args) if is_stream(data_args, training_args) else None
     transformers.set_seed(training_args.seed)
     record = None
     if training_args.consolidated:
@@ -87,9 +91,11 @@ def stages(model_args: ModelArguments, data_args: DataArguments, training_args: 
         evaluate(processor, model, model_args, data_args, training_args, stage)
     if training_args.do_train and PartialState().is_main_process:
         write_card(model_args, data_args, training_args)
-    if training_args.do_predict:
+    if stream is not None:
+        predict_stream(processor, model, stream, model_args, data_args, training_args)
+    elif training_args.do_predict:
         predict(processor, model, data_args, training_args)
-    if training_args.push_to_hub:
+    if training_args.push_to_hub and stream is None:
         push(training_args)
     if PartialState().is_main_process:
         print_summary(Path(training_args.output_dir))

@@ -401,6 +401,8 @@ def _open_image(source) -> Image.Image:
                 "it is HEIC, which Pillow alone does not open: convert it to JPEG or PNG, or install pillow-heif and call "
                 "pillow_heif.register_heif_opener() first"
             ) from None
+        if isinstance(source, io.IOBase):  # Pillow's message would name the object's place in memory
+            raise ValueError("these bytes are of no image format that Pillow knows") from None
         raise
 
 

@@ -198,7 +198,7 @@ class GsvaPipeline(Pipeline):
 
         Returns:
             For an image the list that [`GsvaProcessor.post_process_segmentation`] gives: per expression
-            `{"text", "mask", "is_rejected", "score", "is_malformed"}`, mask a (height, width) boolean array. For a list
+            `{"text", "mask", "is_rejected", "score", "is_malformed", ...}`, mask a (height, width) boolean array. For a list
             of images a list of these lists. With `num_return_sequences` in `generate_kwargs`, each image has one such list
             per candidate. For a data set or generator an iterable of them, computed while it is read.
 

@@ -509,12 +509,13 @@ class GsvaProcessor(ProcessorMixin):
                 them: the original's metric scores a rejected target by its mask).
 
         Returns:
-            Per image, per expression `{"text", "mask", "is_rejected", "score", "probability", "is_malformed"}`: the
+            Per image, per expression `{"text", "mask", "is_rejected", "score", "probability", "is_malformed", "iou_score"}`: the
             expression (in free chat the phrase before the slot), a (height, width) boolean array (all False where
             rejected), the log-odds of `[SEG]` against `[REJ]` and the probability that the expression is there (both NaN
-            where the answer has no slot for the expression, which counts as rejected), and whether the answer's slots
-            were not the ones asked for. Where the mask model has an object score (SAM 2, SAM 3's tracker), `"object_score"` is
-            its logit of an object being there, NaN where no mask was made. With `num_return_sequences` above 1, per image one such list for
+            where the answer has no slot for the expression, which counts as rejected), whether the answer's slots were not
+            the ones asked for, and the mask decoder's own estimate of its mask's IoU (NaN where no mask was made). Where the
+            mask model has an object score (SAM 2, SAM 3's tracker), `"object_score"` is its logit of an object being there,
+            NaN where no mask was made. With `num_return_sequences` above 1, per image one such list for
             each candidate, the best first.
         """
         if threshold is not None:
@@ -545,6 +546,7 @@ class GsvaProcessor(ProcessorMixin):
                 asked = asked_per_conversation[row]
                 matched, malformed = list(range(len(asked))), False
             scores, rejected = outputs.scores[row], outputs.is_rejected[row]
+            has_estimates = outputs.iou_scores is not None
             kept = [n for n in matched if n is not None and outputs.mask_logits is not None]
             upscaled: dict[int | None, np.ndarray] = {}
             if kept:
@@ -570,6 +572,7 @@ class GsvaProcessor(ProcessorMixin):
                         "score": score,
                         "probability": probability,
                         "is_malformed": malformed,
+                        "iou_score": float(outputs.iou_scores[row][n]) if has_mask and has_estimates else float("nan"),
                     }
                 )
                 if outputs.object_scores is not None:

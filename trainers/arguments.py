@@ -14,6 +14,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from data_scripts.negatives import LIKE as NEGATIVES_LIKE
 from data_scripts.negatives import check_negatives
 from evaluation.config import IGNORE_REGIONS, PROTOCOLS, TASKS, check_choice
+from evaluation.prediction_rows import MASKS
+from evaluation.requests import check_expressions
 from metrics.gres import CONVENTIONS
 
 from .guard import GUARDS, check_best_metric, check_guard
@@ -107,7 +109,10 @@ class DataArguments:
 
     dataset: str = field(
         default="shapes",
-        metadata={"help": "Data set to train on: a name of data_scripts.names(), or 'mixture' for several."},
+        metadata={
+            "help": "Data set to train on: a name of data_scripts.names(), or 'mixture' for several. --do_predict also takes a "
+            "folder of images, parquet, arrow or webdataset files, or a Hub id."
+        },
     )
     mixture: str | None = field(
         default=None,
@@ -207,6 +212,33 @@ class DataArguments:
     expressions: list[str] = field(
         default_factory=list, metadata={"help": "--do_predict: expressions to segment in each image."}
     )
+    expressions_column: str | None = field(
+        default=None,
+        metadata={"help": "--do_predict on files or a Hub id: the column that holds each image's expressions."},
+    )
+    question_column: str | None = field(
+        default=None, metadata={"help": "--do_predict on files or a Hub id: the column of a free question per image."}
+    )
+    image_column: str = field(
+        default="image", metadata={"help": "--do_predict on files or a Hub id: the column of the images."}
+    )
+    id_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "--do_predict on files or a Hub id: the column of the images' names; default: image_id, id, __key__, or "
+            "else the file or the number of the row."
+        },
+    )
+    masks: str = field(
+        default="rle",
+        metadata={"help": f"--do_predict on files or a Hub id: how masks are kept, {', '.join(MASKS)}."},
+    )
+    shard_size: int = field(
+        default=256,
+        metadata={
+            "help": "--do_predict on files or a Hub id: images of an output file, which a killed run loses at most."
+        },
+    )
 
     def __post_init__(self):
         for protocol in self.protocols:
@@ -214,6 +246,10 @@ class DataArguments:
         for convention in self.conventions:
             check_choice("conventions", convention, CONVENTIONS)
         check_choice("ignore_region", self.ignore_region, IGNORE_REGIONS)
+        check_choice("masks", self.masks, MASKS)
+        check_expressions(self.expressions)
+        if self.shard_size < 1:
+            raise ValueError(f"shard_size={self.shard_size} holds no images; give 1 or more.")
         if self.eval_task is not None:
             check_choice("eval_task", self.eval_task, TASKS)
         check_choice("on_bad_image", self.on_bad_image, ("error", "skip"))

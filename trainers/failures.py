@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from evaluation.predict_dataset import SHARDS
+
 from .output_folder import CARD
 from .trainer import last_complete_checkpoint
 
@@ -94,11 +96,14 @@ def what_is_whole(output_dir: Path | None) -> str:
     """Return a sentence about what a run has finished, and the way to go on."""
     try:
         checkpoint = last_complete_checkpoint(output_dir) if output_dir is not None else None
+        shards = len(list(output_dir.glob(SHARDS))) if output_dir is not None else 0
         is_described = output_dir is not None and (output_dir / CARD).is_file()
     except OSError:
         return ""
     if is_described:
         return f"The trained model in {output_dir} is complete; the same command does what is left."
+    if shards:
+        return f"{shards} shards of predictions in {output_dir} are complete; the same command goes on after them."
     if checkpoint is not None:
         return f"{checkpoint} is complete; the same command goes on from there."
     return "Nothing was finished; the same command begins again."

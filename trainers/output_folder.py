@@ -9,6 +9,7 @@ DIVERGENCE = "divergence"  # batches at which training went wrong
 EARLIER = "earlier"  # with a number: an earlier run that --resume false has moved away
 LOCK = ".lock"  # held while a run writes to the folder
 LOG_HISTORY = "log_history.json"
+PREDICTIONS_RUN = "predictions_run.json"  # what made the shards of predictions beside it
 RUN = "run.json"  # there and in each checkpoint: digests and arguments that made the weights
 SKIPPED = "skipped_images.txt"  # images that --on_bad_image skip has left out
 TENSORBOARD = "runs"

@@ -1,18 +1,21 @@
 """Save and publish a trained model."""
 
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from huggingface_hub import HfApi
 from peft import PeftModel
 
-from data_scripts.files import adding_files, replacing_folder
+from data_scripts.files import adding_files, render, replacing_folder, write_text
+from evaluation.predict_dataset import SHARDS
 from evaluation.records import RESULTS
 
 from .arguments import GsvaTrainingArguments
 from .console import quiet_saving
 from .output_folder import ADAPTER, CARD, CURVES, RUN, TRAINING
 
+PREDICTIONS_CARD = Path(__file__).parent / "templates" / "predictions_card.md.jinja"
 # Files that a run publishes. Nothing in them names folders of this machine, and files that others put beside them stay.
 PUBLISHED = ("*.safetensors", "*.json", "*.jinja", "*.py", CARD, CURVES, "pictures_*")
 # Not published although PUBLISHED matches them. "*/*": all subfolders, such as checkpoints.
@@ -59,12 +62,39 @@ def push(args: GsvaTrainingArguments) -> None:
                 f"There is nothing to push: {folder} has no {required}; give --do_train, and LoRA for an adapter."
             )
     for name, (folder, allowed, ignored) in uploads.items():
-        try:
-            repository = hub.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
-            hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=allowed, ignore_patterns=ignored)
-        except OSError as error:  # errors of the Hub are among them
-            raise ValueError(
-                f"{folder} could not be pushed to {name} ({error}). It is complete: run the same command again, which trains "
-                f"nothing, or `hf upload {name} {folder}`."
-            ) from error
-        print(f"pushed {folder} to {repository}", flush=True)
+        _upload(hub, name, folder, args, allow_patterns=allowed, ignore_patterns=ignored)
+
+
+def push_predictions(args: GsvaTrainingArguments, facts: dict[str, Any]) -> None:
+    """
+    Upload the shards of predictions in `output_dir`, with a card, as the data set `hub_model_id` (by default the name of
+    `output_dir`), which `load_dataset` opens.
+
+    Args:
+        facts: What the card says of the predictions.
+
+    Raises:
+        ValueError: The upload failed. The message says how to repeat it.
+    """
+    if not PartialState().is_main_process:
+        return
+    output_dir = Path(args.output_dir)
+    write_text(output_dir / CARD, render(PREDICTIONS_CARD, facts=facts))
+    name = args.hub_model_id or output_dir.name
+    _upload(HfApi(token=args.hub_token), name, output_dir, args, "dataset", allow_patterns=[SHARDS, CARD])
+
+
+def _upload(
+    hub: HfApi, name: str, folder: Path, args: GsvaTrainingArguments, kind: str = "model", **patterns: Any
+) -> None:
+    """Upload a folder in one commit to a repository, which is made if it does not exist."""
+    again = f"hf upload {name} {folder}" + (f" --repo-type {kind}" if kind != "model" else "")
+    try:
+        repository = hub.create_repo(name, private=args.hub_private_repo, exist_ok=True, repo_type=kind).repo_id
+        hub.upload_folder(repo_id=repository, folder_path=folder, repo_type=kind, **patterns)
+    except OSError as error:  # errors of the Hub are among them
+        raise ValueError(
+            f"{folder} could not be pushed to {name} ({error}). It is complete: run the same command again, which repeats "
+            f"nothing else, or `{again}`."
+        ) from error
+    print(f"pushed {folder} to {repository}", flush=True)

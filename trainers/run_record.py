@@ -140,17 +140,10 @@ def check_resumed(record: dict[str, Any], checkpoint: str | None, args: GsvaTrai
                 checkpoint,
             )
         return record
-    differences = _differences(earlier["kept"], record["kept"])
-    if differences:
-        for line, name in enumerate(differences):
-            was, now = earlier.get("names", {}).get(name), record["names"].get(name)
-            if now is not None:
-                differences[line] = f"{name}: other content than in the run ({was!r} then, {now!r} now)"
-            else:
-                differences[line] = f"{name}: {earlier['kept'].get(name)!r} then, {record['kept'].get(name)!r} now"
+    if differences := list_differences(earlier, record):
         raise ValueError(
             f"{folder} belongs to another run, which this one cannot go on from. "
-            f"{'; '.join(differences)}. Give the arguments of that run, or begin anew: in another --output_dir, or here "
+            f"{differences}. Give the arguments of that run, or begin anew: in another --output_dir, or here "
             "with --resume false, which keeps the earlier run in a subfolder."
         )
     changes = list(earlier.get("changes", []))
@@ -162,6 +155,18 @@ def check_resumed(record: dict[str, Any], checkpoint: str | None, args: GsvaTrai
         if changed:
             changes.append({"step": steps_of(checkpoint), **changed})
     return {**record, "changes": changes, "threads": earlier.get("threads")}
+
+
+def list_differences(earlier: dict[str, Any], record: dict[str, Any]) -> str:
+    """Return in words what two records keep differently; "" for the same run."""
+    phrases = []
+    for name in _differences(earlier["kept"], record["kept"]):
+        was, now = earlier.get("names", {}).get(name), record["names"].get(name)
+        if now is not None:
+            phrases.append(f"{name}: other content than in the run ({was!r} then, {now!r} now)")
+        else:
+            phrases.append(f"{name}: {earlier['kept'].get(name)!r} then, {record['kept'].get(name)!r} now")
+    return "; ".join(phrases)
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

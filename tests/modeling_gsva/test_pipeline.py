@@ -51,7 +51,11 @@ def same(one, other, tolerance=0.0):
     """Batches pad, which changes sums in the last digits: scores within `tolerance`, masks but for pixels at zero."""
     assert [entry["text"] for entry in one] == [entry["text"] for entry in other]
     for a, b in zip(one, other):
-        assert a.keys() == b.keys() == {"text", "mask", "is_rejected", "score", "probability", "is_malformed"}
+        assert (
+            a.keys()
+            == b.keys()
+            == {"text", "mask", "is_rejected", "score", "probability", "is_malformed", "iou_score"}
+        )
         assert a["is_rejected"] == b["is_rejected"] and a["score"] == pytest.approx(
             b["score"], abs=tolerance, nan_ok=True
         )

@@ -330,6 +330,7 @@ def outputs_of(processor, answers, scores, method="slots", threshold=0.0, image_
         mask_logits=logits,
         scores=scores,
         probabilities=tuple(torch.sigmoid(row) for row in scores),
+        iou_scores=tuple(torch.full_like(row, 0.75) for row in scores),
         object_scores=None,
         is_rejected=rejected,
         num_candidates=1,
@@ -346,6 +347,7 @@ def test_post_process_gives_masks_in_the_pictures_own_size(processor, make_pictu
     assert [[entry["text"] for entry in image] for image in results] == [["a", "b"], ["c"]]
     assert [entry["mask"].shape for image in results for entry in image] == [(30, 40), (30, 40), (50, 20)]
     assert [entry["is_rejected"] for image in results for entry in image] == [False, True, False]
+    assert [str(entry["iou_score"]) for image in results for entry in image] == ["0.75", "nan", "0.75"]
     assert [entry["score"] for image in results for entry in image] == [2.0, -1.0, 0.5]
     assert not any(entry["is_malformed"] for image in results for entry in image)
     assert all(entry["mask"].dtype == bool for image in results for entry in image)
