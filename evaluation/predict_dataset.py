@@ -23,7 +23,7 @@ from data_scripts.files import replacing
 from .loop import gather_from_all
 from .prediction_rows import columns_of, prediction_table
 from .predictor import Predictor
-from .requests import Request
+from .requests import Asking, Request
 from .streams import ImageStream
 
 SHARDS = "predictions-*-*.parquet"
@@ -118,7 +118,12 @@ def write_shard(path: Path, rows: list[dict[str, Any]], images: int, is_last: bo
 
 
 def predict_dataset(
-    predictor: Predictor, stream: ImageStream, output_dir: str | Path, shard_size: int = 256, workers: int = 2
+    predictor: Predictor,
+    stream: ImageStream,
+    output_dir: str | Path,
+    shard_size: int = 256,
+    workers: int = 2,
+    show_progress: bool = True,
 ) -> Totals:
     """Predict on all rows of a stream that have no shard yet; every process calls this.
 
@@ -127,6 +132,7 @@ def predict_dataset(
 
     Args:
         workers: Threads of each process that read, decode and resize images while the model works.
+        show_progress: Show a bar with images per second and the time left, in the main process.
 
     Returns:
         What all processes did, the same in each.
@@ -149,7 +155,7 @@ def predict_dataset(
         total=None if stream.total is None else math.ceil(stream.total / share),
         initial=before // share,
         unit=" images",
-        disable=not state.is_main_process,
+        disable=not (show_progress and state.is_main_process),
         mininterval=1,
     )
     with bar, _prepared(predictor, stream, shard_size, finished, workers) as events:
@@ -207,6 +213,10 @@ class _prepared:
         self.predictor, self.stream, self.size, self.finished = predictor, stream, size, finished
         self.events: queue.Queue[Event | BaseException | None] = queue.Queue(AHEAD * WINDOW * predictor.batch_size)
         self.pool, self.is_over = ThreadPoolExecutor(workers, "prepare"), threading.Event()
+        # A fast tokenizer raises "Already borrowed" when two threads use it, so each thread takes a copy of its own.
+        self.askings: queue.Queue[Asking] = queue.Queue()
+        for _ in range(workers):
+            self.askings.put(predictor.asking(stream.columns.question is not None, is_copy=True))
         self.reader = threading.Thread(target=self._read, daemon=True, name="read")
 
     def __enter__(self) -> Iterator[Event]:
@@ -233,17 +243,23 @@ class _prepared:
     def _read(self) -> None:
         """Read the rows, and let the pool prepare them."""
         try:
-            asking = self.predictor.asking(self.stream.columns.question is not None)
             for source, is_wanted in self._parts():
                 for block, rows, is_last in self.stream.blocks(source, self.size, is_wanted):
                     for row in rows:
                         if self.is_over.is_set():
                             return
-                        self._put(((source, block), self.pool.submit(self.predictor.prepare, row, asking), False))
+                        self._put(((source, block), self.pool.submit(self._prepare, row), False))
                     self._put(((source, block), None, is_last()))
             self._put(None)
         except BaseException as error:  # noqa: BLE001  (raised where the events are read)
             self._put(error)
+
+    def _prepare(self, row: dict[str, Any]) -> Request:
+        asking = self.askings.get()
+        try:
+            return self.predictor.prepare(row, asking)
+        finally:
+            self.askings.put(asking)
 
     def _parts(self) -> Iterator[tuple[int, Callable[[int], bool]]]:
         """Yield the parts of the data set that this process reads, and which of their blocks are its own.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,11 @@ class Predictor:
         commit = getattr(self.parts[1].config, "_commit_hash", None)
         return {"model": self.model_name, "revision": commit or self.revision}
 
-    def asking(self, is_question: bool = False) -> Asking:
-        """Return what prepares requests for this model."""
+    def asking(self, is_question: bool = False, is_copy: bool = False) -> Asking:
+        """Return what prepares requests for this model; a copy has a processor of its own, for another thread."""
         processor, model = self.parts
+        if is_copy:
+            processor = copy.deepcopy(processor)
         return Asking(
             processor, model.config, self.max_new_tokens if is_question or self.method == "generate" else None
         )
@@ -142,7 +145,7 @@ class Predictor:
         return columns_of([row for rows in self.answer([self.prepare(row, asking) for row in rows]) for row in rows])
 
     def prepare(self, row: Mapping[str, Any], asking: Asking) -> Request:
-        """Return the request of one row, see `__call__`. It does not touch the model, so threads may call it."""
+        """Return the request of one row, see `__call__`. It does not touch the model: threads may call it, each with its `asking`."""
         image, image_id = row["image"], row.get("image_id", row.get("path"))
         if image_id is None and isinstance(image, Mapping):
             image_id = image.get("path")

@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 from datasets import Audio, Image, IterableDataset, Video, load_dataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
 # The kinds of local files, in the order in which a folder is searched for them, and the builders that read them.
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
@@ -255,11 +254,11 @@ def _open_hub(name: str, split: str | None, options: dict[str, Any]) -> tuple[It
     """Return the rows of a Hub data set at one commit, the commit, the number of rows where its card says it, and no folder."""
     try:
         commit = HfApi().dataset_info(name, revision=options.get("revision")).sha
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # errors of the Hub, and of the HTTP library below it
         reason = " ".join(str(error).split())
         raise ValueError(
             f"dataset={name!r} is no file or folder on this machine, and the Hub does not give it ({reason[:300]})."
-        ) from None
+        ) from error
     splits = _load(name, name, **{**options, "revision": commit})
     if split not in splits and len(splits) > 1:
         raise ValueError(f"{name} has no split {split!r}, but {', '.join(splits)}; choose one with --eval_split.")

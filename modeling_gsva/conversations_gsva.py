@@ -8,9 +8,8 @@ from itertools import pairwise
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from .prompts_gsva import IMAGE_TOKEN
+from .prompts_gsva import IMAGE_TOKEN, render_conversations
 
 # How templates take the content of a message: lists of parts (llava-hf, Qwen, SmolVLM), for the user alone, or strings.
 _LAYOUTS = (("user", "assistant", "system"), ("user",), ())
@@ -137,7 +136,7 @@ class ConversationFormat:
 
     def _render(self, conversation, add_generation_prompt=False) -> tuple[str, list[tuple[int, int]]]:
         """Return the text, and the spans that the template marks as the assistant's."""
-        texts, spans = render_jinja_template(
+        texts, spans = render_conversations(
             conversations=[self.messages(conversation)],
             chat_template=self.chat_template,
             return_assistant_tokens_mask=self.marks_answers,

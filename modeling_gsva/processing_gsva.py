@@ -11,7 +11,6 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import TextInput
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from .chat_gsva import StreamedAnswer, check_chat_files, check_contents, is_utf8
 from .checking_gsva import check_conversations, check_expressions, check_masks, check_max_length
@@ -25,6 +24,7 @@ from .prompts_gsva import (
     REJ_TOKEN,
     SEG_TOKEN,
     merged_prompts,
+    render_conversations,
     strip_wording,
 )
 from .segmentation_gsva import check_threshold
@@ -237,7 +237,7 @@ class GsvaProcessor(ProcessorMixin):
         Args:
             images: per conversation its image, or None; here of no use, as all images take the same number of placeholders.
         """
-        texts, spans = render_jinja_template(
+        texts, spans = render_conversations(
             conversations=conversations,
             chat_template=self.chat_template,
             return_assistant_tokens_mask=True,

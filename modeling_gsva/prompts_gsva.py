@@ -1,11 +1,13 @@
 """GSVA's wording: special tokens, chat templates, prompts for expressions, and how answers are read."""
 
 import re
+import threading
 from collections.abc import Mapping
 from reprlib import repr as shown  # short, and safe for values that are nested deeply or contain themselves
 from typing import Any
 
 from transformers import AddedToken
+from transformers.utils.chat_template_utils import render_jinja_template
 
 IMAGE_TOKEN, SEG_TOKEN, REJ_TOKEN = "<image>", "[SEG]", "[REJ]"
 IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<im_start>", "<im_end>"
@@ -98,6 +100,18 @@ _LLAMA_2_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
+
+
+_RENDERING = threading.Lock()
+
+
+def render_conversations(**arguments: Any) -> tuple[list[str], list]:
+    """
+    Return conversations as text, and the spans of the assistant's answers, as `render_jinja_template` does, in any thread:
+    transformers shares a compiled template among threads and notes the answers in it.
+    """
+    with _RENDERING:
+        return render_jinja_template(**arguments)
 
 
 def _template(default_system: str, turns: str) -> str:

@@ -91,7 +91,8 @@ def predict_stream(
     record = on_main_process(lambda: _record(predictor, stream, data_args))
     on_main_process(lambda: _check_folder(output_dir, record))
     workers = training_args.dataloader_num_workers or min(usable_cores(), MOST_WORKERS)
-    totals = predict_dataset(predictor, stream, output_dir, data_args.shard_size, workers)
+    is_shown = not training_args.disable_tqdm
+    totals = predict_dataset(predictor, stream, output_dir, data_args.shard_size, workers, is_shown)
     if PartialState().is_main_process:
         print(_said(totals, output_dir), flush=True)
     if training_args.push_to_hub:

@@ -1,6 +1,7 @@
 """GsvaProcessor: exact strings, tokens and labels, results from answers, and the message for every bad input."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -571,3 +572,18 @@ def test_tokenizer_without_the_tokens_is_named(processor, make_tokenizer):
         '"truncation":null,"padding":null,"model":{"type":"BPE","vocab":{"a":0},"merges":[]}}'))  # fmt: skip
     with pytest.raises(ValueError, match=r"The tokenizer lacks \['\[SEG\]', .*Add them with tokenizer.add_tokens"):
         GsvaProcessor(processor.image_processor, bare)
+
+
+def test_threads_with_a_processor_each_get_what_one_thread_gets(make_processor, make_picture):
+    texts = [[f"thing {n}"] * (n % 5 + 1) for n in range(60)]
+
+    def ask(processor, asked):
+        return processor(images=[make_picture(0, 8, 8)], expressions=[asked], return_tensors="pt")
+
+    processors = [make_processor() for _ in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda n: [ask(processors[n], asked) for asked in texts], range(6)))
+    for n, asked in enumerate(texts):
+        alone = ask(processors[0], asked)
+        for of_thread in together:
+            assert all((of_thread[n][name] == alone[name]).all() for name in ("input_ids", "answer_ids"))

@@ -1,9 +1,11 @@
 """
 Start the program repeatedly in one folder, kill it by SIGKILL at another moment each time, and then let it finish.
 
-`test_exact.py` runs `python killed_runs.py every_moment|several REPORT.json WORDS...`. Each start is a fork, which saves the imports.
+`test_exact.py` runs `python killed_runs.py every_moment|several REPORT.json WORDS...`, and trainers/test_predicting.py the kind
+`predictions`. Each start is a fork, which saves the imports.
 """
 
+import errno
 import json
 import os
 import signal
@@ -166,6 +168,83 @@ def several(words) -> dict:
     }
 
 
+def in_a_batch(error: BaseException | None):
+    """Killed, or ended by `error`, when the model is asked for the `step`-th time."""
+
+    def patch(step):
+        from evaluation.predictor import Predictor
+
+        answer, calls = Predictor.answer, []
+
+        def counted(self, requests):
+            calls.append(len(requests))
+            if len(calls) == step:
+                if error is not None:
+                    raise error
+                die()
+            return answer(self, requests)
+
+        Predictor.answer = counted
+
+    return patch
+
+
+def in_writing_a_shard(error: BaseException | None):
+    """Killed, or ended by `error`, when half of the `step`-th shard is written."""
+
+    def patch(step):
+        write, calls = Path.write_bytes, []
+
+        def half(self, content):
+            if self.suffix == ".parquet":
+                calls.append(self)
+                if len(calls) == step:
+                    write(self, content[: len(content) // 2])
+                    if error is not None:
+                        raise error
+                    die()
+            return write(self, content)
+
+        Path.write_bytes = half
+
+    return patch
+
+
+def predictions(words) -> dict:
+    """Predictions unbroken, again, by two processes, killed twice, on a full disk, interrupted, and twice at once."""
+    import pyarrow.parquet as pq
+
+    from trainers.lock import run_lock
+
+    folder = words[words.index("--output_dir") + 1]
+
+    def to(name):
+        return [*words, "--output_dir", f"{folder}-{name}"]
+
+    def rows(name):
+        return sum(pq.read_metadata(path).num_rows for path in Path(f"{folder}-{name}").glob("predictions-*.parquet"))
+
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "predictions.parquet")
+    found = {
+        "unbroken": start(words),
+        "again": start(to("again")),
+        "two processes": start(to("two"), processes=2),
+        "killed in a batch": start(to("killed"), in_a_batch(None), 2, processes=2),
+        "killed while writing": start(to("killed"), in_writing_a_shard(None), 2),
+        "left": len(list(Path(f"{folder}-killed").glob("predictions-*.parquet"))),
+        "to the end": start(to("killed"), processes=2),
+        "full disk": start(to("full"), in_writing_a_shard(full), 3),
+        "rows of full": rows("full"),
+        "interrupted": start(to("interrupted"), in_a_batch(KeyboardInterrupt()), 4),
+        "rows of interrupted": rows("interrupted"),
+    }
+    start(to("full"))
+    start(to("interrupted"))
+    with run_lock(folder):
+        found["second"] = start(words)
+    return found
+
+
 def every_moment(words) -> dict:
     folder = words[words.index("--output_dir") + 1]
     found = {}
@@ -181,5 +260,5 @@ def every_moment(words) -> dict:
 
 if __name__ == "__main__":
     kind, report, *words = sys.argv[1:]
-    found = several(words) if kind == "several" else every_moment(words)
+    found = {"several": several, "every_moment": every_moment, "predictions": predictions}[kind](words)
     Path(report).write_text(json.dumps(found))
