@@ -33,6 +33,7 @@ class GsvaModel(fom.Model):
         options: Of transformers' `pipeline`, such as `device`.
     """
 
+    config = None  # no settings that FiftyOne would change: it filters by confidence and class itself
     media_type = "image"
     ragged_batches = True  # images keep their sizes
     transforms = None

@@ -56,6 +56,16 @@ def test_fiftyone_sees_a_model_of_images(model):
         assert entered is model
 
 
+def test_a_sample_takes_the_labels_and_filters_them(model, make_picture):
+    import fiftyone
+
+    found = model.predict(np.asarray(make_picture(0)))
+    best = max(one.confidence for one in found.detections)
+    sample = fiftyone.Sample(filepath="a.png")
+    sample.add_labels(found, label_field="gsva", confidence_thresh=best)
+    assert [one.confidence for one in sample["gsva"].detections] == [best]
+
+
 def test_the_manifest_names_what_the_source_has():
     with open(ROOT / "examples/fiftyone_gsva/manifest.json", encoding="utf-8") as file:
         manifest = json.load(file)
