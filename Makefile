@@ -1,17 +1,24 @@
-# `make demo` trains and evaluates on this machine. `make test` runs the fast tests. Both create the environment in .venv.
+# `make demo` shows the embedded trained model at work, `make finetune` trains one. All targets create the environment in .venv.
 VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
+# what pip downloads and installs, a line each
+STEPS = sed -un 's/^Collecting \([^ ]*\).*/  reading \1/p; s/^ *Downloading \([^ ]*\) *\(.*\)/  \1 \2/p; /^Installing collected/c\  unpacking all of them'
+SHELL = /bin/bash
+.SHELLFLAGS = -o pipefail -c
 
-.PHONY: demo web test test-slow deepspeed conformance matrix base lint types clean
+.PHONY: demo finetune web test test-slow deepspeed conformance matrix base lint types clean
 
 demo: $(VENV)/installed
-	$(VENV)/bin/accelerate launch --config_file configs/accelerate/cpu.yaml run_gres.py configs/demo.yaml
+	$(RUN) run_gres.py configs/demo.yaml
+
+# Fine-tune the embedded base and evaluate it before and after. A stopped run continues.
+finetune: $(VENV)/installed
+	$(VENV)/bin/accelerate launch --config_file configs/accelerate/cpu.yaml run_gres.py configs/finetune_shapes.yaml
 
 # Open the web demo of MODEL in a browser.
-MODEL ?= runs/demo
+MODEL ?= assets/tiny_gsva_gres
 web: $(VENV)/installed
-	$(RUN) -m pip install --quiet --constraint configs/constraints.txt --editable '.[demo]'
 	$(RUN) -m demo --model $(MODEL)
 
 test: $(VENV)/installed
@@ -39,10 +46,15 @@ matrix: $(VENV)/installed
 	$(RUN) -m tox run --recreate -e $(ENDS)
 
 # Train assets/tiny_gsva again: at most an hour on two cores. A stopped run continues. make base ARCH=today trains
-# assets/tiny_gsva_today, the base of today's parts.
+# assets/tiny_gsva_today, the base of today's parts, and make base ARCH=gres fine-tunes that one to assets/tiny_gsva_gres.
 ARCH ?= llava_v1
 base: $(VENV)/installed
+ifeq ($(ARCH),gres)
+	$(RUN) run_gres.py configs/tiny_gsva_gres.yaml
+	$(RUN) assets/embed_run.py runs/tiny_gsva_gres assets/tiny_gsva_gres
+else
 	$(RUN) assets/make_tiny_gsva.py --arch $(ARCH)
+endif
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
@@ -54,9 +66,10 @@ types: $(VENV)/installed
 $(VENV)/installed: setup.cfg pyproject.toml configs/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (transformers 5.23 \
 	requires it), but this is %s. Name another one: make PYTHON=python3.12 ..." % sys.version.split()[0])'
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --constraint configs/constraints.txt torch
-	$(RUN) -m pip install --quiet --constraint configs/constraints.txt --editable '.[test]'
+	@echo "Installing PyTorch and then some 120 packages into $(VENV). This takes one to four minutes, once."
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --constraint configs/constraints.txt torch | $(STEPS)
+	@$(RUN) -m pip install --constraint configs/constraints.txt --editable '.[test]' | $(STEPS)
 	touch $@
 
 clean:

@@ -48,8 +48,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--llama", help="LLaMA, if LLaVA is given as a delta")
     add("--llava_delta", help="LLaVA's delta, which is added to --llama")
     add("--clip", help="CLIP, a directory or Hub name: config.json and the weights that the checkpoint lacks")
-    add("--sam", help="SAM's .pth file (ViT-H, L or B, recognised by its tensors); with --base also a directory or Hub id of SAM, "
-        "SAM-HQ, SAM 2 or SAM 3 in the format of transformers")  # fmt: skip
+    add("--sam", help="SAM's .pth file (ViT-H, L or B, recognised by its tensors), or its directory or Hub id in the format of "
+        "transformers; with --base also SAM-HQ, SAM 2 or SAM 3 in that format")  # fmt: skip
     add("--tokenizer", help="tokenizer.model, if the LLaVA directory has none")
     add("--conv_type", default="llava_v1", choices=["llava_v1", "llava_llama_2"],
         help="conversation template that the checkpoint was trained with")  # fmt: skip

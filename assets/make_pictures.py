@@ -1,7 +1,7 @@
 """
 Draw the pictures of README.md: what a model answers on images of *shapes*, and how GSVA is built.
 
-    python assets/make_pictures.py --model runs/demo
+    python assets/make_pictures.py --model assets/tiny_gsva_gres
 """
 
 import argparse
@@ -91,7 +91,9 @@ def _arrow(axes: Axes, begin: Sequence, end: Sequence, label: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="runs/demo", help="directory of a model that was trained on shapes")
+    parser.add_argument(
+        "--model", default="assets/tiny_gsva_gres", help="directory of a model that was trained on shapes"
+    )
     options = parser.parse_args(argv)
     draw_answers(options.model, HERE / "demo.png")
     draw_architecture(HERE / "architecture.png")

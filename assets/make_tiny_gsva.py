@@ -11,7 +11,7 @@ Its stages resume at their last checkpoints in `--work_dir`:
    and *masks*, that also learn the place of each thing among the others; the decoder is prompted by the words of expressions.
 2. *language*: projector, language model and mask prompts learn to answer questions in words (is there a …? what is there
    from left to right?) and to segment expressions with one or several targets. Expressions without a target do not occur,
-   and `[REJ]` is never an answer: the generalized fine-tuning of `configs/demo.yaml` teaches rejection. Over today's parts a
+   and `[REJ]` is never an answer: the generalized fine-tuning of `configs/finetune_shapes.yaml` teaches rejection. Over today's parts a
    stage *words* comes first, without masks; then mask prompts also learn to be those that the decoder has learned from words.
 """
 

@@ -1,9 +1,10 @@
 """Measure what a second question about an image costs with the cache of the first one, and without.
 
-    python -m benchmarks chat
+    python -m benchmarks chat [--quick]
 
-A random model of about 150 million parameters, whose images take 576 tokens, answers two questions about an image with 16
-tokens each. The tokens that its language model reads and the images that are encoded are counted, not assumed.
+A random model of 164 million parameters, whose images take 576 tokens, answers two questions about an image with 16
+tokens each. The tokens that its language model reads and the images that are encoded are counted, not assumed. The answers must
+be the same. The benchmark prints a table and writes benchmarks/results/chat.json.
 """
 
 import argparse
@@ -16,14 +17,14 @@ from transformers import CLIPVisionConfig, LlamaConfig, SamConfig
 
 from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration, GsvaImageProcessor, GsvaProcessor
 
-from ._workload import Elsewhere, busy_line, machine, make_tokenizer, write_result
+from ._workload import THREADS, Elsewhere, busy_line, machine, make_tokenizer, write_result
 
-SIDE, PATCH, NEW_TOKENS, ROUNDS = 336, 14, 16, 3  # (336 / 14)² = 576 image tokens
+SIDE, PATCH, NEW_TOKENS, ROUNDS, LAYERS = 336, 14, 16, 3, 11  # (336 / 14)² = 576 image tokens
 FIRST, SECOND = "Where is the man in the red shirt?", "And the dog beside him, can you segment it, too?"
 
 
-def make_model() -> tuple[GsvaForConditionalGeneration, GsvaProcessor]:
-    """Return a random model and its processor."""
+def make_model(layers: int) -> tuple[GsvaForConditionalGeneration, GsvaProcessor]:
+    """Return a random model, whose language model has so many layers, and its processor."""
     image_processor = GsvaImageProcessor(
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, sam_size={"longest_edge": 512}
     )
@@ -31,7 +32,7 @@ def make_model() -> tuple[GsvaForConditionalGeneration, GsvaProcessor]:
     config = GsvaConfig(
         vision_config=CLIPVisionConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
                                        image_size=SIDE, patch_size=PATCH),
-        text_config=LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=11, num_attention_heads=16,
+        text_config=LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers, num_attention_heads=16,
                                 vocab_size=4096, max_position_embeddings=2048),
         sam_config=SamConfig(vision_config={"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6, "mlp_dim": 768,
                                             "global_attn_indexes": [2, 5], "image_size": 512, "patch_size": 16, "window_size": 14,
@@ -58,7 +59,7 @@ def conversation(processor: GsvaProcessor, *turns: str):
 
 
 class Count:
-    """Counts the tokens that the language model reads, and the images that the towers encode."""
+    """Counts the tokens that the language model reads, and the images that CLIP and SAM encode."""
 
     def __init__(self, model: GsvaForConditionalGeneration):
         self.tokens = self.images = 0
@@ -74,9 +75,9 @@ class Count:
         self.images += 1
 
 
-def measure() -> dict:
-    """Return tokens, encoded images and seconds of the second answer, with and without the cache."""
-    model, processor = make_model()
+def measure(rounds: int, layers: int) -> dict:
+    """Return tokens, runs of a tower and seconds (the median of the rounds) of the second answer, with and without the cache."""
+    model, processor = make_model(layers)
     count, elsewhere, options = Count(model), Elsewhere(), {"method": "generate", "max_new_tokens": NEW_TOKENS}
     first = conversation(processor, FIRST)
     result: dict = {
@@ -84,7 +85,8 @@ def measure() -> dict:
         "first_prompt": first["input_ids"].shape[1],
     }
     seconds: dict[str, list[float]] = {"without": [], "with": []}
-    for _ in range(ROUNDS):
+    answers: list[list[int]] = []
+    for _ in range(rounds):
         cache = model.new_cache()
         answer = model.segment(**first, **options, cache=cache)
         text = processor.tokenizer.decode(answer.sequences[0, int(answer.answer_starts[0]) :])
@@ -93,27 +95,34 @@ def measure() -> dict:
         for way, times in seconds.items():
             count.tokens = count.images = 0
             start = time.perf_counter()
-            model.segment(**second, **options, **({"cache": cache} if way == "with" else {}))
+            outputs = model.segment(**second, **options, **({"cache": cache} if way == "with" else {}))
             times.append(time.perf_counter() - start)
-            result[way] = {"tokens": count.tokens, "images_encoded": count.images}
+            result[way] = {"tokens": count.tokens, "tower_runs": count.images}
+            answers.append(outputs.sequences[0, int(outputs.answer_starts[0]) :].tolist())
     for way, times in seconds.items():
         result[way]["seconds"] = round(statistics.median(times), 2)
+    result["same_answers"] = all(answer == answers[0] for answer in answers)
     return {**result, "machine": machine(elsewhere)}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks chat", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.parse_args(argv)
-    result = measure()
+    parser.add_argument(
+        "--quick", action="store_true", help="measure one round with 2 layers, and do not write the result file"
+    )
+    quick = parser.parse_args(argv).quick
+    torch.set_num_threads(THREADS)
+    result = measure(*((1, 2) if quick else (ROUNDS, LAYERS)))
     print(f"{result['parameters'] / 1e6:.0f} million parameters, second prompt of {result['second_prompt']} tokens")
     for way in ("without", "with"):
         row = result[way]
         print(
-            f"{way:<8} cache: {row['tokens']:>5} tokens, {row['images_encoded']} images encoded, {row['seconds']:.2f} s"
+            f"{way:<8} cache: {row['tokens']:>5} tokens, {row['tower_runs']} runs of a tower, {row['seconds']:.2f} s"
         )
-    print(busy_line(result))
-    write_result("chat", result)
+    print(f"{'the same' if result['same_answers'] else 'DIFFERENT'} answers; {busy_line(result)}")
+    if not quick:
+        write_result("chat", result)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ The plain implementation works as the original does: SAM with transformers' eage
 for every image (the second time with every slot `[SEG]`), logits at every position, one image at a time. Both run in turns in
 one process, on the same inputs and weights, and must reach the same decisions. Only ratios within one run are meaningful.
 
-With `--sam sam2` this project's evaluation with an encoder of ViT-H's proportions takes turns with one whose encoder has those
-of Hiera B+ (SAM 2.1), both scaled down; so small, the parts of Hiera that do not shrink with its width weigh more than in
-B+. The floating point operations of the published encoders, and of these two, are counted on tensors without data.
+With `--sam sam2` this project's evaluation with an encoder of ViT-H's kind takes turns with one of Hiera B+'s (SAM 2.1). Both are
+scaled down so that the ratio of their floating point operations is that of the published encoders to 3 % (8.95 and 9.22). The
+operations of the published encoders, and of these two, are counted on tensors without data.
 
 The benchmark prints a table and writes benchmarks/results/eval.json, with `--sam sam2` benchmarks/results/eval_sam2.json.
 """

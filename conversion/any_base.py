@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,16 @@ from .hub import create_repository, push
 from .keys import PREFIXES
 from .new_rows import SlotTokens, with_new_rows
 from .reading import SAFETENSORS_DTYPES, CheckpointSource, LazyTensor, is_finite, listed
-from .writing import START_CARD, check_output, check_room, in_dtype, naming_output, write_card, write_directory
+from .writing import (
+    START_CARD,
+    check_output,
+    check_room,
+    in_dtype,
+    naming_output,
+    without_progress_bar,
+    write_card,
+    write_directory,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -213,16 +222,13 @@ def _quietly() -> Iterator[None]:
     """Keep transformers' reports of loading to errors, since the caller checks them, and its bar to terminals."""
     from transformers.utils import logging
 
-    level, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
     logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     try:
-        yield
+        with nullcontext() if sys.stderr.isatty() else without_progress_bar():
+            yield
     finally:
         logging.set_verbosity(level)
-        if shows_progress:
-            logging.enable_progress_bar()
 
 
 def load_whole(

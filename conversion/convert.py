@@ -12,6 +12,7 @@ import torch
 
 from data_scripts.files import new_folder
 
+from .any_base import open_mask_model
 from .bases import (
     NO_CHECKPOINT,
     PARTS,
@@ -28,7 +29,7 @@ from .bases import (
     refuse_other_base,
 )
 from .configs import clip_config, empty_model, image_processor, llama_config, naming, sam_config, vision_features
-from .hub import create_repository, local_directory, push
+from .hub import create_repository, is_hub_id, local_directory, push
 from .keys import PREFIXES, to_original
 from .reading import CheckpointSource, LazyTensor
 from .tokenizer import IMAGE_TOKEN, ORDINARY_TOKENS, SPECIAL_TOKENS, base_added_tokens, build_llama_tokenizer
@@ -143,7 +144,7 @@ def gather_sources(args: argparse.Namespace) -> Sources:
     if clip_dir:
         bases.append(CheckpointSource("--clip", clip_dir, PREFIXES["--clip"], required=is_start))
     if args.sam:
-        bases.append(CheckpointSource("--sam", Path(args.sam), PREFIXES["--sam"]))
+        bases.append(open_sam(args.sam))
     if llava_dir:
         bases.append(CheckpointSource("--llava", llava_dir, required=is_start))
         refuse_delta(bases[-1])
@@ -156,6 +157,32 @@ def gather_sources(args: argparse.Namespace) -> Sources:
             "--llava is missing: its config.json and tokenizer.model are needed (not its weights, which the checkpoint has)."
         )
     return Sources(checkpoint, bases, language_dir, clip_dir)
+
+
+def open_sam(name: str) -> CheckpointSource:
+    """Return SAM of a .pth file, or of a directory or Hub repository in the format of transformers.
+
+    Raises:
+        ValueError: Another model. The message says what to give.
+        FileNotFoundError: There is none.
+    """
+    path = Path(name)
+    if not is_hub_id(name) and not (path / "config.json").is_file():
+        return CheckpointSource("--sam", path, PREFIXES["--sam"])
+    from transformers import SamModel
+
+    mask_model = open_mask_model(name)
+    if mask_model.config.model_type != "sam":
+        raise ValueError(
+            f"--sam {name} is of type {mask_model.config.model_type}, and LLaVA v1 takes SAM itself: give its .pth file, or "
+            "facebook/sam-vit-huge. Other mask models go with a base of today: --base llava-hf/llava-1.5-7b-hf in place of --llava."
+        )
+    source = CheckpointSource("--sam", None)
+    source.path, tied = path, SamModel._tied_weights_keys
+    source.tensors = {
+        f"sam.{part}": LazyTensor.of(tensor) for part, tensor in mask_model.read().items() if part not in tied
+    }
+    return source
 
 
 def given_directory(path: str | None, option: str) -> Path | None:

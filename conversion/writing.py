@@ -131,6 +131,20 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], dtype: torc
         advise(file, "POSIX_FADV_DONTNEED")
 
 
+@contextmanager
+def without_progress_bar() -> Iterator[None]:
+    """Switch transformers' progress bars off for a block; they count the files of weights that are read or written."""
+    from transformers.utils import logging
+
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
+
+
 def write_directory(
     folder: Path,
     model: GsvaForConditionalGeneration,
@@ -145,15 +159,8 @@ def write_directory(
         model: Without memory for its weights, in the precision that config.json is to name.
         dtype: Of the weights; None stands for each tensor's own.
     """
-    from transformers.utils import logging
-
-    shows_progress = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # it would count the files of weights, and there are none
-    try:
+    with without_progress_bar():  # it would count the files of weights, and there are none
         model.save_pretrained(folder, state_dict={})  # everything but the weights
-    finally:
-        if shows_progress:
-            logging.enable_progress_bar()
     processor.save_pretrained(folder)
     return write_shards(folder, tensors, dtype, max_shard_size)
 

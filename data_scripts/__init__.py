@@ -56,6 +56,7 @@ def load(
     split: str = "train",
     cache_dir: str | None = None,
     num_proc: int | None = None,
+    limit: int | None = None,
     **options: Any,
 ) -> datasets.Dataset:
     """Return the rows of one split of a data set, memory-mapped from Arrow files that the first call writes.
@@ -66,6 +67,7 @@ def load(
         split: A split that the data set's files hold, or several ("train+val"), or a slice ("train[:100]").
         cache_dir: The folder of the Arrow files; by default the cache of `datasets`.
         num_proc: The number of processes that share the first build of a set of label maps.
+        limit: Return the first rows only. Of a generated data set no others are drawn.
         options: Options of a generated data set (`shapes`: size, seed, task); others have none.
 
     Raises:
@@ -73,7 +75,7 @@ def load(
         FileNotFoundError: `data_dir` or one of the data set's files is missing.
     """
     if name in GENERATED:
-        common = {"cache_dir": cache_dir, "num_proc": num_proc}
+        common = {"cache_dir": cache_dir, "num_proc": num_proc, "limit": limit}
         options.update({key: value for key, value in common.items() if value is not None})
         generate = _get(GENERATED[name])
         parameters = signature(generate).parameters
@@ -85,8 +87,10 @@ def load(
     if options:
         raise ValueError(f"{name!r} takes no option {', '.join(options)}.")
     if name not in BUILDERS and "/" in name:
-        return _load_published(name, split, cache_dir)
-    return load_builder(name, data_dir, cache_dir).load(split, num_proc)
+        rows = _load_published(name, split, cache_dir)
+    else:
+        rows = load_builder(name, data_dir, cache_dir).load(split, num_proc)
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
 def categories(name: str, data_dir: str | os.PathLike | None = None, cache_dir: str | None = None) -> Categories:

@@ -16,6 +16,8 @@ from typing import Any
 
 import jinja2
 
+TEMPLATES = Path(__file__).parent / "templates"
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -158,12 +160,14 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
 def render(template: str | Path, **values: Any) -> str:
     """Return the text of a Jinja template file with `values` put in. Values are escaped for HTML and Markdown.
 
+    A template may name others of its folder, and the frame of all pages (`templates/page.html.jinja` here).
+
     Raises:
         jinja2.UndefinedError: The template names a value that is not given.
     """
     template = Path(template)
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(template.parent),
+        loader=jinja2.FileSystemLoader([template.parent, TEMPLATES]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

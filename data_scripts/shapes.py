@@ -275,6 +275,7 @@ def load(
     task: str = "segmentation",
     num_proc: int | None = None,
     cache_dir: str | None = None,
+    limit: int | None = None,
 ) -> datasets.Dataset:
     """Return rows of *shapes*, which the first call draws and later calls read from the cache.
 
@@ -285,6 +286,7 @@ def load(
         task: "segmentation" for expressions with masks, "vqa" for questions and answers about the same images.
         num_proc: The number of processes that draw.
         cache_dir: The folder of the Arrow files; by default the cache of `datasets`.
+        limit: Draw at most this number of images, whatever the size.
 
     Raises:
         ValueError: The split, size, seed or task does not exist.
@@ -296,10 +298,12 @@ def load(
     size = SPLIT_SIZES[split] if size is None else size
     if not isinstance(size, int) or not isinstance(seed, int) or size < 1 or seed < 0:
         raise ValueError(f"shapes needs whole numbers size >= 1 and seed >= 0, got size={size!r} and seed={seed!r}.")
+    size = size if limit is None else min(size, limit)
     return datasets.Dataset.from_generator(
         _rows,
         features=VQA_FEATURES if task == "vqa" else SEGMENTATION_FEATURES,
         cache_dir=cache_dir,
         gen_kwargs={"split": split, "task": task, "seed": seed, "indices": list(range(size)), "version": VERSION},
         num_proc=num_proc,
+        split=datasets.NamedSplit(split),  # the name that the progress bar shows
     )

@@ -2,7 +2,7 @@
 Open a web page on which people drop an image and ask for expressions.
 
     python -m demo
-    python -m demo --model runs/demo --port 7861
+    python -m demo --model runs/finetune_shapes --port 7861
 """
 
 import argparse
@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_gsva  # noqa: F401  registers the Auto classes
 
-DEFAULT_MODEL = "runs/demo"  # what `make demo` trains
+DEFAULT_MODEL = str(Path(__file__).parents[1] / "assets/tiny_gsva_gres")  # the trained model in the box
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,8 @@
 """Calibrate rejection on the rows of a validation evaluation (protocol `slots`), and write it into a model.
 
-    python -m evaluation.calibrate runs/demo --min_T_acc 0.98 --model runs/demo
+    python -m evaluation.calibrate runs/finetune_shapes --min_T_acc 0.98 --model runs/finetune_shapes
     python -m evaluation.calibrate rows_val.jsonl --max_risk 0.05 --confidence 0.95 --output calibration
-    python -m evaluation.calibrate runs/demo --min_T_acc 0.98 --hold_out 0.5    # calibrate on half of the images, measure on the others
+    python -m evaluation.calibrate runs/finetune_shapes --min_T_acc 0.98 --hold_out 0.5    # calibrate on half of the images, measure on the others
 
 Writes `calibration.json` and `calibration.html` beside the rows. With --model, `segment`, the pipeline and the command line
 use the threshold by default, and results hold the probability that an expression is there.

@@ -164,7 +164,7 @@ def check_evaluation(model, processor, config: EvaluationConfig) -> None:
 
 
 def check_slot_tokens(model, processor) -> None:
-    """Raise ValueError if the model lacks `[SEG]` or `[REJ]`, or has other ids for them than the processor."""
+    """Raise ValueError if the model lacks `[SEG]` or `[REJ]`, or has other ids for them or for images than the processor."""
     config, size = model.config, model.get_output_embeddings().weight.shape[0]
     for token, name in (("[SEG]", "seg_token_id"), ("[REJ]", "rej_token_id")):
         of_model, of_processor = getattr(config, name, None), getattr(processor, name, None)
@@ -177,6 +177,11 @@ def check_slot_tokens(model, processor) -> None:
             raise ValueError(
                 f"The model means token {of_model} by {token}, the processor {of_processor}; load both from one directory."
             )
+    if config.image_token_id != processor.image_token_id:
+        raise ValueError(
+            f"The model takes token {config.image_token_id} for an image, the processor writes {processor.image_token_id}; load "
+            "both from one directory."
+        )
 
 
 def segment_images(

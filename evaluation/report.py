@@ -1,6 +1,6 @@
 """Compare one or several runs on one page, which opens offline.
 
-    python -m evaluation.report runs/demo
+    python -m evaluation.report runs/finetune_shapes
     python -m evaluation.report runs/a runs/b --output report.html
 
 `run_gres.py --do_eval` already writes `report.html` about its run to its output folder.

@@ -29,6 +29,14 @@ def _set_dtype(config: Any, dtype: Any) -> None:
             _set_dtype(getattr(config, name), dtype)
 
 
+def _without_folders(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a part's configuration as a dict with an empty `_name_or_path` in all of its levels."""
+    return {
+        name: _without_folders(value) if isinstance(value, dict) else "" if name == "_name_or_path" else value
+        for name, value in values.items()
+    }
+
+
 @strict
 class GsvaConfig(PreTrainedConfig):
     r"""
@@ -206,8 +214,13 @@ class GsvaConfig(PreTrainedConfig):
         self.vlm_config.tie_word_embeddings = value
 
     def to_dict(self) -> dict[str, Any]:
-        """Overrides the parent to add `tie_word_embeddings`, which peft reads there."""
-        return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
+        """
+        Overrides the parent to add `tie_word_embeddings`, which peft reads there, and to leave out the folders that the parts
+        were loaded from: in a saved directory they would tell of the machine that saved it.
+        """
+        values = {name: _without_folders(value) if isinstance(value, dict) else value
+                  for name, value in super().to_dict().items()}  # fmt: skip
+        return {**values, "tie_word_embeddings": self.tie_word_embeddings}
 
     @property
     def _attn_implementation(self) -> str | None:

@@ -8,10 +8,12 @@ import sys
 import data_trees as trees
 import numpy as np
 import pytest
+import tiny_directories as tiny
 from hub_stand_in import USER, HubStandIn
 from isolation import WITHOUT_PROJECT
 from paths import ROOT
 
+import convert_checkpoint
 import data_scripts
 from metrics.publish import space_files
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
@@ -44,6 +46,7 @@ published = publish.main(["grefcoco", tree, work + "/grefcoco", "--push_to_hub",
 assert metric.main(["someone/gres"]) == 0
 convert_checkpoint.main(["--checkpoint", original + "/full.pt", "--output", work + "/converted", "--llava", original + "/llava",
                          "--clip", original + "/clip", "--push_to_hub", "someone/converted"])
+convert_checkpoint.main(["--base", "someone/base", "--sam", "someone/sam2", "--output", work + "/start"])
 trained = run_gres.main(["--model", "someone/gsva", "--dataset", "shapes", "--dataset_options",
                          json.dumps({"size": 2, "cache_dir": work + "/run_shapes"}),
                          "--do_train", "--max_steps", "1", "--per_device_train_batch_size", "1", "--output_dir", work + "/run",
@@ -116,6 +119,8 @@ def pushed(model_dir, original, tmp_path_factory):
     with HubStandIn() as hub:
         work = tmp_path_factory.mktemp("pushing")
         tree = trees.referring(work / "tree", "grefcoco", [{**trees.ref(), "ann_id": [1], "no_target": False}])
+        hub.put("someone/base", tiny.write_base(work / "parts/base", "llava"))
+        hub.put("someone/sam2", tiny.write_mask_model(work / "parts/sam2", "sam2"))
         run(PUSH, model_dir, original, tree, work, environment=hub.environment(work / "cache"), cwd=ROOT)
         hub.work = work
         yield hub
@@ -176,6 +181,22 @@ def test_what_the_commands_push_is_what_they_wrote(pushed, loaded, make_picture)
         str(p.relative_to(pushed.work / "grefcoco")) for p in (pushed.work / "grefcoco").rglob("*") if p.is_file()
     }
     assert written <= pushed.files("dataset", f"{USER}/grefcoco").keys()
+
+
+def test_a_base_and_a_mask_model_of_the_hub_make_the_start_that_their_directories_make(pushed, tmp_path):
+    parts = pushed.work / "parts"
+    convert_checkpoint.main(
+        ["--base", str(parts / "base"), "--sam", str(parts / "sam2"), "--output", str(tmp_path / "start")]
+    )
+    here, hub = (
+        {path.name: path.read_bytes() for path in (folder / "start").iterdir()} for folder in (tmp_path, pushed.work)
+    )
+    assert here.keys() == hub.keys()
+    assert [name for name in here if here[name] != hub[name]] == [
+        "README.md"
+    ]  # which names the parts as they were given
+    card = hub["README.md"].decode()
+    assert "someone/base" in card and "someone/sam2" in card
 
 
 def test_data_sets_come_back(pushed, loaded):

@@ -50,6 +50,7 @@ TOP_LEVEL = {
         "benchmarks",
         "demo",
         "examples",
+        "docs",
         "tests",
         "assets",
         ".ci",

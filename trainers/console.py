@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
-from transformers.utils import logging as transformers_logging
+
+from conversion.writing import without_progress_bar
 
 # Columns of the table: name in the log, heading, format. Those that the first log lacks are left out.
 COLUMNS = (
@@ -38,18 +39,6 @@ def quieten(log_level: str) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-@contextmanager
-def quiet_saving() -> Iterator[None]:
-    """Save without transformers' bars, which count the files of each checkpoint."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
 class _BarOnly(ProgressCallback):
     """The progress bar of transformers, without its dictionaries."""
 
@@ -65,7 +54,7 @@ class RunTable(TrainerCallback):
         self._saving = ExitStack()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._saving.enter_context(quiet_saving())
+        self._saving.enter_context(without_progress_bar())
 
     def on_train_end(self, args, state, control, **kwargs):
         self._saving.close()

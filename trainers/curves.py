@@ -36,6 +36,8 @@ def training_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
                 axes.plot(*zip(*points), label=name, marker=".")
         axes.set_xlabel("optimizer step")
         axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         if axes.get_lines():
             axes.legend(fontsize="small")

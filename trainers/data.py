@@ -33,8 +33,8 @@ MIXTURE = "mixture"
 
 def load_rows(args: DataArguments, split: str, limit: int | None, name: str | None = None):
     """Return the first `limit` rows (None: all) of a split of the data set `name`, by default `args.dataset`."""
-    rows = data_scripts.load(name or args.dataset, args.data_dir, split, **args.options)
-    return rows.select(range(min(limit, len(rows)))) if limit is not None else rows
+    first = {} if limit is None else {"limit": limit}
+    return data_scripts.load(name or args.dataset, args.data_dir, split, **{**args.options, **first})
 
 
 def training_data(args: DataArguments, training: GsvaTrainingArguments, wording: Wording) -> TrainingDataset | Mixture:

@@ -98,8 +98,8 @@ class Strategy:
     - "zero2": with bf16, DeepSpeed keeps all weights in 2 bytes on every card, and shards of the gradients (2 bytes) and of
       the optimizer (float32 weights and two moments); without bf16, 4 bytes each. Gradients are reduced in one buffer of
       `reduce_bucket_size`, with `overlap_comm` in two (deepspeed/runtime/zero/stage_1_and_2.py, setup_buckets).
-    - "zero3": also shards of the weights. Two layers of the language model are gathered at a time: one that is used and
-      one that is prefetched.
+    - "zero3": also shards of the weights. Gathered weights stay until the backward pass as long as they are not more than
+      `stage3_max_live_parameters`, 1e9 by default (deepspeed/runtime/zero/partitioned_param_coordinator.py).
     - "fsdp2": shards of weights, gradients and optimizer. Two layers are gathered at a time, and all modules that are not
       wrapped for the whole step.
     """
@@ -107,7 +107,7 @@ class Strategy:
     name: str
     kind: str
     processes: int
-    bucket: int = 0  # numbers in the buffers of gradients that are reduced
+    bucket: int = 0  # zero2: numbers in the buffers of gradients that are reduced; zero3: weights that stay gathered
 
     @classmethod
     def read(cls, path: str | Path, processes: int | None = None) -> Strategy:
@@ -130,6 +130,8 @@ class Strategy:
             kind = f"zero{settings.get('stage', settings.get('zero_stage'))}"
             if kind == "zero2":
                 bucket = int(settings.get("reduce_bucket_size", 5e8)) * (2 if settings.get("overlap_comm") else 1)
+            elif kind == "zero3":
+                bucket = int(float(settings.get("stage3_max_live_parameters", 1e9)))
         elif kind == "FSDP":
             kind = "fsdp2"
         if kind not in ("NO", "MULTI_GPU", "zero2", "zero3", "fsdp2"):
@@ -300,7 +302,7 @@ def tower_bytes(config: GsvaConfig, images: int, length: int, half: bool) -> int
     Return a bound of what a frozen vision tower holds at a time: it keeps nothing for a backward pass, so that this is the
     input of a layer and what its attention and its perceptron make of it, for the patches of conversations full of images.
     """
-    vision = config.vision_config
+    vision = getattr(config.vlm_config, "vision_config", None)  # which a base may lack, or have by another name
     hidden = int(getattr(vision, "hidden_size", 0) or getattr(vision, "embed_dim", 0))
     wide = int(getattr(vision, "intermediate_size", 0) or 4 * hidden)
     return images * length * PATCHES_PER_TOKEN * (6 * hidden + 2 * wide) * (2 if half else 4)
@@ -391,7 +393,8 @@ def memory_of(sizes: Sizes, activations: int, strategy: Strategy, half: bool = T
         )
     if strategy.kind == "zero3":
         weights = (sizes.frozen_bytes + width * trained) / n
-        return Memory(weights, width * trained / n, 12 * trained / n, activations, 2 * sizes.layer_bytes)
+        gathered = width * min(strategy.bucket, sizes.parameters)
+        return Memory(weights, width * trained / n, 12 * trained / n, activations, gathered)
     weights = sizes.weights / n
     return Memory(
         weights, sizes.trained_bytes / n, 8 * trained / n, activations, sizes.root_bytes + 2 * sizes.layer_bytes

@@ -18,7 +18,8 @@ VALIDATION = "validation"  # pictures of the evaluations during training
 
 
 def where_to_look(output_dir: Path) -> str:
-    """Return the last line of a run: its pages and pictures. Empty where there are none."""
-    names = ("report.html", "predictions.html", CURVES, VALIDATION)
-    paths = [str(output_dir / name) for name in names if (output_dir / name).exists()]
-    return f"\nlook at {', '.join(paths)}\n" if paths else ""
+    """Return the last line of a run: its newest page of pictures and what tells about all of it. Empty where there is none."""
+    pages = sorted(output_dir.glob("pictures_*.html"), key=lambda path: path.stat().st_mtime_ns)
+    others = (output_dir / name for name in ("report.html", "predictions.html", CURVES, VALIDATION))
+    paths = [*pages[-1:], *(path for path in others if path.exists())]
+    return f"\nlook at {', '.join(map(str, paths))}\n" if paths else ""

@@ -7,12 +7,12 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 from peft import PeftModel
 
+from conversion.writing import without_progress_bar
 from data_scripts.files import adding_files, render, replacing_folder, write_text
 from evaluation.predict_dataset import SHARDS
 from evaluation.records import RESULTS
 
 from .arguments import GsvaTrainingArguments
-from .console import quiet_saving
 from .output_folder import ADAPTER, CARD, CURVES, RUN, TRAINING
 
 PREDICTIONS_CARD = Path(__file__).parent / "templates" / "predictions_card.md.jinja"
@@ -25,7 +25,7 @@ UNPUBLISHED = ("*/*", ".*", "rows_*", "predictions*", RESULTS, TRAINING, RUN)
 def save(processor, model, output_dir: Path) -> None:
     """Save model and processor as a directory that the Auto classes load. Files are moved in when all are written."""
     with adding_files(output_dir) as folder:
-        with quiet_saving():
+        with without_progress_bar():
             model.save_pretrained(folder)
         processor.save_pretrained(folder)
 

@@ -63,27 +63,42 @@ def refuse_what_shards_cannot(model_args: ModelArguments, args: GsvaTrainingArgu
             )
 
 
-def untie_weights(model: torch.nn.Module) -> None:
+def untie_weights(model: torch.nn.Module) -> dict[str, str]:
     """
-    Give each tied frozen parameter a separate tensor, in place. `tie_weights()` ties them again.
+    Give each tied frozen parameter a separate tensor, in place, and return {its name: the name it was tied to} for `tie_again`.
 
     DeepSpeed's `zero_to_fp32.py --safe_serialization` fails for tied parameters (SAM's positional embeddings). Trained ones
     stay tied: apart they would learn apart.
     """
     names: dict[int, str] = {}
+    untied = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if names.setdefault(id(parameter), name) == name or parameter.requires_grad:
+        if (first := names.setdefault(id(parameter), name)) == name or parameter.requires_grad:
             continue
         module, _, attribute = name.rpartition(".")
-        copy = torch.nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        copy = torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
         setattr(model.get_submodule(module), attribute, copy)
+        untied[name] = first
+    return untied
 
 
-def prepare_for_deepspeed(model: torch.nn.Module, args: GsvaTrainingArguments) -> None:
-    """Change a model in place so that DeepSpeed can train it, if DeepSpeed is used; see `untie_weights`."""
+def tie_again(model: torch.nn.Module, untied: dict[str, str]) -> None:
+    """
+    Undo `untie_weights`, in place.
+
+    `tie_weights()` of transformers goes by names that peft has changed until its parts are merged, and peft gives up a tie that it
+    does not find when it merges.
+    """
+    for name, first in untied.items():
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, model.get_parameter(first))
+
+
+def prepare_for_deepspeed(model: torch.nn.Module, args: GsvaTrainingArguments) -> dict[str, str]:
+    """Change a model in place so that DeepSpeed can train it, if DeepSpeed is used; return the ties that `tie_again` takes."""
     if args.deepspeed_plugin is None:
-        return
-    untie_weights(model)
+        return {}
+    untied = untie_weights(model)
     if args.deepspeed_plugin.zero_stage == 3:
         from deepspeed.utils import set_z3_leaf_module
 
@@ -94,6 +109,7 @@ def prepare_for_deepspeed(model: torch.nn.Module, args: GsvaTrainingArguments) -
         for module in model.modules():
             if isinstance(module, kind):
                 set_z3_leaf_module(module, True)
+    return untied
 
 
 def gather_trained_model(trainer: GsvaTrainer, args: ModelArguments) -> torch.nn.Module | None:

@@ -41,7 +41,6 @@ from .freezing import (
     merge_lora,
     moved_table,
     parts_table,
-    plain_model,
     prepare_for_training,
     snapshot,
     unmoved,
@@ -53,7 +52,7 @@ from .output_folder import ADAPTER, CURVES, LOG_HISTORY, RUN, TRAINING
 from .processes import on_main_process
 from .publishing import save, save_adapter
 from .run_record import FewerStepsError, check_resumed, describe_changes, make_record, refuse_fewer_steps, resume_point
-from .sharding import gather_trained_model, prepare_for_deepspeed, shards_weights
+from .sharding import gather_trained_model, prepare_for_deepspeed, shards_weights, tie_again
 from .threads import training_threads
 from .trainer import GsvaTrainer, complete_checkpoints
 
@@ -93,17 +92,20 @@ def train(
         print(parts_table(model), flush=True)
         if sentence := describe_negatives(dataset):
             print(sentence, flush=True)
-    prepare_for_deepspeed(model, training_args)
+    untied = prepare_for_deepspeed(model, training_args)
     before = snapshot(model)
     trainer = make_trainer(processor, model, dataset, data_args, training_args, record)
     with cpu_threads(threads or 1):
         result = run_trainer(trainer, checkpoint)
     sharded = shards_weights(training_args)
-    model = gather_trained_model(trainer, model_args) if sharded else trainer.accelerator.unwrap_model(trainer.model)
+    if sharded:
+        model = gather_trained_model(trainer, model_args)
+    else:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        tie_again(model, untied)
     if trainer.state.global_step and state.is_main_process:
         report_moved(model, before)
     if model is not None:
-        plain_model(model).tie_weights()
         model = save_trained(processor, model, model_args, Path(training_args.output_dir), loaded_dtype)
     if state.is_main_process:
         write_json(Path(training_args.output_dir) / RUN, record)

@@ -45,7 +45,7 @@ def plot_rejection_curves(
     for label, curve in curves.items():
         points, balance = curve["points"], curve["balance"]
         # The area is under straight lines between thresholds; steps would hide ties.
-        (line,) = axes.plot(points["N_acc"], points["T_acc"], label=labels[label])
+        (line,) = axes.plot(points["N_acc"], points["T_acc"], marker=".", markersize=4, label=labels[label])
         if balance is not None:
             axes.plot(balance["N_acc"], balance["T_acc"], "o", color=line.get_color())
     axes.set(

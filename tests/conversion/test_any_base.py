@@ -278,6 +278,21 @@ def test_mask_models_for_videos_are_read_as_those_for_images(kind, video, mask_m
     assert all(torch.equal(ours.sam.state_dict()[name], value) for name, value in own.items())
 
 
+def test_the_tracker_of_sam3_is_read_from_the_layout_of_the_hub(llava, tmp_path):
+    weights = tiny.write_sam3_video(tmp_path / "sam3")
+    ours = convert(llava, tmp_path / "sam3", tmp_path / "start")
+    assert ours.config.sam_config.model_type == "sam3_tracker"
+    places = {
+        "vision_encoder.backbone.": "detector_model.vision_encoder.backbone.",
+        "vision_encoder.neck.": "tracker_neck.",
+    }
+    for name, tensor in ours.sam.state_dict().items():
+        place = next(
+            (place + name.removeprefix(ours) for ours, place in places.items() if name.startswith(ours)), None
+        )
+        assert torch.equal(tensor, weights[place or f"tracker_model.{name}"]), name
+
+
 def test_the_summary_and_the_card_tell_the_parts_and_their_licences(mask_models, llava, tmp_path, capsys):
     base, sam = (Path(shutil.copytree(path, tmp_path / path.name)) for path in (llava, mask_models["sam2"]))
     (base / "README.md").write_text("---\nlicense: llama2\n---\n# LLaVA\n")
@@ -292,7 +307,7 @@ def test_the_summary_and_the_card_tell_the_parts_and_their_licences(mask_models,
             and str(sum(value.nbytes for value in weights)) in text
         )
         assert "[SEG] 260, [REJ] 261" in text and "280, as in the base" in text
-        assert str(tmp_path) not in card
+        assert str(tmp_path) not in card and str(tmp_path) not in (tmp_path / "start/config.json").read_text()
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# LLaVA\n")
     convert(base, sam, tmp_path / "free")
     assert 'license: "apache-2.0"' in (tmp_path / "free/README.md").read_text()

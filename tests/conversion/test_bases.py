@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+import tiny_directories
 import torch
 from conversions import FROZEN, assert_equal, expected, load, peft_names, run, sample_inputs, start
 from safetensors.torch import load_file, save_file
@@ -220,6 +221,27 @@ def test_lora_alone_takes_the_rest_from_a_whole_gsva(original, tmp_path):
     main(["--checkpoint", str(tmp_path / "lora.bin"), "--llava", str(base), "--clip", str(original / "clip"), "--output",
           str(tmp_path / "out")])  # fmt: skip
     assert_equal(load_file(tmp_path / "out/model.safetensors"), expected(original))
+
+
+def test_sam_may_be_a_directory_of_transformers(original, tmp_path):
+    """As facebook/sam-vit-huge is one, for the start of a training and beside a checkpoint of trained parts."""
+    expected = start(original, tmp_path / "start")
+    load(tmp_path / "start")[0].sam.save_pretrained(tmp_path / "sam")
+    found = start(original, tmp_path / "again", "--sam", str(tmp_path / "sam"))
+    assert_equal(found, expected, tolerance=0)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("start", "again")]
+    assert configs[0] == configs[1]
+
+
+def test_another_mask_model_than_sam_is_told_where_it_goes(original, tmp_path):
+    sam2 = tiny_directories.write_mask_model(tmp_path / "sam2", "sam2")
+    with pytest.raises(
+        SystemExit, match=r"is of type sam2, and LLaVA v1 takes SAM itself.*--base .* in place of --llava"
+    ):
+        start(original, tmp_path / "start", "--sam", str(sam2))
+    with pytest.raises(SystemExit, match=r"--sam .*nowhere/sam.pth does not exist"):
+        start(original, tmp_path / "start", "--sam", "nowhere/sam.pth")
+    assert not (tmp_path / "start").exists()
 
 
 @pytest.mark.parametrize("with_buffers", [False, True])

@@ -207,6 +207,16 @@ def test_a_smaller_set_is_the_beginning_of_a_larger_one(tmp_path):
     assert words.column_names == ["image", "image_id", "conversation"]
 
 
+def test_no_more_pictures_are_drawn_than_the_limit(tmp_path, monkeypatch):
+    drawn, draw = [], shapes.draw_picture
+    monkeypatch.setattr(shapes, "draw_picture", lambda random: drawn.append(1) or draw(random))
+    options = {"split": "test", "cache_dir": str(tmp_path)}
+    few = data_scripts.load("shapes", size=6, limit=2, **options)
+    assert len(few) == len(drawn) == 2
+    assert len(data_scripts.load("shapes", size=2, limit=9, **options)) == 2
+    assert len(drawn) == 2  # the same two, kept
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -1,7 +1,6 @@
 """The web demo in a real browser: upload, ask, slide, a second turn, a bad file, markup in an expression; and its API."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -9,15 +8,11 @@ import time
 
 import numpy as np
 import pytest
+from browsers import chromium, in_browser
 from paths import ROOT
 from pycocotools import mask as rle
 
 pytest.importorskip("gradio", reason="the web demo needs gradio: pip install '.[demo]'")
-pytest.importorskip("selenium", reason="the browser is driven by selenium: pip install '.[test]'")
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-in_browser = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="needs Debian's packages chromium and chromium-driver"
-)
 SCREENSHOTS = ROOT / "runs" / "screenshots"
 SCRIPT = '<script>document.title="broken"</script><img src=x onerror=\'document.title="broken"\'>'
 
@@ -64,20 +59,9 @@ def picture(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    profile = tmp_path_factory.mktemp("profile")
-    for argument in (
-        "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1300,1300",
-        f"--user-data-dir={profile}",
-    ):  # fmt: skip
-        options.add_argument(argument)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 class Page:

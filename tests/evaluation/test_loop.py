@@ -2,6 +2,7 @@
 
 import datasets
 import pytest
+import tiny_processors
 from evaluations import Killed, config_of, evaluate_to, kill_after, mask_of
 
 from data_scripts.images import PictureError
@@ -101,6 +102,18 @@ def test_a_model_without_rej(make_model, processor):
         evaluate_rows(model, processor, config_of([{}]))
     model.config.rej_token_id = processor.seg_token_id
     with pytest.raises(ValueError, match=r"means token \d+ by \[REJ\], the processor \d+"):
+        check_slot_tokens(model, processor)
+
+
+@pytest.mark.parametrize("family", ["llava_v1", "llava", "gemma3"])
+def test_a_processor_that_writes_another_token_for_an_image(family, make_model, processor):
+    model = make_model()
+    if family != "llava_v1":
+        processor = tiny_processors.make_processor(family)
+        model = tiny_processors.make_model(family, processor)
+    check_slot_tokens(model, processor)
+    model.config.vlm_config.image_token_id += 1
+    with pytest.raises(ValueError, match=r"takes token \d+ for an image, the processor writes \d+; load both"):
         check_slot_tokens(model, processor)
 
 

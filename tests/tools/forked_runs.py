@@ -8,10 +8,11 @@ codes of the processes, negative for a signal:
 
 `strategy` is an accelerate config of configs/accelerate/, or null for a single process without `accelerate launch`. The
 environment of the processes is the one that `accelerate launch` and torchrun give them. At optimizer step `kill_at` each process
-kills itself. `memory` names a folder in which each process leaves the resident memory that training held at most, in bytes
-beyond what it held before the model was loaded.
+kills itself. `memory` names a folder in which each process leaves the resident memory that the steps held at most, in bytes
+beyond what it held before the model was loaded, without the code of libraries.
 """
 
+import ctypes
 import json
 import os
 import runpy
@@ -57,26 +58,45 @@ def kill_at(step: int) -> None:
     CallbackHandler.on_step_begin = on_step_begin
 
 
-def resident() -> int:
-    """Return the resident memory of this process in bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident(field: str = "VmRSS") -> int:
+    """Return a field of /proc/self/status in bytes: VmRSS, the resident memory of this process, or VmHWM, its peak."""
+    return int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0]) * 1024
+
+
+def resident_code() -> int:
+    """Return the resident memory of this process that holds libraries, in bytes. It grows when code runs for the first time."""
+    total, file = 0, ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):  # the first line of a mapping
+            file = words[-1]
+        elif words[0] == "Rss:" and ".so" in file:
+            total += int(words[1]) * 1024
+    return total
 
 
 def report_memory(folder: Path, rank: int) -> None:
-    """Write the peak of training, when it ends. Loading before it may have held more for a moment."""
+    """Write the peak of the optimizer steps, when training ends. Loading and sharing out before them may have held more."""
     from transformers import Trainer
+    from transformers.trainer_callback import CallbackHandler
 
-    train, start = Trainer.train, resident()
+    libc = ctypes.CDLL(None)  # glibc; the numbers are those of its malloc.h
+    libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: freed tensors go back to the system at once,
+    libc.mallopt(-1, 2**16)  # M_TRIM_THRESHOLD: so that what is resident is what is held
+    train, begin, start = Trainer.train, CallbackHandler.on_step_begin, resident() - resident_code()
+
+    def on_step_begin(self, args, state, control):
+        if state.global_step == 0:
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak begins anew
+        return begin(self, args, state, control)
 
     def measured(self, *args, **kwargs):
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak begins anew
         result = train(self, *args, **kwargs)
-        status = Path("/proc/self/status").read_text()
-        peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-        (folder / f"{rank}.json").write_text(json.dumps({"held": peak - start}))
+        held = resident("VmHWM") - resident_code() - start
+        (folder / f"{rank}.json").write_text(json.dumps({"held": held}))
         return result
 
-    Trainer.train = measured
+    CallbackHandler.on_step_begin, Trainer.train = on_step_begin, measured
 
 
 def work(run: dict, rank: int) -> int:
@@ -84,7 +104,8 @@ def work(run: dict, rank: int) -> int:
     log = os.open(f"{run['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    if run.get("strategy"):  # without one nothing is distributed
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     if run.get("kill_at") is not None:
         kill_at(run["kill_at"])
     if run.get("memory"):

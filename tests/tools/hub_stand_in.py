@@ -15,6 +15,7 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 USER, TOKEN = "someone", "hf_stand_in"
@@ -253,6 +254,11 @@ class HubStandIn(ThreadingHTTPServer):
             "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_EVALUATE_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0",
             "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
         }  # fmt: skip
+
+    def put(self, name: str, folder: Path) -> None:
+        """Let a folder be the model of that name."""
+        files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        self.repositories["model", name] = [(hashlib.sha1(f"model {name}".encode()).hexdigest(), files)]
 
     def files(self, kind: str, name: str) -> dict[str, bytes]:
         """{path: content} of the newest commit."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands import accelerate_cli
 from conversions import FROZEN, assert_equal, expected, peft_names, run
 from paths import ROOT
 from safetensors.torch import load_file
@@ -73,7 +74,8 @@ def words(strategy, way, out):
     given = ["--model", MODEL, "--dataset_options", '{"size": 16}', "--do_train", "--max_steps", "4", "--save_steps", "2",
              "--per_device_train_batch_size", "2", "--learning_rate", "1e-3", "--threads", "1", "--logging_steps", "1",
              "--lora_dropout", "0", "--disable_tqdm", "true", "--output_dir", str(out), *WAYS[way]]  # fmt: skip
-    # With use_cpu accelerate trains data parallel whatever the config says; the tool for FSDP2 lets it shard all the same.
+    # With --use_cpu accelerate trains data parallel whatever the config says. Without cards it knows FSDP2 in no other way, and
+    # the tool for FSDP2 lets it shard all the same.
     return given + (["--use_cpu"] if strategy in ("ddp", "fsdp2") else ["--ddp_backend", "gloo"])
 
 
@@ -120,32 +122,36 @@ def test_killed_and_resumed_it_has_the_losses_and_weights_of_data_parallel(train
 
 
 def test_the_documented_command_ends_with_the_weights_of_the_resumed_run(trained, environment, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/zero3.yaml"]
-    launch += [
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-        "run_gres.py",
-        *words("zero3", "lora", tmp_path / "out"),
-    ]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/zero3.yaml",
+              "--num_processes", "2", "--main_process_port", "0", "run_gres.py", *words("zero3", "lora", tmp_path / "out")]  # fmt: skip
     done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     resumed = weights(trained("zero3", "lora"))
     assert all(torch.equal(value, resumed[name]) for name, value in weights(tmp_path / "out").items())
 
 
-FORMS = [[], ["--safe_serialization"], ["--safe_serialization", "--max_shard_size", "2MB"]]
+# The forms in which the tools of the libraries write whole weights.
+FORMS = {
+    "zero_to_fp32": ([], ["--max_shard_size", "1MB"], ["--safe_serialization"],
+                     ["--safe_serialization", "--max_shard_size", "1MB"]),
+    "merge-weights": ([], ["--unsafe_serialization"]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("strategy", "way", "form"),
-    [*(("zero3", way, form) for way in WAYS for form in FORMS), *(("zero2", way, FORMS[1]) for way in WAYS)],
-)
+    [(strategy, way, form) for strategy, way in SHARDED
+     for form in FORMS["merge-weights" if strategy == "fsdp2" else "zero_to_fp32"]],
+)  # fmt: skip
 def test_consolidated_checkpoints_are_the_end_of_training(trained, forked, tmp_path, strategy, way, form):
     out, whole = trained(strategy, way), tmp_path / "whole"
     checkpoint = out / "checkpoint-4"
-    forked(checkpoint / "zero_to_fp32.py", [checkpoint, whole, *form])
+    if strategy == "fsdp2":
+        forked(accelerate_cli.__file__, ["merge-weights", checkpoint / "pytorch_model_fsdp_0", whole, *form])
+    else:
+        forked(checkpoint / "zero_to_fp32.py", [checkpoint, whole, *form])
+    files = [path for path in whole.iterdir() if path.suffix in (".bin", ".safetensors")]
+    assert (len(files) > 1) == ("--max_shard_size" in form)
     more = ["--model", MODEL, "--use_cpu", *WAYS[way], "--output_dir", tmp_path / "out"]
     forked("run_gres.py", [*more, "--consolidated", whole])
     expected, found = weights(out), weights(tmp_path / "out")
@@ -188,10 +194,10 @@ def test_a_file_of_the_original_s_training_form_becomes_a_model(forked, original
     (tmp_path / "frozen.json").write_text(json.dumps(frozen))
     forked("tests/tools/deepspeed_checkpoint.py", [tmp_path], strategy="zero2", processes=2)
     checkpoint = tmp_path / "checkpoint"
-    for form in ([], ["--safe_serialization"]):
-        whole = tmp_path / f"whole{len(form)}"
+    for number, form in enumerate(FORMS["zero_to_fp32"]):
+        whole = tmp_path / f"whole{number}"
         forked(checkpoint / "zero_to_fp32.py", [checkpoint, whole, *form])
-        ours = run(original, whole, tmp_path / f"out{len(form)}", "--sam", str(original / "sam.pth"))
+        ours = run(original, whole, tmp_path / f"out{number}", "--sam", str(original / "sam.pth"))
         assert_equal(ours, expected(original))
         shutil.rmtree(whole)
 
@@ -211,27 +217,22 @@ def larger_model(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "way"), [(s, way) for s in ("ddp", "zero2", "zero3") for way in WAYS])
+@pytest.mark.parametrize(("strategy", "way"), [(s, way) for s in ("ddp", "zero2", "zero3", "fsdp2") for way in WAYS])
 def test_the_plan_counts_what_the_processes_hold(forked, larger_model, tmp_path, monkeypatch, strategy, way):
     from trainers.arguments import parse_arguments
     from trainers.memory_plan import Strategy, count, memory_of
 
-    given = [
-        *words(strategy, way, tmp_path / "out"),
-        "--max_steps",
-        "2",
-        "--save_strategy",
-        "no",
-        "--max_length",
-        "256",
-    ]
-    given[given.index("--model") + 1] = str(larger_model)
-    forked("run_gres.py", given, strategy=strategy, processes=2, memory=str(tmp_path))
+    more = ["--max_steps", "2", "--save_strategy", "no", "--max_length", "256", "--model", str(larger_model)]
+    script = "tests/tools/fsdp_on_cpu.py" if strategy == "fsdp2" else "run_gres.py"
+    given = [*words(strategy, way, tmp_path / "out"), *more]
+    forked(script, given, strategy=strategy, processes=2, memory=str(tmp_path))
     held = max(json.loads((tmp_path / f"{rank}.json").read_text())["held"] for rank in range(2))
     monkeypatch.chdir(ROOT)
-    sizes, activations = count(*parse_arguments([*given, "--use_cpu"]))
+    sizes, activations = count(*parse_arguments([*words("ddp", way, tmp_path / "out"), *more]))
     plan = Strategy.read(f"configs/accelerate/{strategy}.yaml", 2)
-    plan.bucket = min(plan.bucket, 2 * sizes.trained)  # on a CPU only what is written to is resident
+    if strategy == "zero2":
+        plan.bucket = min(plan.bucket, 2 * sizes.trained)  # on a CPU only what is written to is resident
     planned = memory_of(sizes, activations, plan, half=False)
-    print(f"{strategy} {way}: planned {planned.total / 2**20:.0f} MiB ({planned}), held {held / 2**20:.0f} MiB")
+    parts = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in vars(planned).items())
+    print(f"{strategy} {way}: planned {planned.total / 2**20:.0f} MiB ({parts}), held {held / 2**20:.0f} MiB")
     assert held == pytest.approx(planned.total, rel=0.2)

@@ -202,18 +202,26 @@ def frozen(kind: str, base: str = "llava"):
 
 @pytest.fixture
 def inputs():
-    def make(kind: str) -> dict:
-        ids = torch.tensor([[1, *[bases.IMAGE] * 16, 7, bases.SEG, 2]] * 2)
+    def make(model, kind: str, base: str) -> dict:
+        images = bases.make_images(base)
+        with torch.no_grad():
+            counts = [len(features) for features in model.language.encode(images).features.pooler_output]
+        rows = [[1, *[bases.IMAGE] * count, 7, bases.SEG, 2] for count in counts]
+        ids, mask = bases.padded_rows(rows, left=True)
         pixels = torch.randn(2, 3, bases.SIDES[kind], bases.SIDES[kind], generator=torch.Generator().manual_seed(4))
-        return {"input_ids": ids, "sam_pixel_values": pixels, **bases.make_images("llava")}
+        return {"input_ids": ids, "attention_mask": mask, "sam_pixel_values": pixels, **images}
 
     return make
 
 
-@pytest.mark.parametrize("kind", bases.MASK_MODELS)
-def test_all_maps_of_an_image_are_in_one_file(kind, inputs, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "base"),
+    [*((kind, "llava") for kind in bases.MASK_MODELS), ("sam2", "gemma3"), ("sam2", "qwen3_vl"), ("sam", "smolvlm")],
+)
+def test_all_maps_of_an_image_are_in_one_file(kind, base, inputs, tmp_path):
     """Beside any base, of whose own images nothing is kept."""
-    model, inputs = frozen(kind), inputs(kind)
+    model = frozen(kind, base)
+    inputs = inputs(model, kind, base)
     cache = FeatureCache(tmp_path, model, torch.float32)
     assert f"MB each, {kind})" in cache.disk_report(2) and not list(tmp_path.iterdir())
     expected = model(**inputs)

@@ -1,6 +1,7 @@
 """The memory plan against real tensors, real quantized weights, and arithmetic by hand."""
 
 import pytest
+import tiny_bases
 import torch
 from paths import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,6 +15,8 @@ from trainers.memory_plan import (
     Strategy,
     activation_bytes,
     architecture,
+    count,
+    image_tokens,
     memory_of,
     plan,
     planned_config,
@@ -111,7 +114,7 @@ SHARED = [
     ("one_gpu", None, (140, 40, 80, 0)),
     ("ddp", 8, (140, 40, 80, 40)),
     ("zero2", 4, (120, 5, 30, 2 * 2 * 10**9)),  # the two buffers of deepspeed_zero2.json
-    ("zero3", 4, (30, 5, 30, 2 * 7)),
+    ("zero3", 4, (30, 5, 30, 2 * 35)),  # all 35 parameters are fewer than those that stay gathered
     ("fsdp2", 4, (35, 10, 20, 50 + 2 * 7)),
 ]
 
@@ -140,6 +143,21 @@ def test_the_table(make_model, tmp_path, monkeypatch):
     too_small = plan(*parse_arguments([*words[:-1], "1"])).splitlines()
     assert too_small[2].endswith("none")
     assert GIB == 2**30
+
+
+@pytest.mark.parametrize(("family", "tokens"), [("gemma3", 4), ("qwen3_vl", 0), ("smolvlm", 0)])
+def test_bases_whose_configurations_have_other_fields(family, tokens, tmp_path):
+    """Those of LLaVA v1 are for LLaVA v1; an image's tokens are known where the base says how many it takes."""
+    model = tiny_bases.make_gsva(family, tiny_bases.mask_config("sam2"))
+    model.config.save_pretrained(tmp_path)
+    words = ["--plan", "--model", str(tmp_path), "--max_length", "40", "--per_device_train_batch_size", "2"]
+    sizes, activations = count(*parse_arguments(words))
+    prepared = prepare_for_training(model, ModelArguments())
+    assert sizes.weights == sum(t.numel() * t.element_size() for t in [*prepared.parameters(), *prepared.buffers()])
+    assert sizes.trained == sum(p.numel() for p in prepared.parameters() if p.requires_grad) and sizes.layer_bytes > 0
+    assert activations > 4 * 2 * 40 * model.config.text_config.vocab_size  # the logits alone
+    assert image_tokens(model.config) == tokens
+    assert f"{tokens or 'an unknown number of them'}" in plan(*parse_arguments(words)).splitlines()[1]
 
 
 def test_the_plan_needs_a_size_and_a_config(tmp_path):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from paths import ROOT
 from safetensors.torch import load_file
 
 import run_gres
@@ -86,6 +87,20 @@ def test_tied_rows_are_trained_once(make_model):
     assert torch.equal(merged.get_input_embeddings().weight, merged.get_output_embeddings().weight)
     slots = [config.seg_token_id, config.rej_token_id]
     assert torch.equal(merged.get_input_embeddings().weight[sorted(slots)], row)
+
+
+def test_a_run_over_a_tied_base_saves_a_tied_model(words, tmp_path):
+    """That of assets/tiny_gsva_today: embedding and head are one parameter, before and after."""
+    base, out = ROOT / "assets" / "tiny_gsva_today", tmp_path / "out"
+    given = [*words, "--model", str(base), "--max_steps", "1", "--save_strategy", "no", "--output_dir", str(out)]
+    assert run_gres.main(given) == 0
+    before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    model = load_model(ModelArguments(model=str(out)), "cpu")[1]
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    slots = sorted((model.config.seg_token_id, model.config.rej_token_id))
+    (name,) = (name for name in before if name.endswith("embed_tokens.weight"))
+    assert rows_that_differ(before[name], after[name]) == slots
 
 
 def test_the_table_and_the_plan_show_what_it_saves(make_model):

@@ -7,9 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_bases
 import torch
 from paths import ROOT
 from safetensors.torch import load_file, save_file
+
+from trainers.arguments import ModelArguments
+from trainers.freezing import merge_lora, plain_name, prepare_for_training
+from trainers.sharding import tie_again, untie_weights
 
 MODEL = str(ROOT / "assets" / "tiny_gsva")
 
@@ -61,8 +66,6 @@ WAYS = {"lora": {}, "new": {"train_tokens": "new"}, "full": {"train_language_mod
 def test_consolidated_weights_become_a_model(words, tmp_path, monkeypatch, way, layout):
     """As zero_to_fp32.py names them (as parameters, in several files), and as FSDP's checkpoints do with LoRA."""
     import run_gres
-    from trainers.arguments import ModelArguments
-    from trainers.freezing import merge_lora, prepare_for_training
     from trainers.loading import load_model
 
     args = ModelArguments(model=MODEL, **WAYS[way])
@@ -114,6 +117,60 @@ def test_consolidated_weights_of_another_training_are_refused(words, tmp_path, c
     assert run_gres.main([*words, "--consolidated", str(tmp_path / "nothing")]) == 1
     assert "no folder with .safetensors or .bin" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def shared(model) -> list[set[str]]:
+    """The names of parameters that are one, with two names or more."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(plain_name(name))
+    return [group for group in names.values() if len(group) > 1]
+
+
+def outputs(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(20).reshape(2, 10)).logits
+
+
+TIED = [("gemma3", "lora", "all"), ("gemma3", "lora", "new"), ("gemma3", "full", "all"), ("smolvlm", "lora", "new")]
+
+
+@pytest.mark.parametrize(("family", "way", "tokens"), TIED)
+def test_frozen_ties_are_cut_and_trained_ones_stay(family, way, tokens, tmp_path):
+    """Of a base whose language head is its embedding: rows that learn are one, and the model that is saved is the same one."""
+    args = ModelArguments(train_language_model=way, train_tokens=tokens, lora_dropout=0.0)
+    merged = {}
+    for cut in (False, True):
+        base = tiny_bases.make_gsva(family)
+        base.config.tie_word_embeddings = base.vlm.config.tie_word_embeddings = True
+        base.vlm.config.get_text_config().tie_word_embeddings = True
+        base.tie_weights()
+        model = prepare_for_training(base, args).eval()
+        trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+        before, values = outputs(model), {n: p.clone() for n, p in model.named_parameters(remove_duplicate=False)}
+        untied = untie_weights(model) if cut else {}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        assert parameters.keys() == values.keys() and all(torch.equal(parameters[n], values[n]) for n in values)
+        assert torch.equal(outputs(model), before)
+        assert {id(p) for p in parameters.values() if p.requires_grad} == trained.keys()
+        frozen = [p for p in parameters.values() if not p.requires_grad]
+        assert (len({p.data_ptr() for p in frozen}) == len(frozen)) == cut  # as zero_to_fp32.py needs it
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.01 * torch.randn_like(parameter))
+        tie_again(model, untied)
+        merged[cut] = merge_lora(model)
+        assert merged[cut].config.tie_word_embeddings
+        assert any(len(group) == 2 and "lm_head.weight" in str(group) for group in shared(merged[cut]))
+        assert any("positional_embedding" in str(group) for group in shared(merged[cut]))
+        merged[cut].save_pretrained(tmp_path / str(cut))
+    assert not torch.equal(outputs(merged[True]), before) and torch.equal(
+        outputs(merged[True]), outputs(merged[False])
+    )
+    first, second = (load_file(tmp_path / str(cut) / "model.safetensors") for cut in (False, True))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def launch(config: str, script: str, out: Path, *more: str) -> None:

@@ -187,7 +187,7 @@ def test_bad_presets_are_named(tmp_path, text, message):
 
 
 def test_the_presets_in_configs_are_understood():
-    _, data, training = parse_arguments([str(ROOT / "configs/demo.yaml"), "--use_cpu"])
+    _, data, training = parse_arguments([str(ROOT / "configs/finetune_shapes.yaml"), "--use_cpu"])
     assert data.dataset == "shapes" and training.do_train and training.do_eval
 
 
