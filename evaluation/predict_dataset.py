@@ -243,7 +243,9 @@ class _prepared:
     def _read(self) -> None:
         """Read the rows, and let the pool prepare them."""
         try:
-            for source, is_wanted in self._parts():
+            state = PartialState()
+            parts = own_parts(self.stream.num_sources, self.finished, state.process_index, state.num_processes)
+            for source, is_wanted in parts:
                 for block, rows, is_last in self.stream.blocks(source, self.size, is_wanted):
                     for row in rows:
                         if self.is_over.is_set():
@@ -261,17 +263,20 @@ class _prepared:
         finally:
             self.askings.put(asking)
 
-    def _parts(self) -> Iterator[tuple[int, Callable[[int], bool]]]:
-        """Yield the parts of the data set that this process reads, and which of their blocks are its own.
 
-        Where there are enough parts, a process reads only its own ones; else all read every part, and answer some blocks.
-        """
-        rank, share, count = PartialState().process_index, PartialState().num_processes, self.stream.num_sources
-        for source in range(count):
-            if self.finished.is_complete(source) or (count >= share and source % share != rank):
-                continue
+def own_parts(
+    num_sources: int, finished: Finished, rank: int, processes: int
+) -> Iterator[tuple[int, Callable[[int], bool]]]:
+    """Yield the parts of the data set that a process reads, and which of their blocks are its own and not finished.
 
-            def is_wanted(block: int, source: int = source) -> bool:
-                return (count >= share or block % share == rank) and (source, block) not in self.finished.shards
+    Where there are enough parts, a process reads only its own ones; else all read every part, and answer some blocks.
+    """
+    by_parts = num_sources >= processes
+    for source in range(num_sources):
+        if finished.is_complete(source) or (by_parts and source % processes != rank):
+            continue
 
-            yield source, is_wanted
+        def is_wanted(block: int, source: int = source) -> bool:
+            return (by_parts or block % processes == rank) and (source, block) not in finished.shards
+
+        yield source, is_wanted

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, Image
 
 from data_scripts.schema import decode_mask
-from evaluation.predict_dataset import finished_shards, predict_dataset
+from evaluation.predict_dataset import Finished, finished_shards, own_parts, predict_dataset
 from evaluation.predictor import Predictor
 from evaluation.streams import Columns, open_stream
 
@@ -102,3 +102,21 @@ def test_a_file_in_the_way_and_an_empty_data_set_are_named(stream, model, proces
             tmp_path / "out",
             show_progress=False,
         )
+
+
+@pytest.mark.parametrize("num_sources", [1, 2, 5])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_every_block_has_one_process_and_finished_ones_have_none(num_sources, processes):
+    done = {(0, 0): {"is_last": False}, (0, 1): {"is_last": False}, (num_sources - 1, 3): {"is_last": True}}
+    finished = Finished(done)
+    taken = [
+        (source, block)
+        for rank in range(processes)
+        for source, is_wanted in own_parts(num_sources, finished, rank, processes)
+        for block in range(4)
+        if is_wanted(block)
+    ]
+    assert sorted([*taken, *done]) == [(source, block) for source in range(num_sources) for block in range(4)]
+    every = Finished({(0, block): {"is_last": block == 2} for block in range(3)})
+    assert every.is_complete(0) and not finished.is_complete(0)
+    assert all(source > 0 for rank in range(processes) for source, _ in own_parts(num_sources, every, rank, processes))

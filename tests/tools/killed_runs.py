@@ -211,7 +211,7 @@ def in_writing_a_shard(error: BaseException | None):
 
 
 def predictions(words) -> dict:
-    """Predictions unbroken, again, by two processes, killed twice, on a full disk, interrupted, and twice at once."""
+    """Predictions unbroken, by two processes, killed twice, on a full disk, interrupted, and twice at once."""
     import pyarrow.parquet as pq
 
     from trainers.lock import run_lock
@@ -227,7 +227,6 @@ def predictions(words) -> dict:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "predictions.parquet")
     found = {
         "unbroken": start(words),
-        "again": start(to("again")),
         "two processes": start(to("two"), processes=2),
         "killed in a batch": start(to("killed"), in_a_batch(None), 2, processes=2),
         "killed while writing": start(to("killed"), in_writing_a_shard(None), 2),
