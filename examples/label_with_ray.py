@@ -16,7 +16,6 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-import ray
 
 from data_scripts.files import replacing
 from data_scripts.images import IMAGE_SUFFIXES
@@ -57,6 +56,8 @@ def predictions(
         skipped: The ids of images that are left out: their paths below `images`.
         options: Of `Predictor`: model, expressions, threshold and others.
     """
+    import ray.data  # the extra `ray`
+
     folder = images.partition("://")[2] or os.path.abspath(images)
     done = frozenset(skipped)
     # Not read_images: it stops at a damaged image, and does not turn images upright.
@@ -111,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--gpus", type=float, default=0, help="cards for each worker (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, help="images at a time (default: %(default)s)")
     arguments = vars(parser.parse_args(argv))
+    import ray
+
     ray.init()  # RAY_ADDRESS names the cluster; without it, Ray starts on this machine
     print(f"{label(**arguments)} new rows in {arguments['output_dir']}")
 
