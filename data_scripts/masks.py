@@ -259,13 +259,14 @@ def check_annotation(annotation: dict[str, Any], field: str = "segmentation") ->
         )
 
 
-def segmentation_to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+def segmentation_to_rle(segmentation: Any, height: int, width: int, in_pixels: bool = False) -> dict[str, Any]:
     """Return the encoding of a mask in any form that a COCO-like file may use.
 
     Forms: None or [] (no pixel), a list of polygons [x0, y0, x1, y1, ...] in pixels, a list of run-length encodings, or
     one run-length encoding, compressed (`counts` is a string) or not (a list). Several pieces are united. Polygons that
     enclose nothing (an odd number of coordinates, or fewer than three points) are left out, as in the original's
-    evaluation. Whether an annotation may be without a mask is the question of `check_annotation`.
+    evaluation. Whether an annotation may be without a mask is the question of `check_annotation`. `in_pixels` says that the
+    coordinates are known to be pixels, however small.
 
     >>> mask_area(segmentation_to_rle([[0, 0, 4, 0, 4, 2, 0, 2], [1, 1, 2, 2]], 4, 6))
     8
@@ -293,7 +294,8 @@ def segmentation_to_rle(segmentation: Any, height: int, width: int) -> dict[str,
                 f"'counts', got {short_repr(segmentation)}"
             )
     if polygons:
-        check_pixels([number for polygon in polygons for number in polygon], height, width)
+        if not in_pixels:
+            check_pixels([number for polygon in polygons for number in polygon], height, width)
         rles.extend(coco_mask.frPyObjects(polygons, height, width))
     return merge_masks(rles) if rles else empty_mask(height, width)
 

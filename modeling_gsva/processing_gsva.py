@@ -16,6 +16,7 @@ from transformers.tokenization_utils_base import TextInput
 from .chat_gsva import StreamedAnswer, check_chat_files, check_contents, is_utf8
 from .checking_gsva import check_conversations, check_expressions, check_masks, check_max_length
 from .image_processing_gsva import GsvaSamImageProcessor, upscale_mask_logits
+from .instances_gsva import check_probability, instances_of
 from .prompts_gsva import (
     ADDED_TOKENS,
     CHAT_TEMPLATES,
@@ -601,6 +602,41 @@ class GsvaProcessor(ProcessorMixin):
             for result in owner:
                 result["mask"] = mask
         return results
+
+    def post_process_instance_segmentation(
+        self, outputs, inputs, threshold: float | None = None
+    ) -> list[dict[str, Any]]:
+        r"""
+        Return results as detectors of transformers give them, such as SAM 3: only what is in the image, each with mask and box.
+        `supervision.Detections.from_transformers(result, id2label=dict(enumerate(expressions)))` takes the result of an image.
+
+        Args:
+            outputs: the output of `model.segment(**inputs)`, with one answer for each prompt.
+            inputs: the processor's output that it was called with.
+            threshold: keep what has a probability above it; by default what `segment` did not reject. What it rejected has
+                no mask, so no threshold brings that back.
+
+        Returns:
+            Per image a dictionary of its n kept expressions, in the order asked for; those without any pixel are left out:
+
+            - `scores` (n,): the probability that the expression is there.
+            - `labels` (n,): its number in the image's list of expressions, `text_labels` (a list of n): its text.
+            - `boxes` (n, 4): left, top, right, bottom in pixels; right and bottom are behind the last pixel.
+            - `masks` (n, 1, height, width): booleans. The second dimension is what supervision wants of masks with boxes.
+
+        Raises:
+            ValueError: a threshold that is no probability, or several candidates for each prompt.
+        """
+        if threshold is not None:
+            check_probability(threshold)
+        if (candidates := outputs.num_candidates or 1) > 1:
+            raise ValueError(
+                f"The outputs hold {candidates} answers for each prompt, of which the instances cannot be told apart; ask with "
+                "num_return_sequences=1, or take post_process_segmentation."
+            )
+        results = self.post_process_segmentation(outputs, inputs)
+        sizes = [(int(height), int(width)) for height, width in inputs.get("original_sizes", ())]
+        return [instances_of(of_image, size, threshold) for of_image, size in zip(results, sizes)]
 
 
 def _as_sizes(values) -> list[tuple[int, int]]:
