@@ -6,7 +6,7 @@ Train, evaluate and predict with GSVA.
     accelerate launch run_gres.py configs/finetune_shapes.yaml --max_steps 100 --output_dir runs/short
     python run_gres.py --do_predict --model assets/tiny_gsva_gres --image a.jpg b.png --expressions "the red circle" "all stars" \
         --output_dir runs/predictions
-    accelerate launch run_gres.py --do_predict --model runs/demo --dataset FOLDER_OR_HUB_ID --expressions "the red circle" \
+    accelerate launch run_gres.py --do_predict --model assets/tiny_gsva_gres --dataset FOLDER_OR_HUB_ID --expressions "the red circle" \
         --output_dir runs/predicted
 
 `python run_gres.py --help` lists every name; presets are in configs/.

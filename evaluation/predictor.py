@@ -25,7 +25,7 @@ class Predictor:
     """Answers batches of rows. It can be pickled and sent to other processes; each loads the model when it is first called.
 
     ```python
-    predict = Predictor("runs/demo", expressions=["the red circle", "all stars"])
+    predict = Predictor("assets/tiny_gsva_gres", expressions=["the red circle", "all stars"])
     columns = predict({"image": ["a.jpg", "b.jpg"], "image_id": ["a", "b"]})  # two rows for each image
     dataset.map_batches(predict, ...)  # Ray Data, or any engine that gives columns and takes columns
     ```

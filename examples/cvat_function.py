@@ -1,7 +1,7 @@
 """An auto-annotation function for CVAT: masks or polygons for expressions.
 
     cvat-cli task auto-annotate TASK_ID --function-file examples/cvat_function.py \
-        -p model=str:runs/demo -p "expressions=str:the red circle;all stars" --allow-unmatched-labels
+        -p model=str:runs/finetune_shapes -p "expressions=str:the red circle;all stars" --allow-unmatched-labels
 
 The labels of the task are the expressions. `cvat-cli function create-native` makes a function of it for the web page, as
 https://docs.cvat.ai/docs/api_sdk/sdk/auto-annotation/ describes.

@@ -2,7 +2,7 @@
 
     label-studio-ml create gsva_backend                       # makes the folder and its server, _wsgi.py
     cp examples/label_studio_backend.py gsva_backend/model.py
-    GSVA_MODEL=runs/demo label-studio-ml start gsva_backend
+    GSVA_MODEL=runs/finetune_shapes label-studio-ml start gsva_backend
 
 The labels of the project's <BrushLabels> are the expressions. Where a task's data has a list "expressions", only those of
 them are asked for that are labels, too.

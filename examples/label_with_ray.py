@@ -1,6 +1,6 @@
 """Label the images of a folder or bucket on the machines of a Ray cluster, or on this one.
 
-    python examples/label_with_ray.py photos runs/labels --model runs/demo --expressions "the red circle" "all stars"
+    python examples/label_with_ray.py photos runs/labels --model runs/finetune_shapes --expressions "the red circle" "all stars"
 
 Each worker holds the model and answers batches of images. If a worker dies, Ray gives its batch to another. This process
 collects the rows in files as `run_gres.py --do_predict --dataset` writes them. Started again, it skips images that are done.
