@@ -7,7 +7,7 @@ STEPS = sed -un 's/^Collecting \([^ ]*\).*/  reading \1/p; s/^ *Downloading \([^
 SHELL = /bin/bash
 .SHELLFLAGS = -o pipefail -c
 
-.PHONY: demo finetune web test test-slow deepspeed conformance matrix base lint types clean
+.PHONY: demo finetune web test test-slow gpu deepspeed conformance matrix base lint types clean
 
 demo: $(VENV)/installed
 	$(RUN) run_gres.py configs/demo.yaml
@@ -26,6 +26,12 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(RUN) -m pytest
+
+# Run the tests marked gpu and measure workload L on one CUDA card, without a network (python -m benchmarks gpu --help). It takes
+# the environment of PYTHON, in which torch is, and installs nothing. make gpu GPU=--dry_run needs no card.
+GPU ?=
+gpu:
+	$(PYTHON) -m benchmarks gpu $(GPU)
 
 # Train with the real DeepSpeed on two CPU processes. DeepSpeed compiles an operation once, into TORCH_EXTENSIONS_DIR.
 deepspeed: $(VENV)/installed

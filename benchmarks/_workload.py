@@ -152,19 +152,24 @@ def stages(parts: dict[str, list[nn.Module]]):
     seconds, begun, hooks = defaultdict(float), {}, []
     for name, modules in parts.items():
         for module in modules:
-            hooks.append(module.register_forward_pre_hook(lambda *_, n=name: begun.update({n: time.perf_counter()})))
+            hooks.append(module.register_forward_pre_hook(lambda *_, n=name: begun.update({n: _now()})))
             hooks.append(
-                module.register_forward_hook(
-                    lambda *_, n=name: seconds.update({n: seconds[n] + time.perf_counter() - begun[n]})
-                )
+                module.register_forward_hook(lambda *_, n=name: seconds.update({n: seconds[n] + _now() - begun[n]}))
             )
-    start = time.perf_counter()
+    start = _now()
     try:
         yield seconds
     finally:
-        seconds["all"] = time.perf_counter() - start
+        seconds["all"] = _now() - start
         for hook in hooks:
             hook.remove()
+
+
+def _now() -> float:
+    """Return the time when the work given to a GPU until now is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Elsewhere:

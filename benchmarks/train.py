@@ -133,7 +133,7 @@ def our_losses(model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
     return {name: outputs[name] for name in LOSSES}
 
 
-def make_batches(processor, rows: list[dict]) -> list[dict]:
+def make_batches(processor, rows: list[dict], size: int = BATCH_SIZE) -> list[dict]:
     """Return batches in which each image has all its expressions in one conversation with the processor's wording."""
     examples = []
     for row in rows:
@@ -142,7 +142,7 @@ def make_batches(processor, rows: list[dict]) -> list[dict]:
         talk = processor.build_conversation(texts, [not mask.any() for mask in masks])
         examples.append({"image": row["image"], "conversations": [talk], "masks": [masks]})
     collator = GsvaCollator(processor)
-    return [dict(collator(examples[n : n + BATCH_SIZE])) for n in range(0, len(examples), BATCH_SIZE)]
+    return [dict(collator(examples[n : n + size])) for n in range(0, len(examples), size)]
 
 
 def make_variants(folder: str) -> tuple[dict[str, Variant], list]:

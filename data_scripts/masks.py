@@ -120,6 +120,16 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     return _plain(coco_mask.encode(np.asfortranarray(mask != 0).view(np.uint8)))
 
 
+def encode_runs(runs: Sequence[int], height: int, width: int) -> dict[str, Any]:
+    """Encode a mask (height, width) given by the lengths of its runs, column by column, beginning with pixels outside.
+
+    >>> encode_runs([0, 1, 3, 1, 3, 1], 3, 3) == encode_mask(np.eye(3))
+    True
+    """
+    rle = {"size": [height, width], "counts": [int(length) for length in runs]}
+    return _plain(coco_mask.frPyObjects(rle, height, width))
+
+
 def decode_mask(rle: dict) -> np.ndarray:
     """Return the uint8 mask (height, width) of 0 and 1 that a run-length encoding describes.
 
@@ -249,13 +259,14 @@ def check_annotation(annotation: dict[str, Any], field: str = "segmentation") ->
         )
 
 
-def segmentation_to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+def segmentation_to_rle(segmentation: Any, height: int, width: int, in_pixels: bool = False) -> dict[str, Any]:
     """Return the encoding of a mask in any form that a COCO-like file may use.
 
     Forms: None or [] (no pixel), a list of polygons [x0, y0, x1, y1, ...] in pixels, a list of run-length encodings, or
     one run-length encoding, compressed (`counts` is a string) or not (a list). Several pieces are united. Polygons that
     enclose nothing (an odd number of coordinates, or fewer than three points) are left out, as in the original's
-    evaluation. Whether an annotation may be without a mask is the question of `check_annotation`.
+    evaluation. Whether an annotation may be without a mask is the question of `check_annotation`. `in_pixels` says that the
+    coordinates are known to be pixels, however small.
 
     >>> mask_area(segmentation_to_rle([[0, 0, 4, 0, 4, 2, 0, 2], [1, 1, 2, 2]], 4, 6))
     8
@@ -283,7 +294,8 @@ def segmentation_to_rle(segmentation: Any, height: int, width: int) -> dict[str,
                 f"'counts', got {short_repr(segmentation)}"
             )
     if polygons:
-        check_pixels([number for polygon in polygons for number in polygon], height, width)
+        if not in_pixels:
+            check_pixels([number for polygon in polygons for number in polygon], height, width)
         rles.extend(coco_mask.frPyObjects(polygons, height, width))
     return merge_masks(rles) if rles else empty_mask(height, width)
 

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from . import labelme, own_formats, polygons
+from . import label_studio, labelme, own_formats, polygons
 from .builder import RowBuilder
 from .images import IMAGE_SUFFIXES, image_size
 from .mask_images import read_mask
@@ -52,7 +52,7 @@ OPTIONAL: dict[str, tuple[type, str]] = {
 class OwnBuilder(RowBuilder):
     """One row per image of an annotation file. The file's stem is the split (letters, digits and _)."""
 
-    USES = tuple(module.__name__ for module in (labelme, own_formats, polygons))
+    USES = tuple(module.__name__ for module in (label_studio, labelme, own_formats, polygons))
     ADVICE = "correct its files"
 
     @cached_property

@@ -4,6 +4,7 @@
     train.json                          COCO, with captions or category names as expressions
     train/_annotations.coco.json        COCO as Roboflow exports it, images beside it
     annotations/instances_train.json    COCO as CVAT exports it, images in images/ or images/train/
+    train.json                          Label Studio: a list of tasks, images in images/ or where their URLs end
     a.jpg and a.json beside it          labelme, in DATA_DIR (split "train") or in a folder per split
     data.yaml                           YOLO segmentation: images/train and labels/train, or train/images and train/labels
     classes.txt or classes.json         label maps (PNG): images/train and masks/train, or train/images and train/masks
@@ -26,9 +27,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .images import IMAGE_SUFFIXES
+from .label_studio import is_tasks, task_record
 from .labelme import draw_shape, fill_like_coco
 from .mask_images import read_labels
-from .masks import encode_labels, encode_mask, merge_masks
+from .masks import encode_labels, encode_mask, mask_area, merge_masks, segmentation_to_rle
 from .records import at, decode_text, expect, inside, listing, parse_json, read_json, require, short_repr, visible
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ def _tables(root: Path) -> list[Source]:
         elif suffix == ".parquet":
             records = partial(_read_parquet, path)
         elif suffix == ".json" and path.name not in CLASS_LISTS and not _is_labelme(path):
-            records = partial(_read_coco, path)
+            records = partial(_read_tasks if is_tasks(path) else _read_coco, path)
         else:
             continue
         files = partial(_named_files, root, path, _split_of(path))
@@ -171,6 +173,12 @@ def _read_coco(path: Path, builder: OwnBuilder) -> Iterator[Record]:
             "category_names": names_of_categories,
         }
         yield f"{path}, image {number!r}", record
+
+
+def _read_tasks(path: Path, builder: OwnBuilder) -> Iterator[Record]:
+    for number, task in enumerate(read_json(path, ADVICE)):
+        where = f"{path}, task {number}"
+        yield where, partial(task_record, builder.root, where, task)
 
 
 def _once(annotations: list[dict], distinct: dict[Any, dict]) -> tuple[dict, ...]:
@@ -419,7 +427,9 @@ def _yolo_expressions(path: Path, names: dict, height: int, width: int) -> list[
             if not all(-0.01 <= value <= 1.01 for value in numbers):
                 raise ValueError("YOLO's coordinates are parts of the image, between 0 and 1; divide them by its size")
             outline = [value * (height if place % 2 else width) for place, value in enumerate(numbers)]
-            instances.setdefault(names[int(kind)], []).append([outline])
+            if not mask_area(mask := segmentation_to_rle([outline], height, width, in_pixels=True)):
+                raise ValueError("its outline encloses no pixel; draw it again or take it out")
+            instances.setdefault(names[int(kind)], []).append(mask)
     return [{"text": name, "masks": masks} for name, masks in instances.items()]
 
 

@@ -18,6 +18,7 @@ from .masks import (  # noqa: F401
     empty_mask,
     encode_labels,
     encode_mask,
+    encode_runs,
     mask_area,
     max_image_pixels,
     merge_masks,

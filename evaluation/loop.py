@@ -15,11 +15,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from data_scripts.schema import encode_mask
 from data_scripts.transforms import read_image
 from metrics.gres import gres_metrics
 
 from .config import EvaluationConfig
+from .counting import MaskCounts, count_masks, stays_on_device
 from .questions import Question, num_questions, prompt_of, questions_of
 from .resume import EvaluationProgress, stored_images
 
@@ -127,8 +127,9 @@ def evaluate_rows(
             rows_by_image = []
             with cpu_threads(config.threads):
                 answers = _answer_batch(model, processor, [rows[index] for index in batches[number]], config)
-            for index, (row, questions, of_image) in zip(batches[number], answers, strict=True):
-                rows_by_image.append(_metric_rows(row, questions, of_image, config, keep_masks))
+            counts = count_masks(answers, encode=keep_masks, show=on_prediction is not None)
+            for index, of_masks, (row, questions, of_image) in zip(batches[number], counts, answers, strict=True):
+                rows_by_image.append(_metric_rows(row, questions, of_image, of_masks, config))
                 if on_prediction is not None:
                     on_prediction(index, row, questions, of_image)
             evaluated.append((number, rows_by_image))
@@ -185,7 +186,14 @@ def check_slot_tokens(model, processor) -> None:
 
 
 def segment_images(
-    model, processor, images, expressions, config: EvaluationConfig, no_targets=None, prompt: str = "refer"
+    model,
+    processor,
+    images,
+    expressions,
+    config: EvaluationConfig,
+    no_targets=None,
+    prompt: str = "refer",
+    as_tensors: bool = False,
 ) -> list[list[dict[str, Any]]]:
     """Return the processor's results for the expressions of each image, by the protocol of `config`.
 
@@ -194,7 +202,9 @@ def segment_images(
         expressions: The expressions of each image.
         no_targets: The gold answers for `teacher_forced`: for each image, whether each expression is a no-target.
         prompt: The name of the processor's prompt.
+        as_tensors: Whether masks stay on the model's device.
     """
+    device = next(model.parameters()).device
     options: dict[str, Any] = {}
     if config.protocol == "slots":
         options["threshold"] = config.threshold  # None: the model's own
@@ -209,10 +219,23 @@ def segment_images(
         prompt=prompt,
         one_prompt_per_expression=config.one_prompt_per_expression,
         return_tensors="pt",
-    ).to(next(model.parameters()).device)
+    )
+    inputs = moved(inputs, device)
     outputs = model.segment(**inputs, method=config.protocol, **options)
     is_forced = config.protocol == "teacher_forced"
-    return processor.post_process_segmentation(outputs, inputs, keep_rejected_masks=is_forced)
+    # Processors of others' code know no `as_tensors`; they are not asked for it where there is nothing to gain.
+    more = {"as_tensors": True} if as_tensors else {}
+    return processor.post_process_segmentation(outputs, inputs, keep_rejected_masks=is_forced, **more)
+
+
+def moved(inputs, device: torch.device):
+    """Move a processor's output to a device; the host does not wait for a CUDA device to have it."""
+    if device.type != "cuda":
+        return inputs.to(device)
+    for name, value in inputs.items():
+        if torch.is_tensor(value):
+            inputs[name] = value.pin_memory()
+    return inputs.to(device, non_blocking=True)
 
 
 def _answer_batch(
@@ -231,7 +254,8 @@ def _answer_batch(
             gold = [[question.is_no_target for question in asked[n]] for n in group]
         images = [read_image(rows[n]["image"]) for n in group]
         expressions = [[question.text for question in asked[n]] for n in group]
-        answers = segment_images(model, processor, images, expressions, config, gold, prompt)
+        on_device = stays_on_device(next(model.parameters()).device)
+        answers = segment_images(model, processor, images, expressions, config, gold, prompt, on_device)
         for n, of_image in zip(group, answers, strict=True):
             results[n] = of_image
     return list(zip(rows, asked, results, strict=True))
@@ -241,8 +265,8 @@ def _metric_rows(
     row: dict[str, Any],
     questions: list[Question],
     results: list[dict[str, Any]],
+    counts: list[MaskCounts],
     config: EvaluationConfig,
-    keep_masks: bool,
 ) -> list[MetricRow]:
     """Return the metric row of each question of a row."""
     run_facts = {
@@ -256,15 +280,7 @@ def _metric_rows(
         "image_id": row["image_id"],
     }
     metric_rows = []
-    for question, result in zip(questions, results, strict=True):
-        mask = result["mask"]
-        if question.truth.shape != mask.shape:
-            raise ValueError(
-                f"The mask of {question.text!r} in image {row['image_id']} is {question.truth.shape}, the image "
-                f"{mask.shape} (height, width); take images and annotations from one release."
-            )
-        intersection, union = question.overlap(mask)
-        box_intersection, box_union = question.box_overlap(mask)
+    for question, result, of_mask in zip(questions, results, counts, strict=True):
         metric_rows.append(
             {
                 **run_facts,
@@ -273,17 +289,17 @@ def _metric_rows(
                 "is_rejected": result["is_rejected"],
                 **{name: result[name] if np.isfinite(result[name]) else None for name in ("score", "probability")},
                 "probability": result["probability"] if np.isfinite(result["probability"]) else None,
-                "intersection": intersection,
-                "union": union,
-                "box_intersection": box_intersection,
-                "box_union": box_union,
+                "intersection": of_mask.intersection,
+                "union": of_mask.union,
+                "box_intersection": of_mask.box_intersection,
+                "box_union": of_mask.box_union,
                 "is_malformed": result["is_malformed"],
                 "num_targets": question.num_targets,
                 "num_expressions": 1 if config.one_prompt_per_expression else len(questions),
             }
         )
-        if keep_masks:
-            metric_rows[-1]["prediction"] = encode_mask(mask)
+        if of_mask.prediction is not None:
+            metric_rows[-1]["prediction"] = of_mask.prediction
     return metric_rows
 
 

@@ -62,6 +62,9 @@ class GsvaConfig(PreTrainedConfig):
             `threshold` is the log-odds of `[SEG]` below which `segment` rejects an expression; the probability that the
             expression is there is `sigmoid(score / temperature + offset)`. Its other entries say on which data it was
             fitted. None: threshold 0, temperature 1 and offset 0.
+        sam_attention (`str`): how SAM's encoder adds its position bias, with equal results. `"auto"` counts which way is the
+            cheapest on the device; the others force it: `"augmented"` (appended to queries and keys), `"flex"` (flex
+            attention) or `"chunks"` (written out piece by piece). Mask models without such a bias do not read it.
         vision_config, text_config, image_token_id, vision_feature_layer, vision_feature_select_strategy,
             tie_word_embeddings: fields of [`LlavaV1Config`], in place of `vlm_config`. Directories that were saved before
             there were other bases hold them.
@@ -96,6 +99,7 @@ class GsvaConfig(PreTrainedConfig):
     object_score_loss_weight: float = 0.0
     rejected_slot_loss: Literal["zero_logits", "ignore"] = "zero_logits"
     rejection: dict | None = None
+    sam_attention: Literal["auto", "augmented", "flex", "chunks"] = "auto"
 
     def __post_init__(self, **kwargs):
         v1_fields = {name: kwargs.pop(name) for name in V1_FIELDS if name in kwargs}

@@ -221,6 +221,10 @@ class GsvaModel(LlavaV1PreTrainedModel):
         token_id = torch.tensor(self._embeddable(token_id), device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token_id)).all(-1)
 
+    def _begins_with_image(self, input_ids: torch.LongTensor | None, cache: Cache | None) -> bool:
+        """Return whether there is `<image>` at the beginning of a text; behind a cache (5.24's name of it) nothing is read."""
+        return input_ids is not None and cache is None and bool((input_ids == self.config.image_token_id).any())
+
     def _embeddable(self, token_ids):
         """Replace ids beyond the embedding: the original's `<image>` has no row there, and its row is never used."""
         vocab_size = self.config.text_config.vocab_size  # peft's wrappers of the embedding do not tell their size
@@ -260,7 +264,7 @@ class GsvaModel(LlavaV1PreTrainedModel):
             features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds)  # (placeholders, H)
             placeholders = self.get_placeholder_mask(input_ids, inputs_embeds, features)
             inputs_embeds = inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), features)
-        elif input_ids is not None and past_key_values is None and (input_ids == self.config.image_token_id).any():
+        elif self._begins_with_image(input_ids, kwargs.get("cache", past_key_values)):
             raise ValueError("The text holds image placeholder tokens, but no image was given: pass pixel_values.")
         elif self.training:
             # Distributed training waits for the gradient of every parameter, in batches without an image as well.

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .configuration_gsva import GsvaConfig
 from .image_processing_gsva import upscale_mask_logits
+from .transfer_gsva import to_device
 
 # Constants of the original's losses (model/llava/model/modeling_lisa_gsva.py): the areas of the dice loss are divided by
 # 1000 and smoothed by 1e-6, the mean over masks by 1e-8.
@@ -100,38 +101,50 @@ def batch_mask_losses(
     input_size = config.mask_input_size
     bce_sum = dice_sum = mask_logits[0].new_zeros((), dtype=torch.float32)
     count, ious = 0, [bce_sum.new_zeros(0)]
-    for index, (logits, truth) in enumerate(zip(mask_logits, mask_labels)):
-        if len(truth) == 0:
-            continue
-        image = int(image_index[index])
-        original_size = tuple(original_sizes[image].tolist())
-        if tuple(truth.shape[1:]) != original_size:
-            raise ValueError(
-                f"mask_labels[{index}] has masks of size {tuple(truth.shape[1:])}, but its image is "
-                f"{original_size} (height, width). Give masks at the image's own size."
-            )
-        if len(logits) > len(truth):
-            raise ValueError(
-                f"Conversation {index} has {len(logits)} [SEG]/[REJ] slots but {len(truth)} masks; give one mask per "
-                "slot, an empty one for [REJ]."
-            )
-        truth = truth.to(logits.device)
-        areas = truth.bool().flatten(1).sum(1).tolist()  # of bytes it would be a sum of bytes
-        # As in the original, the empty mask decides and not the token.
-        predicted = [n for n, area in enumerate(areas[: len(logits)]) if area]
-        if predicted:
+    images, has_masks = image_index.tolist(), any(map(len, mask_labels))
+    sizes, reshaped = (part.tolist() if has_masks else [] for part in (original_sizes, reshaped_input_sizes))
+    for index, (image, logits, truth) in enumerate(zip(images, mask_logits, mask_labels)):
+        if len(truth):
+            _check_truth(index, logits, truth, tuple(sizes[image]))
+    truths = [truth.to(logits.device, non_blocking=True) for logits, truth in zip(mask_logits, mask_labels)]
+    # One read of all areas; of bytes the sum would be one of bytes.
+    sums = [truth.bool().flatten(1).sum(1) for truth in truths if len(truth)]
+    areas = iter(torch.cat(sums).tolist() if sums else [])
+    of_each = [[next(areas) for _ in range(len(truth))] for truth in truths]
+    # As in the original, the empty mask decides and not the token.
+    predicted = [
+        [n for n, area in enumerate(each[: len(logits)]) if area] for logits, each in zip(mask_logits, of_each)
+    ]
+    places = to_device([n for each in predicted for n in each], bce_sum.device).split(list(map(len, predicted)))
+    for image, logits, truth, each, chosen in zip(images, mask_logits, truths, of_each, places):
+        if len(chosen):
+            chosen = chosen.to(logits.device)
             bce, dice, iou = upscaled_mask_losses(
-                logits[predicted], truth[predicted], reshaped_input_sizes[image].tolist(), original_size, input_size
+                logits[chosen], truth[chosen], reshaped[image], tuple(sizes[image]), input_size
             )
-            bce_sum, dice_sum, count = bce_sum + bce, dice_sum + dice, count + len(predicted)
+            bce_sum, dice_sum, count = bce_sum + bce, dice_sum + dice, count + len(chosen)
             ious.append(iou)
-        for n, area in enumerate(areas):
+        for n, area in enumerate(each):
             is_cut = n >= len(logits)  # by truncation: the original gives it zero logits, whatever its mask
             if is_cut and area or not area and config.rejected_slot_loss == "zero_logits":
-                bce, dice = zero_logits_losses(area, math.prod(original_size))
+                bce, dice = zero_logits_losses(area, math.prod(sizes[image]))
                 bce_sum, dice_sum, count = bce_sum + bce, dice_sum + dice, count + 1
     shared = (count if num_masks is None else num_masks) + MASK_COUNT_EPS
     return config.bce_loss_weight * bce_sum / shared, config.dice_loss_weight * dice_sum / shared, torch.cat(ious)
+
+
+def _check_truth(index: int, logits: torch.Tensor, truth: torch.Tensor, original_size: tuple[int, ...]) -> None:
+    """Raise ValueError if the true masks of a conversation do not fit its image or its slots."""
+    if tuple(truth.shape[1:]) != original_size:
+        raise ValueError(
+            f"mask_labels[{index}] has masks of size {tuple(truth.shape[1:])}, but its image is "
+            f"{original_size} (height, width). Give masks at the image's own size."
+        )
+    if len(logits) > len(truth):
+        raise ValueError(
+            f"Conversation {index} has {len(logits)} [SEG]/[REJ] slots but {len(truth)} masks; give one mask per "
+            "slot, an empty one for [REJ]."
+        )
 
 
 def object_score_loss(

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .configuration_gsva import WITH_OBJECT_SCORE
 from .llava_v1_gsva import grad_if_trained
-from .sam_attention_gsva import use_chunked_attention
+from .sam_attention_gsva import use_gsva_attention
 from .sam_decoder_gsva import rows_of, share_images, used_by_weight
 
 # An encoded image: SAM has one map, (images, channels, height, width); the others several, the one of lowest resolution, on
@@ -46,9 +46,12 @@ class MaskAdapter:
         """Change the configuration of a model before it is built, in place: also what is saved says how masks are made."""
 
     @staticmethod
-    def prepare(sam: nn.Module) -> None:
-        """Change a new model in place: the faster attention of SAM's encoder, and the mask decoder that shares images."""
-        use_chunked_attention(sam)
+    def prepare(sam: nn.Module, attention: str = "auto") -> None:
+        """
+        Change a new model in place: the faster attention of SAM's encoder, in the way that `attention` names, and the mask
+        decoder that shares images.
+        """
+        use_gsva_attention(sam, attention)
         share_images(sam)
 
     @property
@@ -120,7 +123,7 @@ class SamHqAdapter(MaskAdapter):
     """
 
     @staticmethod
-    def prepare(sam: nn.Module) -> None:
+    def prepare(sam: nn.Module, attention: str = "auto") -> None:
         pass
 
     def read_by_weight(self) -> list[nn.Module]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -31,7 +32,9 @@ from .segmentation_gsva import (
     SegmentationMixin,
     check_padding,
     check_training_length,
+    counted,
 )
+from .transfer_gsva import to_device
 
 # Inputs that only the masks need: the language model has no use for them, so `generate` drops them.
 MASK_ONLY_INPUTS = (
@@ -50,7 +53,7 @@ AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToTex
 
 
 @dataclass
-class GsvaOutput(ModelOutput):
+class GsvaOutput(CausalLMOutputWithPast):
     """
     Output of [`GsvaForConditionalGeneration`].
 
@@ -71,21 +74,18 @@ class GsvaOutput(ModelOutput):
         slot_positions: (all slots, 2), conversation and position of each slot in `input_ids`.
     """
 
-    loss: torch.Tensor | None = None
+    # loss, logits, hidden states, attentions and the cache are the parent's: transformers 5.24 names the cache anew, and renames
+    # what others call past_key_values.
     ce_loss: torch.Tensor | None = None
     mask_bce_loss: torch.Tensor | None = None
     mask_dice_loss: torch.Tensor | None = None
     object_score_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
     mask_logits: tuple[torch.Tensor, ...] | None = None
     iou_scores: tuple[torch.Tensor, ...] | None = None
     object_scores: tuple[torch.Tensor, ...] | None = None
     mask_ious: torch.Tensor | None = None
     slot_logits: torch.Tensor | None = None
     slot_positions: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: list[torch.Tensor] | None = None
 
 
@@ -155,11 +155,12 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         config.set_parts_dtype()
         hidden_size = config.get_text_config().hidden_size
         self.vlm = build_vlm(config.vlm_config)
-        masks = mask_adapter_class(config.sam_config.model_type)
-        masks.prepare_config(config.sam_config)
-        self.sam = AutoModel.from_config(config.sam_config)
-        masks.prepare(self.sam)
-        prompt_size = config.sam_config.prompt_encoder_config.hidden_size
+        sam_config = config.sam_config
+        masks = mask_adapter_class(sam_config.model_type)
+        masks.prepare_config(sam_config)
+        self.sam = AutoModel.from_config(sam_config)
+        masks.prepare(self.sam, config.sam_attention)
+        prompt_size = sam_config.prompt_encoder_config.hidden_size
         # text_hidden_fcs of the original
         self.mask_projector = nn.Sequential(
             nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, prompt_size)
@@ -405,7 +406,11 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         return decoded
 
     def _add_object_score_loss(self, result: GsvaOutput, mask_labels, num_slots, part=1.0):
-        assert result.object_scores is not None  # the configuration refuses a weight without them
+        if result.object_scores is None:
+            raise ValueError(
+                f"object_score_loss_weight={self.config.object_score_loss_weight}, but the mask model "
+                f"({self.config.sam_config.model_type}) has no object score to train; set it to 0."
+            )
         loss = object_score_loss(self.config, result.object_scores, mask_labels, num_slots)
         result.object_score_loss = part * loss
         result.loss = result.loss + result.object_score_loss
@@ -413,9 +418,8 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
     def _add_mask_losses(
         self, result: GsvaOutput, mask_labels, image_index, original_sizes, reshaped_sizes, num_masks, part=1.0
     ):
-        assert result.mask_logits is not None  # of _add_masks
         bce, dice, result.mask_ious = batch_mask_losses(
-            self.config, result.mask_logits, mask_labels, image_index, original_sizes, reshaped_sizes, num_masks
+            self.config, result.mask_logits or (), mask_labels, image_index, original_sizes, reshaped_sizes, num_masks
         )
         result.mask_bce_loss, result.mask_dice_loss = part * bce, part * dice
         result.loss = result.loss + result.mask_bce_loss + result.mask_dice_loss
@@ -439,23 +443,27 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
             The mask decoder's outputs for the slots for which it ran, or None.
         """
         slot_images = image_index[slots[:, 0]]
-        if (is_seg & (slot_images < 0)).any():
+        # One read for everything that the host must know.
+        facts = torch.stack([slots[:, 0], is_seg.to(slots), slot_images.to(slots)], 1).tolist()
+        if any(shown and image < 0 for _, shown, image in facts):
             raise ValueError(
                 "A conversation without an image (image_index -1) holds [SEG]: there is nothing to segment."
             )
-        runs = is_seg | (slot_images >= 0) if every_object else is_seg
+        counts = counted([[row, shown] for row, shown, _ in facts], len(image_index))
+        runs = [n for n, (_, shown, image) in enumerate(facts) if shown or (every_object and image >= 0)]
         side = main_map(sam_embeddings).shape[-1] * 4  # SAM's decoder upscales its embedding twice by 2
         masks = states.new_zeros(len(states), side, side, dtype=self.sam.dtype)
         iou, objects = masks.new_zeros(len(states)), masks.new_full((len(states),), float("nan"))
         decoded = None
-        if runs.any():
-            decoded = self._decode(states[runs], sam_embeddings, slot_images[runs])
-            shown = is_seg[runs]
-            masks = masks.masked_scatter(is_seg[:, None, None], decoded[0][shown].to(masks))  # autocast may differ
-            iou = iou.masked_scatter(is_seg, decoded[1][shown].to(iou))
+        if runs:
+            places = to_device(runs, states.device)
+            decoded = self._decode(states[places], sam_embeddings, slot_images[places])
+            shown = [place for place, n in enumerate(runs) if facts[n][1]]
+            of_shown: Any = slice(None) if len(shown) == len(runs) else to_device(shown, states.device)
+            masks = masks.masked_scatter(is_seg[:, None, None], decoded[0][of_shown].to(masks))  # autocast may differ
+            iou = iou.masked_scatter(is_seg, decoded[1][of_shown].to(iou))
             if decoded[2] is not None:
-                objects = objects.masked_scatter(runs, decoded[2].to(objects))
-        counts = torch.bincount(slots[:, 0], minlength=len(image_index)).tolist()
+                objects = objects.index_copy(0, places, decoded[2].to(objects))
         result.mask_logits, result.iou_scores = masks.split(counts), iou.split(counts)
         if self.masks.has_objects:
             result.object_scores = objects.split(counts)
@@ -464,8 +472,9 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
     def _ce_loss(self, hidden, targets, num_items=None):
         """Return the cross-entropy over the tokens of `targets` except -100; only their logits are computed."""
         supervised = targets != -100
-        logits = self.language.logits(hidden[supervised]).float()
-        total = F.cross_entropy(logits, targets[supervised].to(logits.device), reduction="sum")
+        places = supervised.nonzero(as_tuple=True)
+        logits = self.language.logits(hidden[places]).float()
+        total = F.cross_entropy(logits, targets[places].to(logits.device), reduction="sum")
         return self.config.ce_loss_weight * total / (supervised.sum().clamp(min=1) if num_items is None else num_items)
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs):

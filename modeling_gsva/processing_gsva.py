@@ -1,5 +1,6 @@
 """GsvaProcessor: images and expressions, or conversations, to model inputs; segmentation outputs back to results."""
 
+from itertools import islice
 from reprlib import repr as shown  # short, and safe for values that are nested deeply or contain themselves
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.tokenization_utils_base import TextInput
 from .chat_gsva import StreamedAnswer, check_chat_files, check_contents, is_utf8
 from .checking_gsva import check_conversations, check_expressions, check_masks, check_max_length
 from .image_processing_gsva import GsvaSamImageProcessor, upscale_mask_logits
+from .instances_gsva import check_probability, instances_of
 from .prompts_gsva import (
     ADDED_TOKENS,
     CHAT_TEMPLATES,
@@ -27,6 +29,7 @@ from .prompts_gsva import (
     strip_wording,
 )
 from .segmentation_gsva import check_threshold
+from .transfer_gsva import masks_to_host, to_device
 
 # The entry of processor_config.json that names the processor of another base than LLaVA v1.
 BASE_CLASS = "base_processor_class"
@@ -459,6 +462,16 @@ class GsvaProcessor(ProcessorMixin):
             matched.append(place)
         return matched, True
 
+    def _answers(
+        self, asked: list[str] | None, slots: list[tuple[str, bool]], method: str
+    ) -> tuple[list[str], list[int | None], bool]:
+        """Return what a conversation asks for, the slot that answers each, and whether its slots are not those asked for."""
+        if asked is None:
+            return [phrase for phrase, _ in slots], list(range(len(slots))), False
+        if method == "generate":
+            return asked, *self._match_slots(asked, slots)
+        return asked, list(range(len(asked))), False
+
     @staticmethod
     def _candidate(outputs, number: int):
         """Return the output that holds only the `number`-th answer of each prompt."""
@@ -494,7 +507,12 @@ class GsvaProcessor(ProcessorMixin):
         return StreamedAnswer(self, model, inputs, **generate_kwargs)
 
     def post_process_segmentation(
-        self, outputs, inputs, threshold: float | None = None, keep_rejected_masks: bool = False
+        self,
+        outputs,
+        inputs,
+        threshold: float | None = None,
+        keep_rejected_masks: bool = False,
+        as_tensors: bool = False,
     ) -> list[list[dict]]:
         r"""
         Return results in the image's own pixels.
@@ -506,6 +524,8 @@ class GsvaProcessor(ProcessorMixin):
                 below the one given to `segment` only adds empty masks; one above it rejects more.
             keep_rejected_masks: also return the masks of rejected slots where there are any (`teacher_forced` makes
                 them: the original's metric scores a rejected target by its mask).
+            as_tensors: leave the masks on their device, as boolean tensors. Otherwise their runs are copied to the host, once for
+                the whole batch, and written out there.
 
         Returns:
             Per image, per expression `{"text", "mask", "is_rejected", "score", "probability", "is_malformed", "iou_score"}`: the
@@ -522,63 +542,115 @@ class GsvaProcessor(ProcessorMixin):
         candidates = outputs.num_candidates or 1
         if candidates > 1:  # read the n-th answer of every prompt as if it were the only one
             parts = (self._candidate(outputs, number) for number in range(candidates))
-            answers = [self.post_process_segmentation(part, inputs, threshold, keep_rejected_masks) for part in parts]
+            options = threshold, keep_rejected_masks, as_tensors
+            answers = [self.post_process_segmentation(part, inputs, *options) for part in parts]
             return [list(of_image) for of_image in zip(*answers)]
-        num_images = len(inputs.get("original_sizes", ()))
-        input_size = self.mask_input_size
-        results: list[list[dict]] = [[] for _ in range(num_images)]
+        sizes, reshaped = (_as_sizes(inputs.get(name, ())) for name in ("original_sizes", "reshaped_input_sizes"))
+        results: list[list[dict]] = [[] for _ in range(len(sizes))]
         asked_per_conversation = inputs.get("expressions")
-        image_index = outputs.image_index.tolist()
-        for row, image in enumerate(image_index):
+        sequences, starts = outputs.sequences.tolist(), outputs.answer_starts.tolist()
+        values = {
+            name: _per_row(getattr(outputs, name))
+            for name in ("scores", "probabilities", "object_scores", "iou_scores")
+        }
+        rejected_slots = _per_row(outputs.is_rejected) or []
+        masks: list[torch.Tensor] = []  # of the conversations that have any, and the results that each belongs to
+        owners: list[list[dict]] = []
+        for row, image in enumerate(outputs.image_index.tolist()):
             if image < 0:
                 continue
-            height, width = (int(side) for side in inputs["original_sizes"][image])
-            answer = outputs.sequences[row, int(outputs.answer_starts[row]) :].tolist()
-            matched: list[int | None]
+            answer = sequences[row][starts[row] :]
             slots = self.read_answer(answer)[: len(outputs.scores[row])]  # tokens after the end are not part of it
-            if asked_per_conversation is None:
-                asked, matched, malformed = [phrase for phrase, _ in slots], list(range(len(slots))), False
-            elif outputs.method == "generate":
-                asked = asked_per_conversation[row]
-                matched, malformed = self._match_slots(asked, slots)
-            else:
-                asked = asked_per_conversation[row]
-                matched, malformed = list(range(len(asked))), False
-            scores, rejected = outputs.scores[row], outputs.is_rejected[row]
-            has_estimates = outputs.iou_scores is not None
-            kept = [n for n in matched if n is not None and outputs.mask_logits is not None]
-            upscaled: dict[int | None, np.ndarray] = {}
-            if kept:
-                logits = upscale_mask_logits(
-                    outputs.mask_logits[row][kept], inputs["reshaped_input_sizes"][image], (height, width), input_size
-                )
-                # The original's threshold in eval_gres is >= 0 (utils: a logit of exactly zero is foreground).
-                upscaled.update(zip(kept, (logits >= 0).cpu().numpy()))
+            asked = None if asked_per_conversation is None else asked_per_conversation[row]
+            asked, matched, malformed = self._answers(asked, slots, outputs.method)
+            kept: dict[int, list[dict]] = {}  # slots whose masks are shown, and the results that show them
             for text, n in zip(asked, matched):
-                score = float("nan") if n is None else float(scores[n])
-                is_scored = n is not None and outputs.probabilities is not None
-                probability = float(outputs.probabilities[row][n]) if is_scored else float("nan")
-                is_rejected = n is None or bool(rejected[n] if threshold is None else score < threshold)
-                # A slot that `segment` rejected has constant zero logits, which are not a mask.
-                has_mask = n in upscaled and (not bool(rejected[n]) or outputs.method == "teacher_forced")
-                keep = has_mask and (keep_rejected_masks or not is_rejected)
-                mask = upscaled[n] if keep else np.zeros((height, width), dtype=bool)
-                results[image].append(
-                    {
-                        "text": text,
-                        "mask": mask,
-                        "is_rejected": is_rejected,
-                        "score": score,
-                        "probability": probability,
-                        "is_malformed": malformed,
-                        "iou_score": float(outputs.iou_scores[row][n]) if has_mask and has_estimates else float("nan"),
-                    }
-                )
+                found = {name: float("nan") if n is None or of is None else of[row][n] for name, of in values.items()}
+                was_rejected = n is None or rejected_slots[row][n]
+                is_rejected = n is None or bool(was_rejected if threshold is None else found["scores"] < threshold)
+                result = {
+                    "text": text,
+                    "mask": None,
+                    "is_rejected": is_rejected,
+                    "score": found["scores"],
+                    "probability": found["probabilities"],
+                    "is_malformed": malformed,
+                    "iou_score": float("nan"),
+                }
                 if outputs.object_scores is not None:
-                    results[image][-1]["object_score"] = (
-                        float("nan") if n is None else float(outputs.object_scores[row][n])
-                    )
+                    result["object_score"] = found["object_scores"]
+                # A slot that `segment` rejected has constant zero logits, which are not a mask.
+                has_mask = outputs.mask_logits is not None and (not was_rejected or outputs.method == "teacher_forced")
+                if has_mask:
+                    result["iou_score"] = found["iou_scores"]  # NaN where the answer has no slot
+                if n is not None and has_mask and (keep_rejected_masks or not is_rejected):
+                    kept.setdefault(n, []).append(result)
+                elif as_tensors:
+                    result["mask"] = torch.zeros(*sizes[image], dtype=torch.bool, device=outputs.sequences.device)
+                else:
+                    result["mask"] = np.zeros(sizes[image], dtype=bool)
+                results[image].append(result)
+            if kept:
+                logits = outputs.mask_logits[row]
+                logits = logits[to_device(list(kept), logits.device)]
+                logits = upscale_mask_logits(logits, reshaped[image], sizes[image], self.mask_input_size)
+                # The original's threshold in eval_gres is >= 0 (utils: a logit of exactly zero is foreground).
+                masks.append(logits >= 0)
+                owners.extend(kept.values())
+        finished = masks if as_tensors else masks_to_host(masks)
+        for owner, mask in zip(owners, (mask for of_row in finished for mask in of_row)):
+            for result in owner:
+                result["mask"] = mask
         return results
+
+    def post_process_instance_segmentation(
+        self, outputs, inputs, threshold: float | None = None
+    ) -> list[dict[str, Any]]:
+        r"""
+        Return results as detectors of transformers give them, such as SAM 3: only what is in the image, each with mask and box.
+        `supervision.Detections.from_transformers(result, id2label=dict(enumerate(expressions)))` takes the result of an image.
+
+        Args:
+            outputs: the output of `model.segment(**inputs)`, with one answer for each prompt.
+            inputs: the processor's output that it was called with.
+            threshold: keep what has a probability above it; by default what `segment` did not reject. What it rejected has
+                no mask, so no threshold brings that back.
+
+        Returns:
+            Per image a dictionary of its n kept expressions, in the order asked for; those without any pixel are left out:
+
+            - `scores` (n,): the probability that the expression is there.
+            - `labels` (n,): its number in the image's list of expressions, `text_labels` (a list of n): its text.
+            - `boxes` (n, 4): left, top, right, bottom in pixels; right and bottom are behind the last pixel.
+            - `masks` (n, 1, height, width): booleans. The second dimension is what supervision wants of masks with boxes.
+
+        Raises:
+            ValueError: a threshold that is no probability, or several candidates for each prompt.
+        """
+        if threshold is not None:
+            check_probability(threshold)
+        if (candidates := outputs.num_candidates or 1) > 1:
+            raise ValueError(
+                f"The outputs hold {candidates} answers for each prompt, of which the instances cannot be told apart; ask with "
+                "num_return_sequences=1, or take post_process_segmentation."
+            )
+        results = self.post_process_segmentation(outputs, inputs)
+        sizes = [(int(height), int(width)) for height, width in inputs.get("original_sizes", ())]
+        return [instances_of(of_image, size, threshold) for of_image, size in zip(results, sizes)]
+
+
+def _as_sizes(values) -> list[tuple[int, int]]:
+    """Return sizes (images, 2), a tensor, an array or a list, as (height, width) each."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    return [(int(height), int(width)) for height, width in values]
+
+
+def _per_row(values: tuple[torch.Tensor, ...] | None) -> list[list] | None:
+    """Return tensors of different lengths as lists, read at once."""
+    if not values:
+        return None if values is None else []
+    rest = iter(torch.cat(list(values)).tolist())
+    return [list(islice(rest, len(part))) for part in values]
 
 
 __all__ = ["ADDED_TOKENS", "CHAT_TEMPLATES", "PROMPTS", "GsvaProcessor"]

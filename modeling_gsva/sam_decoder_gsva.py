@@ -273,7 +273,7 @@ def used_by_weight(decoder: nn.Module) -> list[nn.Module]:
 
 def share_images(sam: nn.Module) -> None:
     """
-    Give the mask decoder of SAM, SAM 2 or SAM 3's tracker the forward above, in place; see `use_chunked_attention` for the
+    Give the mask decoder of SAM, SAM 2 or SAM 3's tracker the forward above, in place; see `use_gsva_attention` for the
     reason. Decoders of other classes stay as they are.
     """
     shared = SHARED_DECODERS.get(type(sam.mask_decoder))

@@ -1,5 +1,6 @@
 """SegmentationMixin: `model.segment`, which answers expressions with masks by one of three methods."""
 
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import isfinite
@@ -13,6 +14,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .cache_gsva import ConversationCache, can_crop, crop_to
 from .reading_gsva import AnsweredBatch, PrefixCache, Reader, reader_for
+from .transfer_gsva import to_device
 
 # How many tokens `generate` writes where neither its arguments nor the generation configuration set a limit.
 DEFAULT_NEW_TOKENS = 20
@@ -64,6 +66,7 @@ class SlotAnswers:
         rejected: (slots,) booleans.
         has_mask: (slots,) booleans, the slots for which a mask is decoded.
         scores: (slots,) log-odds of `[SEG]` against `[REJ]`.
+        counts: the number of slots of each conversation.
     """
 
     places: torch.LongTensor
@@ -71,6 +74,13 @@ class SlotAnswers:
     rejected: torch.Tensor
     has_mask: torch.Tensor
     scores: torch.Tensor
+    counts: list[int]
+
+
+def counted(places: list[list[int]], conversations: int) -> list[int]:
+    """Return how many slots, as (conversation, position), each conversation has."""
+    counts = Counter(row for row, _ in places)
+    return [counts[row] for row in range(conversations)]
 
 
 def check_threshold(threshold) -> None:
@@ -366,7 +376,8 @@ class SegmentationMixin(_Base):
         hidden = reader.read()
         states = hidden[places[:, 0], places[:, 1] - 1 - sequences.shape[1]]
         rejected = sequences[places[:, 0], places[:, 1]] == self.config.rej_token_id
-        answers = SlotAnswers(places, states, rejected, ~rejected, self._slot_scores(states))
+        counts = counted(places.tolist(), len(sequences))
+        answers = SlotAnswers(places, states, rejected, ~rejected, self._slot_scores(states), counts)
         outputs = self._output("generate", batch, answers)
         outputs.num_candidates = copies
         return outputs, reader
@@ -387,6 +398,7 @@ class SegmentationMixin(_Base):
         scores = self._slot_scores(states)
         # The second pass differs only after a gold [REJ], which matters where another slot follows it.
         places = slots.tolist()
+        counts = counted(places, len(sequences))
         absent = [place for place, token in zip(places, gold.tolist()) if token == rej_id]
         first = dict(reversed(absent))
         again = sorted({row for row, column in places if column > first.get(row, column)})
@@ -394,10 +406,15 @@ class SegmentationMixin(_Base):
             column = min(first[row] for row in again)
             reader.go_back(again, column, sequences.index_put(tuple(slots.T), gold.new_tensor(seg_id)))
             hidden = reader.read()
-            for n, (row, place) in enumerate(places):
-                if row in again and place > column:
-                    states[n] = hidden[again.index(row), columns[n]]
-        answers = SlotAnswers(slots, states, rejected, torch.ones_like(rejected), scores)
+            last = sequences.shape[1] + 1
+            later = [
+                (n, again.index(row), place - last)
+                for n, (row, place) in enumerate(places)
+                if row in again and place > column
+            ]
+            numbers, rows, columns = to_device(later, hidden.device).T
+            states[numbers] = hidden[rows, columns]
+        answers = SlotAnswers(slots, states, rejected, torch.ones_like(rejected), scores, counts)
         return self._output("teacher_forced", batch, answers), reader
 
     def _segment_slots(self, batch: AnsweredBatch, threshold: float, reader: Reader) -> GsvaSegmentationOutput:
@@ -409,26 +426,31 @@ class SegmentationMixin(_Base):
         """
         seg_id, rej_id = self.config.seg_token_id, self.config.rej_token_id
         sequences, slots = batch.sequences, self._answer_slots(batch)
-        per_row = [slots[slots[:, 0] == row, 1].tolist() for row in range(len(sequences))]
+        per_row: list[list[int]] = [[] for _ in range(len(sequences))]
+        steps: list[list[tuple[int, int, int]]] = []  # of each step's slots: number, conversation and position
+        for n, (row, column) in enumerate(slots.tolist()):
+            if len(per_row[row]) == len(steps):
+                steps.append([])
+            steps[len(per_row[row])].append((n, row, column))
+            per_row[row].append(column)
         states = sequences.new_zeros(len(slots), self.config.text_config.hidden_size, dtype=self.dtype)
         scores = torch.zeros(len(slots), device=states.device)
-        order = {place: n for n, place in enumerate(map(tuple, slots.tolist()))}
-        for step in range(max(map(len, per_row), default=0)):
+        of_steps = to_device([slot for step in steps for slot in step], states.device).reshape(len(slots), 3)
+        for step, of_step in enumerate(of_steps.split(list(map(len, steps)))):
             # A conversation without a further slot runs nothing, except its prompt: the first step needs all images.
             ends = [
                 places[step] if step < len(places) else max(begin, batch.start)
                 for places, begin in zip(per_row, reader.begins)
             ]
             last = reader.read(ends)[:, -1]  # (B, H)
-            likely = self._slot_scores(last)
-            for row, places in enumerate(per_row):
-                if step < len(places):
-                    sequences[row, places[step]] = rej_id if likely[row] < 0 else seg_id
-                    place = order[row, places[step]]
-                    states[place], scores[place] = last[row], likely[row]
+            likely = self._slot_scores(last).to(scores)
+            numbers, rows, columns = of_step.T
+            sequences[rows, columns] = torch.where(likely[rows] < 0, rej_id, seg_id).to(sequences)
+            states[numbers], scores[numbers] = last[rows].to(states), likely[rows]
         rejected = scores < threshold
         sequences[slots[:, 0], slots[:, 1]] = torch.where(rejected, rej_id, seg_id)
-        return self._output("slots", batch, SlotAnswers(slots, states, rejected, ~rejected, scores))
+        counts = list(map(len, per_row))
+        return self._output("slots", batch, SlotAnswers(slots, states, rejected, ~rejected, scores, counts))
 
     def _answer_slots(self, batch: AnsweredBatch) -> torch.LongTensor:
         """Return (slots, 2): conversation and position of each slot of the answers."""
@@ -441,7 +463,7 @@ class SegmentationMixin(_Base):
 
     def _output(self, method: str, batch: AnsweredBatch, slots: SlotAnswers) -> GsvaSegmentationOutput:
         sequences = batch.sequences
-        counts = torch.bincount(slots.places[:, 0], minlength=len(sequences)).tolist()
+        counts = slots.counts
         rejection = self.config.rejection_values
         probabilities = torch.sigmoid(slots.scores.float() / rejection["temperature"] + rejection["offset"])
         result = GsvaSegmentationOutput(

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data_scripts
+from data_scripts.label_studio import encode_brush
 from data_scripts.masks import check_rle
 
 EXAMPLES = 200
@@ -170,6 +171,23 @@ def own_coco(root):
     trees.write(root / "train.json", {"images": [{"id": 1, "file_name": "cats/1.jpg"}], "annotations": [entry, entry]})
 
 
+def own_label_studio(root):
+    trees.picture(root / "images/a.jpg")
+    mask = np.zeros((trees.HEIGHT, trees.WIDTH), bool)
+    mask[5:15, 5:15] = True
+    brush = {
+        "type": "brushlabels",
+        "value": {"format": "rle", "rle": encode_brush(mask), "brushlabels": ["cat", "it"]},
+    }
+    outline = {
+        "type": "polygonlabels",
+        "value": {"points": [[10, 10], [60, 10], [60.5, 80]], "polygonlabels": ["dog"]},
+    }
+    data = {"image": "/data/local-files/?d=out/images/a.jpg", "absent": ["a unicorn"]}
+    tasks = [{"data": data, "annotations": [{"result": [brush, outline]}], "predictions": [{"result": [brush]}]}]
+    trees.write(root / "train.json", tasks)
+
+
 REFS = {"grefcoco": "grefs(unc).json", "refcocog": "refs(umd).p", "refzom": "Ref_ZOM.p"}
 CASES = [
     *(
@@ -199,6 +217,7 @@ CASES = [
      [("llava_dataset/llava_instruct_150k.json", JSON)]),
     ("own", own, [("train.jsonl", LINES), ("mask.png", None), ("cats/1.jpg", None)]),
     ("own", own_coco, [("train.json", JSON)]),
+    ("own", own_label_studio, [("train.json", JSON)]),
 ]  # fmt: skip
 
 

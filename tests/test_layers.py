@@ -16,6 +16,7 @@ PARTS = (
     "trainers",
     "benchmarks",
     "demo",
+    "examples",
     "run_gres",
     "convert_checkpoint",
     "tests",
@@ -33,6 +34,7 @@ MAY_IMPORT = {
     "conversion": ("modeling_gsva",),
     "convert_checkpoint": ("conversion",),
     "demo": ("evaluation", "modeling_gsva", "data_scripts", "metrics"),
+    "examples": ("evaluation", "data_scripts"),
     "benchmarks": PARTS,
     "tests": PARTS,
 }
@@ -47,6 +49,7 @@ TOP_LEVEL = {
         "configs",
         "benchmarks",
         "demo",
+        "examples",
         "docs",
         "tests",
         "assets",

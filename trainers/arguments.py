@@ -372,6 +372,7 @@ class GsvaTrainingArguments(TrainingArguments):
             )
         super().__post_init__()
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # PyTorch warns of it otherwise
+        self.accelerator_config.non_blocking = self.dataloader_pin_memory  # pinned batches move while the host goes on
 
 
 def _as_words(values: dict) -> list[str]:

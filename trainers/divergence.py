@@ -100,8 +100,9 @@ class DivergenceWatch:
             return False
         positions = outputs["slot_positions"]
         expects_seg = inputs["input_ids"][positions[:, 0], positions[:, 1]] == seg_token_id
-        answers_seg = outputs["slot_logits"].detach().argmax(1)[expects_seg] == 0
-        self.slots.append((int(expects_seg.sum()), int(answers_seg.sum())))
+        answers_seg = expects_seg & (outputs["slot_logits"].detach().argmax(1) == 0)
+        expected, answered = torch.stack([expects_seg.sum(), answers_seg.sum()]).tolist()
+        self.slots.append((expected, answered))
         was_collapsed = self.is_collapsed
         self.is_collapsed = (
             len(self.slots) == self.slots.maxlen

@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ from transformers import AutoConfig
 from modeling_gsva import GsvaConfig, GsvaForConditionalGeneration
 from modeling_gsva.llava_v1_gsva import LlavaV1Config
 from modeling_gsva.modeling_gsva import upscaled_mask_losses
-from modeling_gsva.sam_attention_gsva import BIAS_ELEMENTS
+from modeling_gsva.sam_attention_gsva import BIAS_ELEMENTS, CANDIDATES
 from modeling_gsva.sam_decoder_gsva import MAP_BYTES
 
 from .arguments import ARCHITECTURES, DataArguments, GsvaTrainingArguments, ModelArguments
@@ -242,16 +243,16 @@ def sizes_of(model: nn.Module, quantization: str | None) -> Sizes:
 
 @contextmanager
 def pieces_as_on_a_card() -> Iterator[None]:
-    """Let SAM's attention and mask decoder work in pieces of the size that they have on a GPU, not on a CPU."""
-    sizes = BIAS_ELEMENTS, MAP_BYTES
-    usual = [table["cpu"] for table in sizes]
-    for table in sizes:
-        table["cpu"] = table["default"]
+    """Let SAM's attention and mask decoder work in the way, and in pieces of the size, that they have on a GPU, not on a CPU."""
+    tables: tuple[dict[str, Any], ...] = BIAS_ELEMENTS, MAP_BYTES, CANDIDATES
+    usual = [table["cpu"] for table in tables]
+    for table in tables:
+        table["cpu"] = table.get("cuda", table["default"])
     try:
         yield
     finally:
-        for table, size in zip(sizes, usual):
-            table["cpu"] = size
+        for table, value in zip(tables, usual):
+            table["cpu"] = value
 
 
 class LiveBytes(TorchDispatchMode):

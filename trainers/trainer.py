@@ -140,7 +140,7 @@ class GsvaTrainer(Trainer):
         self._begin_log()
 
     def _begin_log(self) -> None:
-        self._parts: dict[str, torch.Tensor] = {}
+        self._parts: dict[str, Any] = {}  # tensors that wait on the device for `log`, and numbers
         self._steps, self._images, self._data_seconds, self._begun = 0, 0, 0.0, time.perf_counter()
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
@@ -245,7 +245,8 @@ class GsvaTrainer(Trainer):
         slots = sum(len(mask) for mask in masks)
         if config.rejected_slot_loss == "zero_logits":
             return slots, slots
-        return sum(int(mask.flatten(1).any(1).sum()) for mask in masks if len(mask)), slots
+        there = [mask.flatten(1).any(1) for mask in masks if len(mask)]
+        return int(torch.cat(there).sum()) if there else 0, slots
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.features is not None:
@@ -258,15 +259,15 @@ class GsvaTrainer(Trainer):
 
     def _collect(self, inputs, outputs) -> None:
         """Add the loss parts, slot accuracy and mask IoU of a micro-batch to the sums that `log` averages."""
-        values = {name: outputs[name].detach() for name in LOSS_PARTS if outputs.get(name) is not None}
+        values: dict[str, Any] = {n: outputs[n].detach() for n in LOSS_PARTS if outputs.get(n) is not None}
         if outputs.get("slot_positions") is not None:
             positions, config = outputs["slot_positions"], self.accelerator.unwrap_model(self.model).config
             expects_seg = inputs["input_ids"][positions[:, 0], positions[:, 1]] == config.seg_token_id
             answers_seg = outputs["slot_logits"].detach().argmax(1) == 0
             values["slots_right"] = (expects_seg == answers_seg).sum().float()
-            values["slots"] = torch.tensor(float(len(positions)), device=answers_seg.device)
+            values["slots"] = float(len(positions))
         if (ious := outputs.get("mask_ious")) is not None:
-            values["ious"], values["masks"] = ious.detach().sum(), torch.tensor(float(len(ious)), device=ious.device)
+            values["ious"], values["masks"] = ious.detach().sum(), float(len(ious))
         for name, value in values.items():
             self._parts[name] = self._parts.get(name, 0) + value
 
@@ -275,7 +276,9 @@ class GsvaTrainer(Trainer):
             return
         # Each micro-batch of each process has its share of the step's loss.
         shares = self.args.gradient_accumulation_steps * self.args.world_size
-        losses = {n: float(outputs[n].detach()) * shares for n in ("loss", *LOSS_PARTS) if outputs.get(n) is not None}
+        names = [name for name in ("loss", *LOSS_PARTS) if outputs.get(name) is not None]
+        values = torch.stack([outputs[name].detach().double() for name in names]).tolist()  # one read for all
+        losses = {name: value * shares for name, value in zip(names, values)}
         config = self.accelerator.unwrap_model(self.model).config
         self.watch.check_batch(self.state.global_step + 1, losses, inputs, outputs, config.seg_token_id)
 

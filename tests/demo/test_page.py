@@ -1,6 +1,9 @@
 """The web demo in a real browser: upload, ask, slide, a second turn, a bad file, markup in an expression; and its API."""
 
+import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,6 +12,7 @@ import time
 import numpy as np
 import pytest
 from browsers import chromium, in_browser
+from documents import blocks
 from paths import ROOT
 from pycocotools import mask as rle
 
@@ -180,3 +184,19 @@ def test_the_api_segments_uploaded_files_and_no_others(address, picture):
         client.predict({"path": str(picture)}, ["a dog"], api_name="/segment")
     with pytest.raises(Exception, match="There is no expression"):
         client.predict(handle_file(str(picture)), [], api_name="/segment")
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_the_calls_of_the_readme_give_the_same_answer(address, picture, monkeypatch):
+    calls = [block for block in blocks(ROOT / "demo/README.md") if "127.0.0.1:7860" in block.text]
+    _, in_python, by_curl = (block.text.replace("http://127.0.0.1:7860", address) for block in calls)
+    monkeypatch.chdir(picture.parent)  # which holds shapes.png
+    namespace: dict = {}
+    exec(in_python, namespace)  # noqa: S102
+    results = namespace["results"]
+    assert [one["text"] for one in results] == ["the red circle", "all stars"]
+    said = subprocess.run(["bash", "-ec", by_curl], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert said.startswith("event: complete\ndata: ")
+    assert json.loads(said.partition("data: ")[2]) == [results]
+    (documented,) = re.findall(r"Each result is `(.*?)`", (ROOT / "demo/README.md").read_text())
+    assert set(re.findall(r"\w+", documented)) == set(results[0])

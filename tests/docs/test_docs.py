@@ -1,4 +1,4 @@
-"""Every code block of README and docs/ runs, or is checked where it needs weights, a card or a port."""
+"""Every code block of README and docs/ runs, or is checked where it needs weights, a card or a port; those of the rooms are checked."""
 
 import subprocess
 
@@ -15,6 +15,7 @@ REFERENCE = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "PARITY.md",
 ]
+TRAINING = [page for page in PAGES if any("slow" in block.marks for block in blocks(page))]
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 
 
@@ -51,9 +52,16 @@ def test_a_page_runs(page, reader):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if any("slow" in b.marks for b in blocks(page))], ids=str)
+@pytest.mark.parametrize("page", TRAINING, ids=lambda path: path.name)
 def test_a_page_runs_with_its_training(page, reader):
     run_page(page, {"no-run"})
+
+
+@pytest.mark.parametrize("page", REFERENCE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_of_the_reference_are_understood(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for block in blocks(page):
+        check(block)
 
 
 @pytest.mark.parametrize("page", [*PAGES, *REFERENCE], ids=lambda path: str(path.relative_to(ROOT)))

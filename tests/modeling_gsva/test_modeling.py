@@ -145,10 +145,10 @@ def test_embeddings_in_place_of_ids_give_the_same(make_model, batch):
 
 def test_the_tuple_is_in_the_order_of_the_fields(model, batch):
     with torch.no_grad():
-        loss, ce_loss, *_ = model(**batch, return_dict=False)
+        loss, logits_with_loss, *_ = model(**batch, return_dict=False)  # as transformers' outputs begin
         logits, *_ = model(**without(batch, "labels", "mask_labels"), return_dict=False)
         expected = model(**batch)
-    assert torch.equal(loss, expected.loss) and torch.equal(ce_loss, expected.ce_loss)
+    assert torch.equal(loss, expected.loss) and torch.equal(logits_with_loss, expected.logits)
     assert torch.equal(logits, expected.logits)
 
 

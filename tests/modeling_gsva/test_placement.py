@@ -181,7 +181,7 @@ def test_attention_of_each_part(model_dir, inputs, expected, kinds):
     mixed = load(model_dir, attn_implementation=parts)
     assert tuple(getattr(mixed.config, part)._attn_implementation for part in parts) == kinds
     layers = mixed.sam.vision_encoder.layers
-    names = {"eager": "SamVisionAttention", "sdpa": "ChunkedSamVisionAttention"}
+    names = {"eager": "SamVisionAttention", "sdpa": "GsvaSamVisionAttention"}
     assert {type(layer.attn).__name__ for layer in layers} == {names[kinds[2]]}
     assert distance(mixed.segment(**inputs, threshold=-1e4), expected) < 1e-4
 

@@ -168,7 +168,7 @@ def test_saving_in_half_precision_again_gives_the_same_bytes(saved, tmp_path, dt
 def test_the_directory_holds_what_it_needs_and_no_pickle(saved):
     names = set(files(saved))
     code = {path.name for path in (ROOT / "modeling_gsva").glob("*_gsva.py")} - {"export_gsva.py"}  # a command
-    assert {name for name in names if name.endswith(".py")} == code and len(code) == 20
+    assert {name for name in names if name.endswith(".py")} == code and len(code) > 20
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
     auto_map = json.loads((saved / "config.json").read_text())["auto_map"]

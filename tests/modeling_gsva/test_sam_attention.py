@@ -33,8 +33,8 @@ def budget(request, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"use_rel_pos": False}, {"qkv_bias": False}], ids=str)
 def test_equals_eager(budget, options):
     eager, ours = make_encoder("eager", **options), make_encoder("sdpa", **options)
-    chunked.use_chunked_attention(ours)
-    assert all(type(layer.attn) is chunked.ChunkedSamVisionAttention for layer in ours.layers)
+    chunked.use_gsva_attention(ours)
+    assert all(type(layer.attn) is chunked.GsvaSamVisionAttention for layer in ours.layers)
     pixels = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -45,7 +45,7 @@ def test_equals_eager(budget, options):
 def test_gradients_equal_sdpa(budget):
     """In float64, where transformers' eager one still has its softmax in float32."""
     plain, ours = (make_encoder("sdpa").double() for _ in range(2))
-    chunked.use_chunked_attention(ours)
+    chunked.use_gsva_attention(ours)
     pixels = torch.randn(1, 3, 96, 96, dtype=torch.float64)
     gradients = []
     for encoder in (plain, ours):
@@ -57,7 +57,7 @@ def test_gradients_equal_sdpa(budget):
 
 def test_half_precision_equals_sdpa(budget):
     plain, ours = (make_encoder("sdpa").bfloat16() for _ in range(2))
-    chunked.use_chunked_attention(ours)
+    chunked.use_gsva_attention(ours)
     pixels = torch.randn(1, 3, 96, 96, dtype=torch.bfloat16)
     with torch.no_grad():
         wanted, found = plain(pixels).last_hidden_state, ours(pixels).last_hidden_state
@@ -68,7 +68,7 @@ def test_half_precision_equals_sdpa(budget):
 
 def test_attention_dropout_only_in_training():
     ours = make_encoder("sdpa", attention_dropout=0.5)
-    chunked.use_chunked_attention(ours)
+    chunked.use_gsva_attention(ours)
     pixels = torch.randn(1, 3, 96, 96)
     with torch.no_grad():
         assert torch.equal(ours(pixels).last_hidden_state, ours(pixels).last_hidden_state)
@@ -80,12 +80,12 @@ def test_saved_and_loaded(model, tmp_path):
     """The model has it from the start, saves transformers' own names, and has it again after loading."""
     from modeling_gsva import GsvaForConditionalGeneration
 
-    assert type(model.sam.vision_encoder.layers[0].attn) is chunked.ChunkedSamVisionAttention
+    assert type(model.sam.vision_encoder.layers[0].attn) is chunked.GsvaSamVisionAttention
     plain = AutoModel.from_config(model.config.sam_config)
     assert set(model.sam.state_dict()) == set(plain.state_dict())
     model.save_pretrained(tmp_path)
     loaded = GsvaForConditionalGeneration.from_pretrained(tmp_path)
-    assert all(type(layer.attn) is chunked.ChunkedSamVisionAttention for layer in loaded.sam.vision_encoder.layers)
+    assert all(type(layer.attn) is chunked.GsvaSamVisionAttention for layer in loaded.sam.vision_encoder.layers)
     pixels = torch.randn(1, 3, 64, 64)
     assert torch.equal(model.get_sam_embeddings(pixels), loaded.get_sam_embeddings(pixels))
 

@@ -63,7 +63,7 @@ def write_mask_model(folder: Path, kind: str) -> Path:
 
 def write_sam3_video(folder: Path) -> dict[str, torch.Tensor]:
     """Save a tiny SAM 3 as facebook/sam3 has it, and return its weights: a detector by words and a tracker that has no encoder of
-    its own but one more neck. (save_pretrained of transformers 5.23 writes the tracker's prefix twice, other than the Hub's files.)
+    its own but one more neck. (save_pretrained of a new model writes the tracker's prefix twice, other than the Hub's files.)
     """
     tracker = bases.mask_config("sam3_tracker")
     part = {"hidden_size": 32, "intermediate_size": 32, "num_layers": 1, "num_attention_heads": 2}

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.deepspeed
 MODEL = str(ROOT / "assets" / "tiny_gsva")
+TODAY = ROOT / "assets" / "tiny_gsva_today"
 WAYS = {"lora": (), "full": ("--train_language_model", "full")}
 SHARDED = [(strategy, way) for strategy in ("zero2", "zero3", "fsdp2") for way in WAYS]
 SIGKILL = -9
@@ -158,6 +159,23 @@ def test_consolidated_checkpoints_are_the_end_of_training(trained, forked, tmp_p
     assert found.keys() == expected.keys()
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("strategy", "more"), [("zero2", ["--train_tokens", "new"]), ("zero3", [])])
+def test_a_head_that_is_the_embedding_stays_one(forked, tmp_path, strategy, more):
+    """Of a base of today; zero_to_fp32.py writes such weights as .bin only, since they share memory."""
+    base, out, whole = str(TODAY), tmp_path / "out", tmp_path / "whole"
+    given = [*words(strategy, "lora", out), "--model", base, "--max_steps", "2", *more]
+    forked("run_gres.py", given, strategy=strategy, processes=2)
+    found, start = weights(out), weights(TODAY)
+    assert found.keys() == start.keys() and not [name for name in found if "lm_head" in name]
+    forked(out / "checkpoint-2" / "zero_to_fp32.py", [out / "checkpoint-2", whole])
+    given = ["--model", base, "--use_cpu", *more, "--output_dir", tmp_path / "again"]
+    forked("run_gres.py", [*given, "--consolidated", whole])
+    again = weights(tmp_path / "again")
+    assert again.keys() == found.keys()
+    for name, value in again.items():
+        torch.testing.assert_close(value, found[name], rtol=0, atol=1e-6, msg=name)
 
 
 def test_with_zero3_batches_may_have_no_image(forked, tmp_path):

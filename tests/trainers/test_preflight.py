@@ -10,6 +10,7 @@ import types
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from paths import ROOT
 from PIL import Image
 from safetensors import SafetensorError
@@ -18,7 +19,7 @@ import run_gres
 from trainers import preflight, training
 from trainers.arguments import GsvaTrainingArguments
 from trainers.failures import explain
-from trainers.preflight import check_hub, check_reporters
+from trainers.preflight import check_before_run, check_hub, check_reporters
 
 
 def arguments(tmp_path, **options):
@@ -239,3 +240,14 @@ def test_an_unexpected_failure_shows_its_traceback_once(tmp_path):
 
 def test_errors_of_safetensors_are_expected():
     assert explain(SafetensorError("header too large"), None) == "header too large"
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
+    """As with --ddp_backend gloo, without --use_cpu, on a machine without a card: accelerate would send nothing between them."""
+    state = types.SimpleNamespace(num_processes=2, distributed_type=DistributedType.NO, is_main_process=True)
+    monkeypatch.setattr("trainers.processes.PartialState", lambda: state)
+    with pytest.raises(
+        ValueError, match="2 processes were started, but accelerate .*--use_cpu and without --ddp_backend"
+    ):
+        check_before_run(arguments(tmp_path))
+    assert not (tmp_path / "run").exists()
