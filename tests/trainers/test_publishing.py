@@ -54,11 +54,13 @@ def published(model_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     calls = []
 
-    def create_repo(self, name, private=None, exist_ok=False):
+    def create_repo(self, name, private=None, exist_ok=False, repo_type=None):
+        assert repo_type == "model"
         calls.append(("create", name))
         return type("Url", (), {"repo_id": f"me/{name.rpartition('/')[2]}"})
 
-    def upload_folder(self, *, repo_id, folder_path, allow_patterns, ignore_patterns):
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, ignore_patterns, repo_type=None):
+        assert repo_type == "model"
         files = [path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()]
         for name in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
             (folder / repo_id / name).parent.mkdir(parents=True, exist_ok=True)

@@ -190,7 +190,8 @@ IN_DIGESTS = "model base_model dataset data_dir train_split dataset_options max_
 # ... and these do not change the weights.
 WITHOUT_EFFECT = """attn_implementation architecture eval_dataset eval_split max_eval_samples max_eval_samples_in_training
     protocols conventions threshold one_prompt_per_expression max_new_tokens ignore_region eval_task resume_eval save_masks
-    eval_before_training on_bad_image num_pictures image expressions"""
+    eval_before_training on_bad_image num_pictures image expressions
+    expressions_column question_column image_column id_column masks shard_size"""
 
 
 def test_every_argument_of_model_and_data_is_compared_or_known_not_to_matter():
