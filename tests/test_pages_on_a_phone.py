@@ -54,7 +54,7 @@ def pages(model_dir, tmp_path_factory):
 
 
 def test_every_page_has_the_same_frame():
-    assert len(TEMPLATES) == 4
+    assert len(TEMPLATES) == 5
     for path in TEMPLATES:
         text = path.read_text()
         assert text.startswith('{% extends "page.html.jinja" %}') and "</html>" not in text, path

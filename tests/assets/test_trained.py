@@ -1,6 +1,9 @@
 """The trained model in the box: small, and right on images that it has never seen; a run is embedded without its code."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -33,16 +36,14 @@ def test_it_segments_and_rejects(dtype):
     assert metrics["N_acc"] > 0.94 and metrics["T_acc"] > 0.94, metrics
 
 
-def test_a_run_is_embedded(tmp_path, model_dir, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "assets"))
-    import embed_run
-
+def test_a_run_is_embedded(tmp_path, model_dir):
     run = tmp_path / "run"
     GsvaForConditionalGeneration.from_pretrained(model_dir).save_pretrained(run)
     GsvaProcessor.from_pretrained(model_dir).save_pretrained(run)
     history = [{"step": 50, "loss": 1.5}, {"step": 100, "loss": 0.5}]
     (run / "log_history.json").write_text(json.dumps(history))
-    embed_run.main([str(run), str(tmp_path / "embedded")])
+    command = [sys.executable, ROOT / "assets/embed_run.py", run, tmp_path / "embedded"]
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     embedded = GsvaForConditionalGeneration.from_pretrained(tmp_path / "embedded", dtype="auto")
     assert embedded.dtype == torch.bfloat16
     of_run = GsvaForConditionalGeneration.from_pretrained(run, dtype=torch.bfloat16).state_dict()
