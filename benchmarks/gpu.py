@@ -29,12 +29,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import torch
-from jinja2 import Environment, FileSystemLoader
 from packaging.requirements import Requirement
 
 from benchmarks._gpu_parts import PARTS, Bench, Figure, title_of
 from benchmarks._gpu_workload import LARGE, TINY, free
-from data_scripts.files import write_json, write_text
+from data_scripts.files import render, write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = "tests"  # the part that runs the tests marked `gpu`
@@ -152,9 +151,7 @@ def page(facts: dict[str, Any], results: list[Result]) -> str:
         for figure in part["figures"]:
             value = figure["value"]
             figure["shown"] = "" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
-    loader = FileSystemLoader(Path(__file__).resolve().parent / "templates")
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("gpu.html.jinja").render(facts=facts, parts=parts)
+    return render(Path(__file__).resolve().parent / "templates/gpu.html.jinja", facts=facts, parts=parts)
 
 
 def write(output: Path, facts: dict[str, Any], results: list[Result]) -> None:
