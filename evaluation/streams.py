@@ -54,6 +54,7 @@ class ImageStream:
         identity: A digest of the files' names and sizes, or the commit of a Hub data set.
         total: The number of rows, where it can be known without reading them.
         folder: The folder that paths of images are told from, for their ids.
+        is_from_hub: Whether somebody else wrote the rows: their images may not be files of this machine.
     """
 
     rows: IterableDataset
@@ -61,6 +62,7 @@ class ImageStream:
     identity: str
     total: int | None = None
     folder: str | None = field(default=None, compare=False)
+    is_from_hub: bool = False
 
     @property
     def num_sources(self) -> int:
@@ -88,6 +90,11 @@ class ImageStream:
         columns = self.columns
         image = _value(row, columns.image)
         path = image.get("path") if isinstance(image, Mapping) else None
+        if self.is_from_hub and _names_local_file(image):
+            raise ValueError(
+                f"The data set names an image by the path {path or image!r} instead of holding it. A file of this machine is not "
+                "opened because a data set of the Hub says so: download the data set, and give its folder."
+            )
         if columns.image_id is not None:
             image_id = _value(row, columns.image_id)
         elif path and self.folder is not None:
@@ -164,7 +171,18 @@ def open_stream(
     columns = _checked(name, columns, list(features) or list(next(iter(rows), {})))
     if any(isinstance(feature, (Image, Audio, Video)) for feature in features.values()):
         rows = rows.decode(False)
-    return ImageStream(rows, columns, identity, total, folder)
+    return ImageStream(rows, columns, identity, total, folder, is_from_hub=not is_local)
+
+
+def _names_local_file(image: Any) -> bool:
+    """Return whether an image of a row is a path, and neither held by the row nor of the Hub or the web.
+
+    >>> [_names_local_file(image) for image in ("a.jpg", "zip://a.jpg::/b.zip", "zip://a.jpg::hf://datasets/b.zip", b"...")]
+    [True, True, False, False]
+    """
+    if isinstance(image, Mapping):
+        image = None if image.get("bytes") is not None else image.get("path")
+    return isinstance(image, str) and not image.rsplit("::", 1)[-1].startswith(("hf://", "http://", "https://"))
 
 
 def _checked(name: str, columns: Columns, names: list[str]) -> Columns:

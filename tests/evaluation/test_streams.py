@@ -7,7 +7,7 @@ import tarfile
 import pytest
 from datasets import Dataset, Image
 
-from evaluation.streams import Columns, open_stream
+from evaluation.streams import Columns, ImageStream, open_stream
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +135,12 @@ def test_what_is_refused_is_named(tmp_path, rows, content):
         ValueError, match="'nowhere/none' is no file or folder on this machine, and the Hub does not give it"
     ):
         open_stream("nowhere/none", Columns())
+
+
+def test_a_data_set_of_the_hub_opens_no_file_of_this_machine(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    for path in (str(tmp_path / "a.png"), f"file://{tmp_path}/a.png"):
+        rows = Dataset.from_list([{"image": path}]).to_iterable_dataset()
+        with pytest.raises(ValueError, match="names an image by the path .*a.png instead of holding it"):
+            read(ImageStream(rows, Columns(), "commit", is_from_hub=True))
+        assert read(ImageStream(rows, Columns(), "digest"))[0]["image"] == path
