@@ -92,7 +92,7 @@ class ImageStream:
         path = image.get("path") if isinstance(image, Mapping) else None
         if self.is_from_hub and _names_local_file(image):
             raise ValueError(
-                f"The data set names an image by the path {path or image!r} instead of holding it. A file of this machine is not "
+                f"The data set names an image by the path {path or image} instead of holding it. A file of this machine is not "
                 "opened because a data set of the Hub says so: download the data set, and give its folder."
             )
         if columns.image_id is not None:
