@@ -79,6 +79,7 @@ class GsvaConfig(PreTrainedConfig):
             "object_scores",
             "slot_positions",
             "past_key_values",
+            "cache",  # its name from transformers 5.24 on
             "hidden_states",
             "attentions",
             "image_hidden_states",

@@ -400,10 +400,10 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         slots = self.find_slots(input_ids)  # (S, 2)
         states = hidden[slots[:, 0], slots[:, 1] - 1]  # (S, H): the position that predicts the slot
         is_seg = input_ids[slots[:, 0], slots[:, 1]] == self.config.seg_token_id
-        decoded = self._slot_masks(result, slots, states, is_seg, sam_embeddings, image_index, every_object)
-        result.slot_positions = slots
-        result.slot_logits = self._slot_logits(states)
-        return decoded
+        # The language head before the mask decoder, as `forward` runs them where there is no slot: with sharded weights (ZeRO-3)
+        # all processes must call the parts in one order.
+        result.slot_positions, result.slot_logits = slots, self._slot_logits(states)
+        return self._slot_masks(result, slots, states, is_seg, sam_embeddings, image_index, every_object)
 
     def _add_object_score_loss(self, result: GsvaOutput, mask_labels, num_slots, part=1.0):
         if result.object_scores is None:

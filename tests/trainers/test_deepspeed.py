@@ -18,6 +18,7 @@ import pytest
 import torch
 from accelerate.commands import accelerate_cli
 from conversions import FROZEN, assert_equal, expected, peft_names, run
+from data_trees import llava, ref, referring
 from paths import ROOT
 from safetensors.torch import load_file
 
@@ -200,6 +201,35 @@ def test_with_zero3_batches_may_have_no_image(forked, tmp_path):
     given += ["--dataset", "llava_instruct_150k", "--data_dir", tmp_path / "data", "--save_strategy", "no"]
     forked("run_gres.py", given, strategy="zero3", processes=2)
     assert len(losses(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_process_may_have_no_slot(forked, tmp_path, strategy):
+    """An example for each process, half of them of words alone: in some steps one process has slots, in some both or none."""
+    data = llava(referring(tmp_path / "data", "refcoco", [ref()]), ("human", "<image>\nA dog?"), ("gpt", "No."))
+    mixture = {"refer_seg": ["refcoco"], "vqa": ["llava_instruct_150k"]}
+    runs = []
+    for name in ("ddp", strategy):
+        given = words(name, "lora", tmp_path / name)
+        given[given.index("--dataset_options") + 1] = "{}"
+        for argument, value in {"--per_device_train_batch_size": "1", "--max_steps": "8"}.items():
+            given[given.index(argument) + 1] = value
+        given += [
+            "--dataset",
+            "mixture",
+            "--data_dir",
+            data,
+            "--mixture",
+            json.dumps(mixture),
+            "--save_strategy",
+            "no",
+        ]
+        given += ["--mixture_rates", '{"refer_seg": 1, "vqa": 1}', "--steps_per_epoch", "8"]
+        forked("run_gres.py", given, strategy=name, processes=2)
+        runs.append(losses(tmp_path / name))
+    assert len(runs[0]) == 8 and runs[1] == pytest.approx(runs[0], rel=1e-5)
+    bce = [entry["mask_bce_loss"] for entry in json.loads((tmp_path / "ddp/log_history.json").read_text())[:8]]
+    assert any(bce) and not all(bce)
 
 
 def test_a_file_of_the_original_s_training_form_becomes_a_model(forked, original, tmp_path):
