@@ -83,11 +83,6 @@ class Predictor:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": None}
 
-    @property
-    def parts(self) -> tuple[Any, Any]:
-        """Return processor and model."""
-        return self.load()
-
     def load(self) -> tuple[Any, Any]:
         """Load processor and model where this process has not done so yet, and return them."""
         if self._loaded is None:
@@ -108,17 +103,16 @@ class Predictor:
 
     def facts(self) -> dict[str, Any]:
         """Return the columns that name the model: its revision is the commit, where the Hub has one."""
-        commit = getattr(self.parts[1].config, "_commit_hash", None)
+        commit = getattr(self.load()[1].config, "_commit_hash", None)
         return {"model": self.model_name, "revision": commit or self.revision}
 
     def asking(self, is_question: bool = False, is_copy: bool = False) -> Asking:
         """Return what prepares requests for this model; a copy has a processor of its own, for another thread."""
-        processor, model = self.parts
+        processor, model = self.load()
         if is_copy:
             processor = copy.deepcopy(processor)
-        return Asking(
-            processor, model.config, self.max_new_tokens if is_question or self.method == "generate" else None
-        )
+        room = self.max_new_tokens if is_question or self.method == "generate" else None
+        return Asking(processor, model.config, room, self.one_prompt_per_expression)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """Return the predictions for rows, as the columns of `PREDICTION_SCHEMA`; one row for each expression.
@@ -167,7 +161,7 @@ class Predictor:
         for request in requests:
             if request.prompts:
                 images.setdefault(request.image_key, []).append(request)
-        model = self.parts[1]
+        model = self.load()[1]
         with evaluation_mode(model), cpu_threads(self.threads):
             for group in batches(
                 list(images.values()),
@@ -184,7 +178,7 @@ class Predictor:
         self, images: list[list[Request]]
     ) -> Iterator[tuple[Request, tuple[Prompt, str, list[dict[str, Any]]]]]:
         """Encode a batch of images, each with all requests about it, and yield each prompt with its answer and results."""
-        processor, model = self.parts
+        processor, model = self.load()
         pictures = {
             name: value.to(model.device) for name, value in joined_pictures([about[0] for about in images]).items()
         }

@@ -109,7 +109,7 @@ def _said(totals: Totals, output_dir: Path) -> str:
 
 def _record(predictor: Predictor, stream: ImageStream, data_args: DataArguments) -> dict[str, Any]:
     """Return the facts that decide every row, as JSON can hold them. The number of processes is none of them."""
-    processor, model = predictor.parts
+    processor, model = predictor.load()
     options = ("threshold", "method", "masks", "expressions", "batch_size", "max_new_tokens", "threads")
     kept = {
         "weights": model_digest(model, processor),

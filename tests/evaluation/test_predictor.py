@@ -68,6 +68,16 @@ def test_rows_say_what_segment_says(predictor, model, processor, make_picture):
     assert kept == 6
 
 
+def test_each_expression_may_have_a_prompt_of_its_own(model, processor, make_picture):
+    alone = Predictor("tiny", expressions=ASKED, one_prompt_per_expression=True, loaded=(processor, model))
+    rows = rows_of(alone({"image": [make_picture()]}))
+    assert [row["expression"] for row in rows] == ASKED and not any(row["is_split"] for row in rows)
+    for row in rows:
+        (result,) = by_hand(model, processor, make_picture(), [row["expression"]])
+        assert row["answer"].count("[SEG]") + row["answer"].count("[REJ]") == 1
+        assert row["score"] == pytest.approx(result["score"], abs=1e-4)
+
+
 def test_what_cannot_be_answered_is_a_row_with_its_error(predictor, make_picture):
     asked = [["a cat", "a [SEG] dog", " . ", "x" * 20_000], ["a cat", "a dog"], []]
     rows = rows_of(predictor({"image": [make_picture(), b"no image", make_picture()], "expressions": asked}))
