@@ -36,7 +36,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
 from PIL import Image
 from pycocotools import mask as coco_mask
 from transformers import pipeline
@@ -78,6 +78,17 @@ def row_of(result: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+def content_of(image: dict[str, Any]) -> bytes:
+    """Return the bytes of an image that a row holds, or names on the Hub. Raises ValueError for a file of this machine."""
+    if image["bytes"] is not None:
+        return image["bytes"]
+    if not image["path"].startswith("hf://"):
+        raise ValueError(
+            f"the data set names {image['path']} instead of holding it, and only files of the Hub are opened"
+        )
+    return HfFileSystem().read_bytes(image["path"])
+
+
 def label(
     segment: Any, rows: list[dict[str, Any]], batch_size: int, threshold: float | None
 ) -> Iterator[dict[str, Any]]:
@@ -86,8 +97,7 @@ def label(
     for row in rows:
         facts = {"image_id": row["image_id"], "model": segment.model.name_or_path}
         try:
-            source = row["image"]["bytes"]
-            with Image.open(row["image"]["path"] if source is None else io.BytesIO(source)) as image:
+            with Image.open(io.BytesIO(content_of(row["image"]))) as image:
                 image.load()
                 readable.append((facts, {"image": image.copy(), "expressions": list(row["expressions"])}))
         except (OSError, ValueError, SyntaxError, TypeError, KeyError) as error:

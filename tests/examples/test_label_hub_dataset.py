@@ -133,3 +133,12 @@ def test_a_run_from_hub_to_hub_and_on_after_a_stop(model_dir, make_picture, tmp_
 
         refused = run("--threshold", "3")
         assert refused.returncode == 1 and "threshold None instead of 3.0" in refused.stderr
+
+
+def test_images_are_read_from_rows_and_from_the_hub_alone(example, tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"of this machine")
+    monkeypatch.setattr(example, "HfFileSystem", lambda: SimpleNamespace(read_bytes=lambda path: path.encode()))
+    assert example.content_of({"bytes": b"held", "path": "a.png"}) == b"held"
+    assert example.content_of({"bytes": None, "path": "hf://datasets/a/b/c.png"}) == b"hf://datasets/a/b/c.png"
+    with pytest.raises(ValueError, match="a.png instead of holding it"):
+        example.content_of({"bytes": None, "path": str(tmp_path / "a.png")})
