@@ -168,6 +168,13 @@ def several(words) -> dict:
     }
 
 
+def end(error: BaseException | None) -> None:
+    """Raise an error, or be killed where there is none."""
+    if error is not None:
+        raise error
+    die()
+
+
 def in_a_batch(error: BaseException | None):
     """Killed, or ended by `error`, when the model is asked for the `step`-th time."""
 
@@ -179,9 +186,7 @@ def in_a_batch(error: BaseException | None):
         def counted(self, requests):
             calls.append(len(requests))
             if len(calls) == step:
-                if error is not None:
-                    raise error
-                die()
+                end(error)
             return answer(self, requests)
 
         Predictor.answer = counted
@@ -200,9 +205,7 @@ def in_writing_a_shard(error: BaseException | None):
                 calls.append(self)
                 if len(calls) == step:
                     write(self, content[: len(content) // 2])
-                    if error is not None:
-                        raise error
-                    die()
+                    end(error)
             return write(self, content)
 
         Path.write_bytes = half
