@@ -11,7 +11,7 @@ import torch
 
 from data_scripts.schema import encode_mask, encode_runs
 from metrics.gres import box_overlap, mask_box
-from modeling_gsva.transfer_gsva import mask_of_runs, mask_runs
+from modeling_gsva.transfer_gsva import mask_of_runs, mask_runs, upload
 
 from .questions import Question
 
@@ -95,21 +95,16 @@ def _count(question: Question, mask: np.ndarray, encode: bool) -> MaskCounts:
 
 def _reduced(questions: list[Question], masks: torch.Tensor) -> torch.Tensor:
     """Return (questions, 7) numbers of an image's masks: intersection, union, whether there is a pixel, and the box's bounds."""
-    truth = _uploaded(np.stack([question.truth for question in questions]), masks.device)
+    truth = upload(torch.from_numpy(np.stack([question.truth for question in questions])), masks.device)
     if any(question.counted is not None for question in questions):
         counted = [np.ones_like(q.truth) if q.counted is None else q.counted for q in questions]
-        masks = masks & _uploaded(np.stack(counted), masks.device)
+        masks = masks & upload(torch.from_numpy(np.stack(counted)), masks.device)
     bounds = []
     for there in (masks.any(1), masks.any(2)):  # columns, lines
         size = there.shape[1]
         bounds += [there.byte().argmax(1), size - there.flip(1).byte().argmax(1)]  # the first of the greatest
     pixels = [(masks & truth).flatten(1).sum(1), (masks | truth).flatten(1).sum(1), masks.flatten(1).any(1).long()]
     return torch.stack([*pixels, *bounds], 1)
-
-
-def _uploaded(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _from_numbers(question: Question, numbers: list[int], runs: np.ndarray | None) -> MaskCounts:

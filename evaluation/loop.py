@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from data_scripts.transforms import read_image
 from metrics.gres import gres_metrics
+from modeling_gsva.transfer_gsva import upload
 
 from .config import EvaluationConfig
 from .counting import MaskCounts, count_masks, stays_on_device
@@ -230,12 +231,10 @@ def segment_images(
 
 def moved(inputs, device: torch.device):
     """Move a processor's output to a device; the host does not wait for a CUDA device to have it."""
-    if device.type != "cuda":
-        return inputs.to(device)
     for name, value in inputs.items():
         if torch.is_tensor(value):
-            inputs[name] = value.pin_memory()
-    return inputs.to(device, non_blocking=True)
+            inputs[name] = upload(value, device)
+    return inputs.to(device)
 
 
 def _answer_batch(

@@ -7,8 +7,12 @@ import torch
 
 
 def to_device(values: Sequence, device: torch.device | str, dtype: torch.dtype = torch.long) -> torch.Tensor:
-    """Return a list as a tensor on a device; the host does not wait for a CUDA device to have it."""
-    tensor = torch.tensor(values, dtype=dtype)
+    """Return a list as a tensor on a device, see `upload`."""
+    return upload(torch.tensor(values, dtype=dtype), device)
+
+
+def upload(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Return a tensor of the host on a device; the host does not wait for a CUDA device to have it."""
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -70,4 +74,4 @@ def masks_to_host(masks: Sequence[torch.Tensor]) -> list[np.ndarray]:
     ]
 
 
-__all__ = ["mask_of_runs", "mask_runs", "masks_to_host", "to_device"]
+__all__ = ["mask_of_runs", "mask_runs", "masks_to_host", "to_device", "upload"]
