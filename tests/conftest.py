@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 CLIP_SIDE, CLIP_PATCH = 32, 8  # 16 placeholders an image
+NAMES = ["the circle", "a star", "the ring", "a red thing", "blue"]
 SAM_SIDE, SAM_PATCH = 64, 8  # another size than CLIP's, so that mixing them up fails; masks of 32 x 32 logits
 
 
@@ -145,6 +146,39 @@ def make_picture():
 
     def make(seed=0, width=40, height=30):
         return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def asked(processor, make_picture):
+    """Inputs of `segment`: images of different sizes, each with some of NAMES, every other of which is absent."""
+
+    def make(images, expressions, single=False, **options):
+        return processor(
+            images=[make_picture(n, 40, 30 + n) for n in range(images)],
+            expressions=[NAMES[:expressions]] * images,
+            no_targets=[[n % 2 == 0 for n in range(expressions)]] * images,
+            one_prompt_per_expression=single,
+            return_tensors="pt",
+            **options,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def learned(processor, make_picture):
+    """A batch of training over the same."""
+
+    def make(images, expressions):
+        absent = [n % 2 == 0 for n in range(expressions)]
+        talks = [processor.build_conversation(NAMES[:expressions], absent) for _ in range(images)]
+        masks = [np.zeros((expressions, 30 + n, 40), np.uint8) for n in range(images)]
+        for mask in masks:
+            mask[1::2, 5:20, 5:20] = 1
+        pictures = [make_picture(n, 40, 30 + n) for n in range(images)]
+        return processor(images=pictures, conversations=talks, masks=masks, return_tensors="pt")
 
     return make
 

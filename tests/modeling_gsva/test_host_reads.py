@@ -7,37 +7,7 @@ from host_reads import HostReads
 
 from modeling_gsva.transfer_gsva import mask_of_runs, mask_runs, masks_to_host, to_device
 
-NAMES = ["the circle", "a star", "the ring", "a red thing", "blue"]
 SIZES = ((2, 2), (2, 5), (4, 5))  # images, and expressions of each
-
-
-@pytest.fixture
-def asked(processor, make_picture):
-    def make(images, expressions, single=False, **options):
-        return processor(
-            images=[make_picture(n, 40, 30 + n) for n in range(images)],
-            expressions=[NAMES[:expressions]] * images,
-            no_targets=[[n % 2 == 0 for n in range(expressions)]] * images,
-            one_prompt_per_expression=single,
-            return_tensors="pt",
-            **options,
-        )
-
-    return make
-
-
-@pytest.fixture
-def learned(processor, make_picture):
-    def make(images, expressions):
-        absent = [n % 2 == 0 for n in range(expressions)]
-        talks = [processor.build_conversation(NAMES[:expressions], absent) for _ in range(images)]
-        masks = [np.zeros((expressions, 30 + n, 40), np.uint8) for n in range(images)]
-        for mask in masks:
-            mask[1::2, 5:20, 5:20] = 1
-        pictures = [make_picture(n, 40, 30 + n) for n in range(images)]
-        return processor(images=pictures, conversations=talks, masks=masks, return_tensors="pt")
-
-    return make
 
 
 def reads_of(function, *args, **kwargs):
