@@ -99,7 +99,7 @@ def run_tests(bench: Bench, minutes: float) -> tuple[list[Figure], str]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests", "--continue-on-collection-errors", "-q",
-                   f"--junitxml={report}"]  # fmt: skip
+                   "-o", "junit_family=xunit1", f"--junitxml={report}"]  # fmt: skip
         try:
             subprocess.run(command, cwd=ROOT, timeout=60 * minutes, capture_output=True, check=False)
         except subprocess.TimeoutExpired:
@@ -115,6 +115,8 @@ def read_report(path: Path) -> tuple[list[Figure], str]:
     for case in ElementTree.parse(path).getroot().iter("testcase"):
         name = f"{case.get('classname')}.{case.get('name')}".lstrip(".")
         trouble = next((kind for kind in ("failure", "error", "skipped") if case.find(kind) is not None), None)
+        measured = [(one.get("name", ""), one.get("value", "")) for one in case.iter("property")]
+        figures += [Figure(what, float(value), "") for what, value in measured]  # by pytest's `record_property`
         if trouble is None:
             figures.append(Figure(name, float(case.get("time", 0)), "s, passed"))
             continue

@@ -6,6 +6,7 @@ implementation of the specification (plain_gsva.py). If the folder of golden num
 with tests/tools/parity.py.
 """
 
+import copy
 import io
 import json
 from pathlib import Path
@@ -26,6 +27,8 @@ from modeling_gsva.processing_gsva import CHAT_TEMPLATES
 # Tolerances against the golden numbers stand in parity.py: FEATURE_RMS = 1e-5, LOGIT_RMS = 5e-5, pixels to the bit.
 # Against the plain composition, float32 on both sides:
 PLAIN_MASK_MAX = 1e-4
+# On a card sums have another order; the original on a CPU is 1e-6 from its own float64, with TF32 it would be above 1e-3.
+CARD_FEATURE_RMS = 1e-4
 PLAIN_LOSS_RELATIVE = 5e-6
 PLAIN_GRADIENT_RELATIVE_RMS = 2e-4  # the tiny model's weights are steep; against the golden gradients it is 5e-5
 PLAIN_ADAMW_RELATIVE = 5e-4
@@ -108,6 +111,42 @@ def test_golden_features_states_and_decisions(number, facts, values, golden_mode
     names = {row["quantity"] for row in report.rows}
     assert {"last_hidden_pass1 rms", "pred_embeddings rms", "sam_embed_strided rms", "decisions"} <= names
     assert report.ok, [row for row in report.rows if not row["ok"]]
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture
+def exact_sums():
+    """cuDNN takes TF32 for convolutions unless it is told not to."""
+    usual, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    yield
+    torch.backends.cudnn.allow_tf32 = usual
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_distance_from_the_original(device, dtype, facts, values, golden_model, exact_sums, record_property):
+    """In fp32 that of rounding, in bf16 at most twice the original's own distance between its bf16 and its fp32."""
+    model, processor = golden_model
+    model = copy.deepcopy(model).to(device, dtype)
+    inputs = case_inputs(facts, values, processor, 0)
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    ours, pairs = parity.run_inputs(model, inputs, facts["cases"][0]), {}
+    for mode in ("no_reeval", "reeval"):
+        pairs |= parity.golden_pairs(ours, facts["cases"][0][mode], values, "img0", mode)
+    own = facts["bf16_rms"]
+    assert set(own) <= set(pairs)
+    for name, distance in own.items():
+        found = parity.rms(*pairs[name])
+        if dtype == torch.float32:
+            record_property(f"fp32 from the original's fp32, rms: {name}", found)
+            assert found < (parity.FEATURE_RMS if device == "cpu" else CARD_FEATURE_RMS), name
+        else:
+            record_property(
+                f"bf16 from the original's fp32, over the original's own distance: {name}", found / distance
+            )
+            assert found < parity.BF16_FACTOR * distance, name
 
 
 def test_second_pass_matters_in_the_fixture(values):

@@ -97,7 +97,7 @@ def test_versions_outside_the_range_are_said(monkeypatch):
 
 def test_reports_of_pytest_are_read(tmp_path):
     (tmp_path / "test_x.py").write_text(
-        "import pytest\ndef test_a(): pass\ndef test_b(): assert 1 == 2\n@pytest.mark.skip(reason='why')\ndef test_c(): pass\n"
+        "import pytest\ndef test_a(record_property): record_property('distance', 0.25)\ndef test_b(): assert 1 == 2\n@pytest.mark.skip(reason='why')\ndef test_c(): pass\n"
     )
     report = tmp_path / "report.xml"
     command = [
@@ -107,13 +107,16 @@ def test_reports_of_pytest_are_read(tmp_path):
         "-q",
         "-p",
         "no:cacheprovider",
+        "-o",
+        "junit_family=xunit1",
         f"--rootdir={tmp_path}",
         f"--junitxml={report}",
     ]
     subprocess.run([*command, str(tmp_path / "test_x.py")], capture_output=True, cwd=tmp_path, check=False)
     figures, reason = gpu.read_report(report)
-    assert [figure.value is not None for figure in figures] == [True, False, False]
-    assert "1 == 2" in figures[1].reason and "why" in figures[2].reason
+    assert [figure.value is not None for figure in figures] == [True, True, False, False]
+    assert figures[0] == Figure("distance", 0.25) and figures[1].unit == "s, passed"
+    assert "1 == 2" in figures[2].reason and "why" in figures[3].reason
     assert reason == "1 tests failed: test_x.test_b"
 
 

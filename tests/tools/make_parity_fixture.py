@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from parity import rms
 from paths import FIXTURES
 from safetensors.torch import load_file, save_file
 from tiny_sentencepiece import VOCAB_SIZE
@@ -25,6 +26,8 @@ CASES = [("grefcoco_val", 1), ("grefcoco_val", 3), ("reasonseg_val", 0)]
 TENSORS = ("clip_selected", "clip_projected", "sam_embed_strided", "sam_embed_chan_mean", "sam_embed_chan_std",
            "last_hidden_pass1", "last_hidden_pass2", "pred_embeddings")  # fmt: skip
 EVERY = {"clip_selected": 8, "clip_projected": 8, "last_hidden_pass1": 4, "last_hidden_pass2": 4}  # rows kept
+# How far the original's bf16 is from its own fp32 is kept as one number for each of these.
+BF16_TENSORS = ("clip_projected", "sam_embed_strided", "last_hidden_pass1", "last_hidden_pass2", "pred_embeddings")
 PREFIX = "base_model.model."
 
 
@@ -57,6 +60,10 @@ def main() -> None:
                 if (stored := tensors.get(f"img{number}/{mode}/{tensor}")) is not None:
                     values[f"{key}/{mode}/{tensor}"] = stored[:: EVERY.get(tensor, 1)].clone()
         cases.append({"name": f"{name}/img{number}", **record})
+    bf16, bf16_rms = load_file(root / "eval/variant_bf16.safetensors"), {}
+    for tensor in BF16_TENSORS:  # of the first image, in the rows that the fixture keeps
+        exact = values.get(f"img0/reeval/{tensor}", values.get(f"img0/no_reeval/{tensor}"))
+        bf16_rms[tensor] = rms(bf16[f"img{CASES[0][1]}/reeval/{tensor}"][:: EVERY.get(tensor, 1)], exact)
     batches = json.loads((root / "train/batches.json").read_text())
     texts = [text for batch in batches.values() for text in batch["conversations"]] + [
         case["conversation"] for case in cases
@@ -89,7 +96,7 @@ def main() -> None:
         for name in ("llava", "clip-tiny")
     }
     facts = {"spec": spec, "exponents": exponents, "token_ids": {str(old): new for old, new in token_ids.items()},
-             "configs": configs, "cases": cases, "conversations": sorted(set(texts))}  # fmt: skip
+             "configs": configs, "cases": cases, "conversations": sorted(set(texts)), "bf16_rms": bf16_rms}  # fmt: skip
     (TARGET / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
     size = sum(path.stat().st_size for path in TARGET.iterdir())
     print(f"wrote {TARGET}: {size / 1e6:.1f} MB, {len(token_ids)} tokens")

@@ -245,9 +245,10 @@ def run_image(golden: Golden, model, processor, record: dict) -> dict:
 
 @torch.no_grad()
 def run_inputs(model, inputs: dict, record: dict) -> dict:
-    """Everything the golden folder has about one evaluated picture, from our public calls."""
+    """Everything the golden folder has about one evaluated picture, from our public calls on the model's device."""
+    inputs = {n: v.to(model.device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
     full, config = torch.cat([inputs["input_ids"], inputs["answer_ids"]], 1), model.config
-    image_index = torch.zeros(1, dtype=torch.long)
+    image_index = torch.zeros(1, dtype=torch.long, device=model.device)
     vision = model.model.get_vision_features(inputs["pixel_values"])
     projected = model.model.get_image_features(None, image_index, vision).pooler_output[0]
     sam = model.get_sam_embeddings(inputs["sam_pixel_values"])
@@ -289,7 +290,13 @@ def run_inputs(model, inputs: dict, record: dict) -> dict:
         result[mode]["logits"] = (
             upscale_mask_logits(low_res, *sizes) if len(low_res) else low_res.new_zeros(0, *sizes[1])
         )
-    return result
+    return on_host(result)
+
+
+def on_host(value):
+    if isinstance(value, dict):
+        return {name: on_host(part) for name, part in value.items()}
+    return value.cpu()
 
 
 def _strided(values: torch.Tensor, golden: torch.Tensor) -> torch.Tensor:
