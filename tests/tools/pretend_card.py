@@ -113,7 +113,7 @@ def compute(function, arguments, options):
     return return_and_correct_aliasing(function, arguments, options, result) if on_card else result
 
 
-class CardModule(backend_registration._DummyBackendModule):
+class CardModule(getattr(backend_registration, "_DummyBackendModule", object)):  # PyTorch may rename it
     """What `torch.card` holds."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
