@@ -1,22 +1,28 @@
-"""The parts of `benchmarks/gpu.py`: each yields its figures one by one, so that those before a failure are kept."""
+"""
+The parts of `benchmarks/gpu.py`: each yields its figures one by one, so that those before a failure are kept.
+
+What trains or evaluates is imported by the part that does, so that a missing library leaves the other parts as they are.
+"""
 
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
-import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel
 
+from benchmarks._gpu_report import Figure
 from benchmarks._gpu_workload import (
     LARGE,
     SMALL,
@@ -24,34 +30,18 @@ from benchmarks._gpu_workload import (
     Workload,
     draw_model,
     draw_positions,
-    free,
     matmul_rate,
     seconds,
     synchronize,
 )
 from benchmarks._mask_models import HIERAS, SMALL_HIERA, VITS, encoder_cost, hiera_config, vit_config
 from benchmarks._workload import SEED, make_rows, parts_of, stages
-from benchmarks.train import make_batches
-from evaluation import EvaluationConfig, evaluate_rows
 from modeling_gsva import GsvaForConditionalGeneration
 from modeling_gsva.sam_attention_gsva import WAYS, use_gsva_attention
-from trainers.arguments import ModelArguments
-from trainers.feature_cache import FeatureCache
-from trainers.freezing import prepare_for_training
 
 GIB = 2**30
-PLANNED_GIB = 37.1  # of finetune_gres_7b on one card, by --plan (trainers/README.md)
+ROOT = Path(__file__).resolve().parent.parent
 SIDE = 1024
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A measured number, or the reason why there is none."""
-
-    what: str
-    value: float | None
-    unit: str = ""
-    reason: str = ""
 
 
 @dataclass
@@ -72,8 +62,11 @@ class Bench:
         try:
             return Figure(what, run(), unit)
         except Exception as error:  # noqa: BLE001
-            free(self.device)
-            return Figure(what, None, unit, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        gc.collect()  # now that the traceback's frames hold nothing
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+        return Figure(what, None, unit, reason)
 
 
 def _encoder(config, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
@@ -86,39 +79,74 @@ def _encoder(config, device: torch.device, dtype: torch.dtype, attention: str = 
     return encoder
 
 
-@torch.no_grad()
-def sam_encoder(bench: Bench) -> Iterator[Figure]:
-    """SAM's encoder alone: transformers' eager and sdpa attention against ours, each way, plain and compiled."""
+def compile_layers(encoder: nn.Module) -> nn.Module:
+    """Compile each layer by itself: one graph serves all windowed layers and one all global ones, instead of one for 32 layers."""
+    for layer in encoder.vision_encoder.layers:
+        layer.compile(dynamic=False)
+    return encoder
+
+
+def _time_encoders(bench: Bench, names: tuple[str, ...], batch: int, rate: float) -> Iterator[Figure]:
+    """Yield the time of SAM's encoder by name: "transformers WAY" or one of ours, each perhaps with ", compiled"."""
     work, device = bench.work, bench.device
-    rate = matmul_rate(device, work.dtype)
-    yield Figure("limit: a large matrix product", rate / 1e12, "TFLOP/s")
     config = vit_config(*work.sam)
     operations = encoder_cost(copy.deepcopy(config))["operations"]
-    for batch in work.encoder_batches:
-        pixels = torch.randn(batch, 3, SIDE, SIDE, device=device, dtype=work.dtype)
-        for name in ("transformers eager", "transformers sdpa", *WAYS, "auto", "auto, compiled"):
-            what = f"{name}, batch {batch}"
+    pixels = torch.randn(batch, 3, SIDE, SIDE, device=device, dtype=work.dtype)
+    for name in names:
+        way, _, compiled = name.partition(", ")
+        first: list[float] = []
 
-            def run(name=name, pixels=pixels) -> float:
-                encoder = _encoder(config, device, work.dtype, "eager" if name.endswith("eager") else "sdpa")
-                if not name.startswith("transformers"):
-                    use_gsva_attention(encoder, name.partition(",")[0])
-                function = torch.compile(encoder) if name.endswith("compiled") else encoder
-                return 1000 * seconds(lambda: function(pixels), device, work.repeats) / len(pixels)
+        def run(way=way, compiled=compiled, first=first) -> float:
+            encoder = _encoder(config, device, work.dtype, "eager" if way.endswith("eager") else "sdpa")
+            if not way.startswith("transformers"):
+                use_gsva_attention(encoder, way)
+            if compiled:
+                compile_layers(encoder)
+                begun = time.perf_counter()
+                encoder(pixels)
+                synchronize(device)
+                first.append(time.perf_counter() - begun)
+            return 1000 * seconds(lambda: encoder(pixels), device, work.repeats) / batch
 
-            figure = bench.try_figure(what, "ms per image", run, cuda_only=name.endswith("compiled"))
-            yield figure
-            if figure.value and name.startswith("auto"):
-                share = operations / (figure.value / 1000) / rate
-                yield Figure(f"{what}: share of the operations' limit", 100 * share, "%")
-            free(device)
+        figure = bench.try_figure(f"{name}, batch {batch}", "ms per image", run, cuda_only=bool(compiled))
+        yield figure
+        if first:
+            yield Figure(f"{figure.what}: first call, with compiling", first[0], "s")
+            torch.compiler.reset()
+        if figure.value and way == "auto":
+            share = operations / (figure.value / 1000) / rate
+            yield Figure(f"{figure.what}: share of the operations' limit", 100 * share, "%")
+
+
+def _limit(bench: Bench) -> Figure:
+    return Figure("limit: a large matrix product", matmul_rate(bench.device, bench.work.dtype) / 1e12, "TFLOP/s")
+
+
+@torch.no_grad()
+def sam_encoder(bench: Bench) -> Iterator[Figure]:
+    """SAM's encoder alone: ours, as a user gets it, against transformers' sdpa and eager attention."""
+    yield (limit := _limit(bench))
+    rate = 1e12 * (limit.value or 0)
+    largest, *others = bench.work.encoder_batches
+    plain = ("auto", "transformers sdpa", "transformers eager")
+    yield from _time_encoders(bench, ("auto, compiled", *plain, "transformers sdpa, compiled"), largest, rate)
+    for batch in others:
+        yield from _time_encoders(bench, (*plain, "auto, compiled", "transformers sdpa, compiled"), batch, rate)
+
+
+@torch.no_grad()
+def sam_ways(bench: Bench) -> Iterator[Figure]:
+    """Each way of ours at the largest batch: whether `choose_way` takes the fastest."""
+    for way in WAYS:
+        yield from _time_encoders(bench, (way, f"{way}, compiled"), bench.work.encoder_batches[0], 1.0)
+    yield from _time_encoders(bench, ("transformers eager, compiled",), bench.work.encoder_batches[0], 1.0)
 
 
 @torch.no_grad()
 def sam2_encoders(bench: Bench) -> Iterator[Figure]:
     """SAM 2.1's encoders beside ViT-H."""
     work, large = bench.work, bench.work is LARGE
-    batch = work.encoder_batches[-1] if large else 1
+    batch = work.encoder_batches[0] if large else 1
     configs = {name: hiera_config(*HIERAS[name] if large else SMALL_HIERA) for name in ("SAM 2.1 B+", "SAM 2.1 L")}
     configs["SAM ViT-H"] = vit_config(*(VITS["SAM ViT-H"] if large else work.sam))
     pixels = torch.randn(batch, 3, SIDE, SIDE, device=bench.device, dtype=work.dtype)
@@ -130,7 +158,6 @@ def sam2_encoders(bench: Bench) -> Iterator[Figure]:
             return 1000 * seconds(lambda: encoder(pixels), bench.device, work.repeats) / batch
 
         yield bench.try_figure(f"{name}, batch {batch}", "ms per image", run)
-        free(bench.device)
 
 
 @torch.no_grad()
@@ -151,6 +178,8 @@ def mask_decoder(bench: Bench) -> Iterator[Figure]:
 
 def evaluation(bench: Bench) -> Iterator[Figure]:
     """Evaluation as `run_gres.py --do_eval` does it, with its stages."""
+    from evaluation import EvaluationConfig, evaluate_rows
+
     work, rows = bench.work, make_rows(bench.work.images)
     model, processor = draw_model(work, bench.device)
     rate = matmul_rate(bench.device, work.dtype)
@@ -218,6 +247,9 @@ def _step(model: nn.Module, batch: dict, optimizer: torch.optim.Optimizer, devic
 
 def _prepared(bench: Bench, quantize: bool = False) -> tuple[nn.Module, Any, torch.optim.Optimizer]:
     """Return a model prepared as finetune_gres_7b prepares it: LoRA, checkpointing, float32 trained weights."""
+    from trainers.arguments import ModelArguments
+    from trainers.freezing import prepare_for_training
+
     model, processor = draw_model(bench.work, bench.device)
     if quantize:
         quantize_language_model(model)
@@ -247,6 +279,8 @@ def quantize_language_model(model: GsvaForConditionalGeneration) -> None:
 
 def _batch(bench: Bench, processor) -> dict:
     """Return one batch of a training step on the device."""
+    from benchmarks.train import make_batches
+
     rows = make_rows(bench.work.train_batch)
     (batch,) = make_batches(processor, rows, len(rows))
     return {
@@ -258,8 +292,20 @@ def _batch(bench: Bench, processor) -> dict:
 def training_step(bench: Bench) -> Iterator[Figure]:
     """A step of finetune_gres_7b: LoRA and checkpointing, against what `--plan` counts."""
     yield from _training(bench, quantize=False)
-    if bench.work is LARGE:
-        yield Figure("memory by --plan", PLANNED_GIB, "GiB")
+    yield bench.try_figure("memory by --plan", "GiB", planned_gib, cuda_only=True)
+
+
+def planned_gib() -> float:
+    """Return what `run_gres.py configs/finetune_gres_7b.yaml --plan` counts for one card."""
+    from trainers.arguments import parse_arguments
+    from trainers.memory_plan import Strategy, count, memory_of
+
+    arguments = parse_arguments([str(ROOT / "configs" / "finetune_gres_7b.yaml"), "--plan"])
+    sizes, activations = count(*arguments)
+    return (
+        memory_of(sizes, activations, Strategy.read(ROOT / "configs" / "accelerate" / "one_gpu.yaml"), True).total
+        / GIB
+    )
 
 
 def qlora_step(bench: Bench) -> Iterator[Figure]:
@@ -271,7 +317,6 @@ def qlora_step(bench: Bench) -> Iterator[Figure]:
 
 
 def _training(bench: Bench, quantize: bool) -> Iterator[Figure]:
-    free(bench.device)
     model, processor, optimizer = _prepared(bench, quantize)
     batch = _batch(bench, processor)
     step = seconds(lambda: _step(model, batch, optimizer, bench.device), bench.device, bench.work.repeats)
@@ -283,6 +328,8 @@ def _training(bench: Bench, quantize: bool) -> Iterator[Figure]:
 
 def feature_cache(bench: Bench) -> Iterator[Figure]:
     """A step with a warm feature cache, and whether CLIP's features are worth their files."""
+    from trainers.feature_cache import FeatureCache
+
     model, processor, optimizer = _prepared(bench)
     batch = _batch(bench, processor)
     with tempfile.TemporaryDirectory() as folder:
@@ -302,29 +349,59 @@ def feature_cache(bench: Bench) -> Iterator[Figure]:
 
 
 def loading(bench: Bench) -> Iterator[Figure]:
-    """Files of safetensors to the device, and float16 turned into bfloat16 on the way."""
-    count = max(bench.work.file_bytes // 10**9, 1)
-    size = bench.work.file_bytes // count
+    """A directory as `save_pretrained` writes it to the device, beside its bytes alone; the files are in the page cache."""
+    model, _ = draw_model(bench.work, bench.device)
+    size = sum(parameter.nbytes for parameter in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
-        if shutil.disk_usage(folder).free < 1.1 * bench.work.file_bytes:
+        free_bytes = shutil.disk_usage(folder).free
+        if free_bytes < 1.1 * size:
+            yield Figure("load", None, "GB/s", f"{size / 1e9:.1f} GB do not fit on the disk of {folder}")
+            return
+        for dtype in (bench.work.dtype, torch.float16):
+            begun = time.perf_counter()
+            model.to(dtype).save_pretrained(folder, max_shard_size="2GB")
+            kind = str(dtype).removeprefix("torch.")
+            yield Figure(f"{kind} written by save_pretrained", size / 1e9 / (time.perf_counter() - begun), "GB/s")
+
+            def run() -> None:
+                GsvaForConditionalGeneration.from_pretrained(
+                    folder, dtype=bench.work.dtype, device_map={"": bench.device}
+                )
+
+            def read() -> None:
+                for path in Path(folder).glob("*.safetensors"):
+                    load_file(path, device=str(bench.device))
+
+            for what, function in (
+                (f"{kind} to a model in {bench.work.dtype}", run),
+                (f"{kind}, the bytes alone", read),
+            ):
+                yield bench.try_figure(what, "s", lambda function=function: seconds(function, bench.device, 1))
+        yield Figure("size in memory", size / 1e9, "GB")
+
+
+def conversion(bench: Bench) -> Iterator[Figure]:
+    """`convert_checkpoint.py` over a checkpoint of the original's layout with the workload's shapes (benchmarks/convert.py)."""
+    from benchmarks.convert import checkpoint_bytes, measure
+
+    size = "7b" if bench.work is LARGE else "tiny"
+    with tempfile.TemporaryDirectory() as folder:
+        needed, free_bytes = 3 * checkpoint_bytes(size, torch.bfloat16), shutil.disk_usage(folder).free
+        if free_bytes < needed:
             yield Figure(
-                "load", None, "GB/s", f"{bench.work.file_bytes / 1e9:.0f} GB do not fit on the disk of {folder}"
+                "convert",
+                None,
+                "s",
+                f"needs {needed / 1e9:.0f} GB, but {free_bytes / 1e9:.0f} GB are free in {folder}",
             )
             return
-        paths = [Path(folder) / f"{n}.safetensors" for n in range(count)]
-        for path in paths:
-            save_file({"weight": torch.randn(size // 2, device=bench.device, dtype=torch.float16)}, path)
-        for name, convert in (("load", False), ("load and convert to bfloat16", True)):
-
-            def run(convert=convert) -> None:
-                for path in paths:
-                    (tensor,) = load_file(path, device=str(bench.device)).values()
-                    if convert:
-                        tensor.bfloat16()
-
-            yield Figure(
-                name, bench.work.file_bytes / 1e9 / seconds(run, bench.device, 1), "GB/s (files in the page cache)"
-            )
+        figures = measure(Path(folder), size, "bfloat16", rounds=1)
+    yield Figure("size", figures["gigabytes"], "GB")
+    yield Figure("copied", figures["copy_seconds"], "s, to the disk")
+    yield Figure("converted", figures["convert_seconds"], "s, to the disk")
+    yield Figure(
+        "largest memory of the converting process", figures["peak_rss_gigabytes"], "GB, mapped pages of files included"
+    )
 
 
 def _rms(values: torch.Tensor) -> float:
@@ -343,12 +420,17 @@ def differences(bench: Bench) -> Iterator[Figure]:
     expected = cpu.segment(**arguments)
     here = copy.deepcopy(cpu).to(bench.device)
     moved = {**copy.copy(inputs).to(bench.device), "threshold": -1e9}
-    found = here.segment(**moved)
-    for name in ("scores", "mask_logits", "iou_scores"):
-        wanted, got = (torch.cat([part.cpu().float() for part in out[name]]) for out in (expected, found))
-        yield Figure(
-            f"fp32 on the device from fp32 on the CPU: {name}", _rms(got - wanted) / _rms(wanted), "rms, relative"
-        )
+    usual = torch.backends.cudnn.allow_tf32
+    for sums, tf32 in (("", False), (", TF32 in convolutions, as PyTorch has it", True)):
+        torch.backends.cudnn.allow_tf32 = tf32
+        try:
+            found = here.segment(**moved)
+        finally:
+            torch.backends.cudnn.allow_tf32 = usual
+        for name in ("scores", "mask_logits", "iou_scores"):
+            wanted, got = (torch.cat([part.cpu().float() for part in out[name]]) for out in (expected, found))
+            what = f"fp32 on the device from fp32 on the CPU{sums}: {name}"
+            yield Figure(what, _rms(got - wanted) / _rms(wanted), "rms, relative")
     pixels = inputs["sam_pixel_values"][:1].to(bench.device)
     encoders = {
         name: _encoder(here.config.sam_config, bench.device, torch.float32, name) for name in ("sdpa", "eager")
@@ -361,26 +443,3 @@ def differences(bench: Bench) -> Iterator[Figure]:
         yield Figure(
             f"bf16 from fp32, SAM's encoder: {what}", _rms(half.float() - whole) / _rms(whole), "rms, relative"
         )
-
-
-# What each part is called on the command line; the order is that of worth for a first hour.
-PARTS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
-    "differences": differences,
-    "sam_encoder": sam_encoder,
-    "evaluation": evaluation,
-    "training_step": training_step,
-    "generation": generation,
-    "mask_decoder": mask_decoder,
-    "sam2_encoders": sam2_encoders,
-    "qlora_step": qlora_step,
-    "feature_cache": feature_cache,
-    "loading": loading,
-}
-
-
-def title_of(name: str) -> str:
-    """Return the first sentence of a part's docstring."""
-    return re.split(r"\.\s|\.$", (PARTS[name].__doc__ or name).strip())[0]
-
-
-__all__ = ["PARTS", "Bench", "Figure", "title_of"]

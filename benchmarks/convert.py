@@ -30,6 +30,7 @@ PUBLISHED = ("7b", "13b")
 SMALLER = {
     "1b": ((2048, 5504, 12, 16), (1280, 32, 16, [7, 15, 23, 31])),
     "small": ((1024, 2752, 4, 8), (768, 12, 12, [2, 5, 8, 11])),
+    "tiny": ((64, 128, 2, 2), (32, 2, 2, [1])),
 }
 RANK, VOCABULARY, SHARD_BYTES, ROUNDS = 8, 32000, 2 * 2**30, 3
 
@@ -74,6 +75,11 @@ def checkpoint_shapes(size: str) -> tuple[dict[str, tuple[int, ...]], dict]:
     return {f"base_model.model.{name}": shape for name, shape in shapes.items()}, {
         name: getattr(text, name) for name in keep
     }
+
+
+def checkpoint_bytes(size: str, dtype: torch.dtype) -> int:
+    """Return the bytes of a checkpoint's weights."""
+    return sum(torch.Size(shape).numel() for shape in checkpoint_shapes(size)[0].values()) * dtype.itemsize
 
 
 def write_checkpoint(directory: Path, size: str, dtype: torch.dtype, tokenizer: Path | None) -> int:
@@ -154,7 +160,7 @@ def run_and_watch(command: list[str]) -> int:
     return peak
 
 
-def measure(work: Path, size: str, dtype: str, tokenizer: Path | None = None) -> dict:
+def measure(work: Path, size: str, dtype: str, tokenizer: Path | None = None, rounds: int = ROUNDS) -> dict:
     """Measure seconds and peak memory of one size.
 
     Returns:
@@ -171,20 +177,20 @@ def measure(work: Path, size: str, dtype: str, tokenizer: Path | None = None) ->
         nonlocal peak
         peak = max(peak, run_and_watch(command))
 
-    rounds = []
-    for _ in range(ROUNDS):
+    times = []
+    for _ in range(rounds):
         copy_seconds, copy_cpu = timed(work, lambda: shutil.copytree(source, work / "copy"))
         shutil.rmtree(work / "copy")
         convert_seconds, convert_cpu = timed(work, converted)
         shutil.rmtree(work / "converted")
-        rounds.append((copy_seconds, convert_seconds, copy_cpu, convert_cpu))
-    copy_seconds, convert_seconds, copy_cpu, convert_cpu = (sum(column) / ROUNDS for column in zip(*rounds))
+        times.append((copy_seconds, convert_seconds, copy_cpu, convert_cpu))
+    copy_seconds, convert_seconds, copy_cpu, convert_cpu = (sum(column) / rounds for column in zip(*times))
     numbers = {
         "gigabytes": total / 1e9,
         "copy_seconds": copy_seconds,
         "convert_seconds": convert_seconds,
         "ratio": convert_seconds / copy_seconds,
-        "largest_ratio_of_a_round": max(converting / copying for copying, converting, *_ in rounds),
+        "largest_ratio_of_a_round": max(converting / copying for copying, converting, *_ in times),
         "copy_cpu_seconds": copy_cpu,
         "convert_cpu_seconds": convert_cpu,
         "peak_rss_gigabytes": peak / 1e9,

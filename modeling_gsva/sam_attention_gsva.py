@@ -36,6 +36,8 @@ OPERATIONS_PER_BYTE = {2: 295, 4: 20}
 # cores, each of which takes the time of 15 within them (989 / 67 TFLOP/s).
 FLEX_OPERATIONS = 8 * 15
 FLEX_BLOCK = 128  # flex attention computes whole blocks of scores
+# Where flex attention is compiled by itself, in an encoder that is not. Elsewhere it would make the first image wait for minutes.
+FLEX_COMPILED = ("cuda",)
 
 
 def costs(count: int, height: int, width: int, channels: int, itemsize: int) -> dict[str, tuple[int, int]]:
@@ -176,7 +178,7 @@ def in_flex(query, key, value, bias: Bias | None, size: tuple[int, int], dropout
     inputs = query[None], key[None], value[None]
     if torch.compiler.is_compiling():
         return flex_attention(*inputs, score_mod=add_bias)[0]
-    if query.device.type == "cuda":
+    if query.device.type in FLEX_COMPILED:
         return _compiled_flex()(*inputs, score_mod=add_bias)[0]
     # Uncompiled it writes out all scores, which serves comparisons on a CPU. By itself it would trace each shape anew.
     with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):

@@ -6,7 +6,7 @@ from transformers import CompileConfig, SamConfig
 
 from modeling_gsva import GsvaForConditionalGeneration
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Of float32 mask logits of up to some hundreds on random weights, where the compiler orders sums anew.
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}
 
@@ -87,7 +87,7 @@ def test_compiled_code_gives_the_same_masks(windowed, processor, make_picture, d
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_static_cache_compiles_by_itself_on_a_gpu(make_model, inputs):
     model, inputs = make_model().cuda(), inputs.to("cuda")
     expected = model.generate(**inputs, max_new_tokens=6)

@@ -11,7 +11,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from modeling_gsva import GsvaForConditionalGeneration, GsvaProcessor
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Root mean square difference to float32 over the root mean square of the mask logits, of trained weights (random ones
 # blow rounding up): a few of the 8 (bfloat16) and 11 (float16) bits of a mantissa are lost in two encoders and a decoder.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -103,7 +103,7 @@ def test_offloaded_parts_give_the_same_masks(model_dir, model, inputs, place, me
     assert all(placed.get_parameter(name).device.type == "meta" for name in meta)  # and are gone again
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("memory", [{0: 400_000, "cpu": "1GB"}, {0: 400_000, "cpu": 300_000}])
 def test_a_small_gpu_borrows_from_cpu_and_disk(model_dir, inputs, expected, memory, tmp_path):
     placed = load(model_dir, device_map="auto", max_memory=memory, offload_folder=tmp_path)
@@ -195,9 +195,8 @@ def test_one_name_reaches_every_part_that_has_it(model_dir, kind):
         assert config.sam_config._attn_implementation == ("sdpa" if kind == "flex_attention" else kind)
 
 
-@pytest.mark.skipif(
-    not (torch.cuda.is_available() and is_flash_attn_2_available()), reason="needs a GPU and flash-attn"
-)
+@pytest.mark.gpu
+@pytest.mark.skipif(not is_flash_attn_2_available(), reason="needs flash-attn")
 def test_flash_attention_segments_alike(model_dir, inputs, expected):
     fast = load(model_dir, attn_implementation="flash_attention_2", dtype=torch.bfloat16, device_map={"": "cuda"})
     assert distance(fast.segment(**copy.copy(inputs).to("cuda"), threshold=-1e4), expected) < ROUNDING[torch.bfloat16]
