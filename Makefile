@@ -38,7 +38,7 @@ deepspeed: $(VENV)/installed
 	$(RUN) -m pip install --quiet --constraint configs/constraints.txt --editable '.[deepspeed]'
 	export TORCH_EXTENSIONS_DIR=$${TORCH_EXTENSIONS_DIR:-$(abspath $(VENV))/torch_extensions} PATH="$(abspath $(VENV))/bin:$$PATH"; \
 		$(RUN) -c "from deepspeed.ops.op_builder import ShareMemCommBuilder; ShareMemCommBuilder().load()" && \
-		$(RUN) -m pytest -m "deepspeed and not slow" tests/trainers/test_deepspeed.py
+		$(RUN) -m pytest -m "deepspeed and not slow" tests/trainers
 
 # Run the common tests of the installed transformers, from its source distribution (tests/conformance/README.md).
 conformance: $(VENV)/installed

@@ -19,14 +19,16 @@ def one_thread():
 
 
 def pytest_collection_modifyitems(items):
-    """Skip the tests marked `gpu` where there is no CUDA device."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
+    """Skip the tests marked `gpu` or `gpu(2)` where there are not as many CUDA devices."""
+    marked = [(item, marker) for item in items if (marker := item.get_closest_marker("gpu"))]
     if marked:
         import torch
 
-        if not torch.cuda.is_available():
-            for item in marked:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        for item, marker in marked:
+            needed = marker.args[0] if marker.args else 1
+            if torch.cuda.device_count() < needed:
+                reason = "needs a CUDA device" if needed == 1 else f"needs {needed} CUDA devices"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -71,11 +71,13 @@ def forked(environment, tmp_path_factory):
     server.wait()
 
 
-def words(strategy, way, out):
+def words(strategy, way, out, on_cards=False):
     """The command of four steps with a checkpoint after two."""
     given = ["--model", MODEL, "--dataset_options", '{"size": 16}', "--do_train", "--max_steps", "4", "--save_steps", "2",
              "--per_device_train_batch_size", "2", "--learning_rate", "1e-3", "--threads", "1", "--logging_steps", "1",
              "--lora_dropout", "0", "--disable_tqdm", "true", "--output_dir", str(out), *WAYS[way]]  # fmt: skip
+    if on_cards:
+        return given
     # With --use_cpu accelerate trains data parallel whatever the config says. Without cards it knows FSDP2 in no other way, and
     # the tool for FSDP2 lets it shard all the same.
     return given + (["--use_cpu"] if strategy in ("ddp", "fsdp2") else ["--ddp_backend", "gloo"])
@@ -123,11 +125,16 @@ def test_killed_and_resumed_it_has_the_losses_and_weights_of_data_parallel(train
     assert list((sharded / "checkpoint-4").glob(parts))  # the library wrote it
 
 
-def test_the_documented_command_ends_with_the_weights_of_the_resumed_run(trained, environment, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/zero3.yaml",
-              "--num_processes", "2", "--main_process_port", "0", "run_gres.py", *words("zero3", "lora", tmp_path / "out")]  # fmt: skip
-    done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+def launch(strategy, given, environment):
+    """Run the documented command on two processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{strategy}.yaml",
+               "--num_processes", "2", "--main_process_port", "0", "run_gres.py", *map(str, given)]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_the_documented_command_ends_with_the_weights_of_the_resumed_run(trained, environment, tmp_path):
+    launch("zero3", words("zero3", "lora", tmp_path / "out"), environment)
     resumed = weights(trained("zero3", "lora"))
     assert all(torch.equal(value, resumed[name]) for name, value in weights(tmp_path / "out").items())
 
@@ -203,33 +210,42 @@ def test_with_zero3_batches_may_have_no_image(forked, tmp_path):
     assert len(losses(tmp_path / "out")) == 4
 
 
+def mixed_words(strategy, folder, on_cards=False):
+    """Eight steps over examples of which half are of words alone: in some, one process has slots, in some both or none."""
+    data = llava(referring(folder / "data", "refcoco", [ref()]), ("human", "<image>\nA dog?"), ("gpt", "No."))
+    given = words(strategy, "lora", folder / strategy, on_cards)
+    for argument, value in {
+        "--dataset_options": "{}", "--per_device_train_batch_size": "1", "--max_steps": "8", "--save_steps": "100",
+    }.items():  # fmt: skip
+        given[given.index(argument) + 1] = value
+    mixture = {"refer_seg": ["refcoco"], "vqa": ["llava_instruct_150k"]}
+    return [
+        *given, "--dataset", "mixture", "--data_dir", data, "--mixture", json.dumps(mixture), "--steps_per_epoch", "8",
+        "--mixture_rates", '{"refer_seg": 1, "vqa": 1}',
+    ]  # fmt: skip
+
+
+def assert_mixed_losses(folder, strategy, tolerance):
+    ddp = losses(folder / "ddp")
+    assert len(ddp) == 8 and losses(folder / strategy) == pytest.approx(ddp, rel=tolerance)
+    bce = [entry["mask_bce_loss"] for entry in json.loads((folder / "ddp/log_history.json").read_text())[:8]]
+    assert any(bce) and not all(bce)
+
+
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_a_process_may_have_no_slot(forked, tmp_path, strategy):
-    """An example for each process, half of them of words alone: in some steps one process has slots, in some both or none."""
-    data = llava(referring(tmp_path / "data", "refcoco", [ref()]), ("human", "<image>\nA dog?"), ("gpt", "No."))
-    mixture = {"refer_seg": ["refcoco"], "vqa": ["llava_instruct_150k"]}
-    runs = []
     for name in ("ddp", strategy):
-        given = words(name, "lora", tmp_path / name)
-        given[given.index("--dataset_options") + 1] = "{}"
-        for argument, value in {"--per_device_train_batch_size": "1", "--max_steps": "8"}.items():
-            given[given.index(argument) + 1] = value
-        given += [
-            "--dataset",
-            "mixture",
-            "--data_dir",
-            data,
-            "--mixture",
-            json.dumps(mixture),
-            "--save_strategy",
-            "no",
-        ]
-        given += ["--mixture_rates", '{"refer_seg": 1, "vqa": 1}', "--steps_per_epoch", "8"]
-        forked("run_gres.py", given, strategy=name, processes=2)
-        runs.append(losses(tmp_path / name))
-    assert len(runs[0]) == 8 and runs[1] == pytest.approx(runs[0], rel=1e-5)
-    bce = [entry["mask_bce_loss"] for entry in json.loads((tmp_path / "ddp/log_history.json").read_text())[:8]]
-    assert any(bce) and not all(bce)
+        forked("run_gres.py", mixed_words(name, tmp_path), strategy=name, processes=2)
+    assert_mixed_losses(tmp_path, strategy, 1e-5)
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
+def test_a_process_may_have_no_slot_on_cards(environment, tmp_path, strategy):
+    """By the documented command, over NCCL, and sharded by accelerate itself."""
+    for name in ("ddp", strategy):
+        launch(name, mixed_words(name, tmp_path, on_cards=True), environment)
+    assert_mixed_losses(tmp_path, strategy, 1e-3)
 
 
 def test_a_file_of_the_original_s_training_form_becomes_a_model(forked, original, tmp_path):

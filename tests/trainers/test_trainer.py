@@ -462,13 +462,14 @@ folder, out = sys.argv[1:]
 processor = GsvaProcessor.from_pretrained(folder)
 rows = [shapes.make_row(0, "train", n) for n in range(7)]
 
-def train(checkpoint=None):
+def train(checkpoint=None, count=6, name="run", **more):
     model = GsvaForConditionalGeneration.from_pretrained(folder, dtype=torch.float64)
+    options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 4, **more}
     arguments = GsvaTrainingArguments(
-        output_dir=f"{out}/run", max_steps=5, per_device_train_batch_size=1, save_strategy="steps", save_steps=4, optim="sgd",
-        learning_rate=1e-2, max_grad_norm=0.0, logging_steps=1, disable_tqdm=True, report_to="none", seed=3,
+        output_dir=f"{out}/{name}", per_device_train_batch_size=1, optim="sgd", learning_rate=1e-2, max_grad_norm=0.0,
+        logging_steps=1, disable_tqdm=True, report_to="none", seed=3, **options,
     )
-    data = [{**row, "expressions": row["expressions"][: 1 + n % 4]} for n, row in enumerate(rows[:6])]
+    data = [{**row, "expressions": row["expressions"][: 1 + n % 4]} for n, row in enumerate(rows[:count])]
     trainer = GsvaTrainer(
         model=prepare_for_training(model, ModelArguments(train_language_model="full")), args=arguments,
         train_dataset=TrainingDataset(data, ReferringTransform(num_expressions=6, all_absent=True), 3),
@@ -479,12 +480,15 @@ def train(checkpoint=None):
 
 trainer = train()
 resumed = train(f"{out}/run/checkpoint-4")
+epoch = {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "no"}
+steps = {count: train(None, count, f"uneven-{count}", **epoch).state.global_step for count in (5, 1)}
 rank = trainer.accelerator.process_index
 weights = trainer.model.state_dict()
 equal = all(torch.equal(value, weights[name]) for name, value in resumed.model.state_dict().items())
 if rank == 0:
     torch.save(weights, f"{out}/weights.pt")
-found = {"processes": trainer.accelerator.num_processes, "resumed": equal, "history": trainer.state.log_history, "seen": {}}
+found = {"processes": trainer.accelerator.num_processes, "resumed": equal, "history": trainer.state.log_history, "seen": {},
+         "steps": steps}
 model = GsvaForConditionalGeneration.from_pretrained(folder).to(trainer.args.device)
 for count in (7, 1):
     seen = []
@@ -507,6 +511,8 @@ def test_two_processes_train_and_count_as_one_does(make_trainer, make_model, mod
     assert done.returncode == 0, done.stderr[-3000:]
     zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert zero["processes"] == 2 and zero["resumed"] and one["resumed"]
+    # An epoch of five batches, and of one: the process that has none of its own in the last step gets one of the first.
+    assert zero["steps"] == one["steps"] == {"5": 3, "1": 1}
 
     alone = make_trainer(model=make_model().double(), max_steps=5, optim="sgd", learning_rate=1e-2, max_grad_norm=0.0)
     alone.train()
