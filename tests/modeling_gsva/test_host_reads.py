@@ -20,7 +20,7 @@ def reads_of(function, *args, **kwargs):
 @pytest.mark.parametrize("method", ["slots", "teacher_forced", "generate"])
 def test_segment_reads_a_constant_number_of_times(model, processor, asked, method, single, monkeypatch):
     """However many images, conversations and slots a batch has; and its masks come back in one copy."""
-    monkeypatch.setattr("modeling_gsva.processing_gsva.masks_to_host", lambda masks: [m.numpy() for m in masks])
+    monkeypatch.setattr("modeling_gsva.results_gsva.masks_to_host", lambda masks: [m.numpy() for m in masks])
     options = {"max_new_tokens": 4} if method == "generate" else {}
     counts = []
     for size in SIZES:
