@@ -37,6 +37,7 @@ class MaskAdapter:
     """
 
     encoding: tuple[str, ...] = ("vision_encoder",)  # the parts on which the maps of an image depend
+    shares_images = True  # whether the mask decoder gets the one that shares images
 
     def __init__(self, sam: nn.Module):
         self.sam, self.decoder = sam, sam.mask_decoder
@@ -45,14 +46,15 @@ class MaskAdapter:
     def prepare_config(config: PreTrainedConfig) -> None:
         """Change the configuration of a model before it is built, in place: also what is saved says how masks are made."""
 
-    @staticmethod
-    def prepare(sam: nn.Module, attention: str = "auto") -> None:
+    @classmethod
+    def prepare(cls, sam: nn.Module, attention: str = "auto") -> None:
         """
-        Change a new model in place: the faster attention of SAM's encoder, in the way that `attention` names, and the mask
-        decoder that shares images.
+        Change a new model in place: the faster attention where its encoder has SAM's, in the way that `attention` names, and the
+        mask decoder that shares images.
         """
         use_gsva_attention(sam, attention)
-        share_images(sam)
+        if cls.shares_images:
+            share_images(sam)
 
     @property
     def has_objects(self) -> bool:
@@ -122,9 +124,7 @@ class SamHqAdapter(MaskAdapter):
     copy of the image for every slot and reads its tokens' embeddings by weight.
     """
 
-    @staticmethod
-    def prepare(sam: nn.Module, attention: str = "auto") -> None:
-        pass
+    shares_images = False
 
     def read_by_weight(self) -> list[nn.Module]:
         return [module for module in self.decoder.modules() if isinstance(module, nn.Embedding)]

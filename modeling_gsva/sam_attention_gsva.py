@@ -1,4 +1,4 @@
-"""SAM's image encoder with its relative position bias never written out whole, in three ways that give the same numbers."""
+"""The image encoder of SAM and SAM-HQ with its relative position bias never written out whole, in three ways that give the same numbers."""
 
 import warnings
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 from transformers.models.sam.modeling_sam import SamVisionSdpaAttention
+from transformers.models.sam_hq.modeling_sam_hq import SamHQVisionSdpaAttention
 
 # The two parts of the position bias of queries (N, length, C), by rows and by columns of the keys: (N, height, width, height)
 # and (N, height, width, width). The bias of query q for the key in row r and column c is bias_h[q, r] + bias_w[q, c].
@@ -189,9 +190,10 @@ def in_flex(query, key, value, bias: Bias | None, size: tuple[int, int], dropout
 WAYS: dict[str, Callable] = {"augmented": augmented, "flex": in_flex, "chunks": in_chunks}
 
 
-class GsvaSamVisionAttention(SamVisionSdpaAttention):
+class PositionBiasAttention(nn.Module):
     """
-    SAM's attention with relative position bias, in the way that its device and shape make the cheapest.
+    Attention with SAM's relative position bias, in the way that its device and shape make the cheapest: what stands before
+    transformers' class in each class of `GSVA_ATTENTION`.
 
     The bias and the attention weights of a global layer (heads × 4096 × 4096), written out, take most of the encoder's time.
     Parameters and results are those of transformers' class. Attention weights are not returned: load with
@@ -234,9 +236,25 @@ class GsvaSamVisionAttention(SamVisionSdpaAttention):
         return self.proj(output.permute(0, 2, 3, 1, 4).flatten(3)), None
 
 
+class GsvaSamVisionAttention(PositionBiasAttention, SamVisionSdpaAttention):
+    """SAM's, see `PositionBiasAttention`."""
+
+
+class GsvaSamHQVisionAttention(PositionBiasAttention, SamHQVisionSdpaAttention):
+    """SAM-HQ's, see `PositionBiasAttention`."""
+
+
+# Ours by transformers' class, for every mask model that has this attention.
+GSVA_ATTENTION: dict[type[nn.Module], type[PositionBiasAttention]] = {
+    SamVisionSdpaAttention: GsvaSamVisionAttention,
+    SamHQVisionSdpaAttention: GsvaSamHQVisionAttention,
+}
+
+
 def use_gsva_attention(sam: nn.Module, way: str = "auto") -> None:
     """
-    Give SAM's vision layers the attention above, in place; only transformers' "sdpa" attention is replaced.
+    Give a mask model's vision layers the attention above, in place; only transformers' "sdpa" attention is replaced, and a mask
+    model with other attention stays as it is.
 
     Changing the class of a finished module keeps its parameters and hooks. A subclass of `SamModel` would have to build
     these parts a second time, and an entry in transformers' `SAM_VISION_ATTENTION_CLASSES` would change every SAM of the
@@ -252,6 +270,7 @@ def use_gsva_attention(sam: nn.Module, way: str = "auto") -> None:
     if way != "auto" and way not in WAYS:
         raise ValueError(f"sam_attention={way!r} is not known; choose 'auto' or one of {', '.join(map(repr, WAYS))}.")
     for module in sam.modules():
-        if type(module) in (SamVisionSdpaAttention, GsvaSamVisionAttention):
-            module.__class__ = GsvaSamVisionAttention
+        if type(module) in GSVA_ATTENTION:
+            module.__class__ = GSVA_ATTENTION[type(module)]
+        if isinstance(module, PositionBiasAttention):
             module.way = way

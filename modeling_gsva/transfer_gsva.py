@@ -12,8 +12,8 @@ def to_device(values: Sequence, device: torch.device | str, dtype: torch.dtype =
 
 
 def upload(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Return a tensor of the host on a device; the host does not wait for a CUDA device to have it."""
-    if torch.device(device).type != "cuda":
+    """Return a tensor on a device; the host does not wait for a CUDA device to have one of the host."""
+    if torch.device(device).type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 

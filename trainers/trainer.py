@@ -26,6 +26,7 @@ from evaluation.loop import evaluate_rows
 from evaluation.questions import Question
 from evaluation.tiles import make_tiles, sheet
 from metrics.gres import rejection_curve
+from modeling_gsva.transfer_gsva import to_device
 
 from .divergence import DivergenceWatch
 from .feature_cache import FeatureCache
@@ -111,6 +112,7 @@ class GsvaTrainer(Trainer):
     """
 
     control: TrainerControl
+    data_collator: Any
 
     def __init__(
         self, *args, evaluation: EvaluationConfig | None = None, run_record: dict[str, Any] | None = None, **kwargs
@@ -133,6 +135,7 @@ class GsvaTrainer(Trainer):
             plain = self.accelerator.unwrap_model(self.model)
             plain = plain.base_model.model if isinstance(plain, PeftModel) else plain
             self.features = FeatureCache(self.args.feature_cache, plain, getattr(torch, self.args.feature_cache_dtype))
+            self.data_collator = self.features.collator(self.data_collator)
         for callback in self.callback_handler.callbacks:
             # transformers documents output_dir, but takes the working directory unless TENSORBOARD_LOGGING_DIR is set.
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
@@ -226,27 +229,24 @@ class GsvaTrainer(Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._data_seconds += time.perf_counter() - start
         self._steps += 1
-        masks, slots = (
-            (sum(counts) for counts in zip(*(self._counts(batch) for batch in batches))) if batches else (0, 0)
-        )
-        count = torch.tensor([masks, slots], device=device)
+        count = sum((self._counts(batch, device) for batch in batches), start=to_device([0, 0], device))
         if self.args.world_size > 1:
             count = self.accelerator.reduce(count)
         for batch in batches:
             batch["num_masks_in_batch"], batch["num_slots_in_batch"] = count.clamp(min=1)
-            self._images += len(batch.get("pixel_values", ()))
+            self._images += len(batch.get("original_sizes", ()))
         # There may be no supervised tokens, where max_length cuts off every answer: do not divide by zero.
         return batches, num_items.clamp(min=1) if torch.is_tensor(num_items) else num_items
 
-    def _counts(self, batch) -> tuple[int, int]:
-        """Return how many masks of a batch count in the mask losses, and how many slots with a true mask it has."""
+    def _counts(self, batch, device) -> torch.Tensor:
+        """Return (2,) on the device: how many masks of a batch count in the mask losses, and how many slots have a true mask."""
         config = self.accelerator.unwrap_model(self.model).config
         masks = batch.get("mask_labels", [])
-        slots = sum(len(mask) for mask in masks)
+        slots = to_device([sum(len(mask) for mask in masks)], device)
         if config.rejected_slot_loss == "zero_logits":
-            return slots, slots
+            return slots.expand(2)
         there = [mask.flatten(1).any(1) for mask in masks if len(mask)]
-        return int(torch.cat(there).sum()) if there else 0, slots
+        return torch.cat([torch.cat(there).sum(0, keepdim=True) if there else slots, slots])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.features is not None:
@@ -286,8 +286,10 @@ class GsvaTrainer(Trainer):
         if "loss" in logs and self._parts:
             # Each micro-batch and process holds its share of the step's loss, so the sum is the loss.
             names = sorted({*LOSS_PARTS, "slots", "slots_right", "ious", "masks"})
-            sums = torch.stack([torch.as_tensor(self._parts.get(n, 0.0), dtype=torch.float32).cpu() for n in names])
-            sums = self.accelerator.reduce(sums.to(self.args.device)).tolist()
+            values = [self._parts.get(name, 0.0) for name in names]
+            numbers = to_device([0.0 if torch.is_tensor(v) else v for v in values], self.args.device, torch.float32)
+            sums = torch.stack([v.float() if torch.is_tensor(v) else n for v, n in zip(values, numbers)])
+            sums = self.accelerator.reduce(sums).tolist()  # one read for all
             parts = dict(zip(names, sums))
             trains_objects = self.accelerator.unwrap_model(self.model).config.object_score_loss_weight
             shown = LOSS_PARTS if trains_objects else LOSS_PARTS[:-1]

@@ -6,6 +6,9 @@ from collections import Counter
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+# Whose code runs between the batches of a training or an evaluation.
+ROOMS = ("modeling_gsva", "trainers", "evaluation", "metrics", "data_scripts")
+
 # Operations whose result, or whose result's shape, the host must know. `bool()`, `int()`, `float()`, `item()` and conditions end
 # in the first; a mask of booleans as an index in `nonzero`, which it does not show on a CPU.
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "unique_dim", "equal", "argwhere"}
@@ -21,7 +24,7 @@ class HostReads(TorchDispatchMode):
         inside: Only reads from files whose path holds one of these count: what libraries do is theirs.
     """
 
-    def __init__(self, inside: tuple[str, ...] = ("modeling_gsva", "trainers", "evaluation")):
+    def __init__(self, inside: tuple[str, ...] = ROOMS):
         super().__init__()
         self.inside, self.places, self._methods = inside, Counter(), {}
 
@@ -31,11 +34,13 @@ class HostReads(TorchDispatchMode):
 
     def _add(self, kind: str) -> None:
         for frame in reversed(traceback.extract_stack()[:-2]):
+            if "site-packages" in frame.filename:
+                if "site-packages/transformers" in frame.filename:
+                    return
+                continue
             is_test = "/tests/" in frame.filename and "tests" not in self.inside
             if any(f"/{part}/" in frame.filename for part in self.inside) and not is_test:
                 self.places[f"{frame.filename.rsplit('/', 1)[1]}:{frame.lineno} {kind}"] += 1
-                return
-            if "site-packages/transformers" in frame.filename:
                 return
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

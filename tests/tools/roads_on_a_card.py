@@ -26,6 +26,7 @@ from modeling_gsva.pipeline_gsva import GsvaPipeline
 from modeling_gsva.sam_attention_gsva import WAYS, use_gsva_attention
 from trainers.arguments import GsvaTrainingArguments, ModelArguments
 from trainers.data import GsvaCollator
+from trainers.feature_cache import FeatureCache
 from trainers.freezing import prepare_for_training
 from trainers.trainer import GsvaTrainer
 
@@ -140,6 +141,24 @@ def test_training_waits_as_often_for_any_number_of_slots(make_model, learned):
         outputs, forward = waits(card, **to_card(dict(learned(*size))))
         counts.append((forward, waits(outputs.loss.backward)[1]))
     assert counts[0] == counts[1] == counts[2] and counts[0][0] > 0 and counts[0][1] == 0
+
+
+def test_a_warm_feature_cache_waits_for_nothing(make_model, learned, tmp_path):
+    """The same features as on the CPU, and no pixel on the card."""
+    model = make_model().requires_grad_(False)
+    card, caches = on_card(model), {}
+    for size in ((2, 2), (4, 5)):
+        batch = learned(*size)
+        for name, one in (("cpu", model), ("card", card)):
+            cache = caches.setdefault(name, FeatureCache(tmp_path / name, one, torch.float32))
+            move = to_card if name == "card" else dict
+            cache.fill(move(cache.files.look_up(batch)))
+            cache.files.reads.fill_(1)  # no comparison in this test
+        looked_up = to_card(caches["card"].files.look_up(batch))
+        assert not {"pixel_values", "sam_pixel_values"} & set(looked_up)
+        filled, count = waits(caches["card"].fill, looked_up)
+        assert count == 0
+        assert_same(filled, caches["cpu"].fill(batch))
 
 
 @pytest.mark.parametrize("way", sorted(set(WAYS) - {"flex"}))  # which refuses devices that it does not know

@@ -1,5 +1,6 @@
 """Stored features give the losses of fresh ones, and never belong to another image or other weights."""
 
+import hashlib
 import multiprocessing
 
 import numpy as np
@@ -53,13 +54,13 @@ def test_losses_are_those_of_fresh_features_cold_and_warm(gsva, batch, tmp_path,
 
 def test_a_picture_is_encoded_once_whatever_batch_it_is_in(gsva, batch, tmp_path):
     cache = FeatureCache(tmp_path, gsva, verify_every=10**9)
-    cache.hits = 1  # no verification in this test
+    cache.files.reads.fill_(1)  # no comparison in this test
     calls = count_encodings(gsva)
     for seeds in ((0, 1), (1, 2), (2, 0)):
         cache.fill(batch(*seeds))
     assert calls == [2, 1]
     again = FeatureCache(tmp_path, gsva, verify_every=10**9)  # a run that goes on
-    again.hits = 1
+    again.files.reads.fill_(1)
     again.fill(batch(0, 1, 2))
     assert calls == [2, 1] and again.misses == 0
 
@@ -125,6 +126,57 @@ def test_processes_share_a_folder(gsva, batch, tmp_path):
             torch.testing.assert_close(kept[name], value, rtol=0, atol=2e-3)
 
 
+def test_a_batch_is_looked_up_where_it_is_made(gsva, processor, batch, make_picture, tmp_path):
+    """Pixels stay of the image that is new, and of the one in so many that is compared, beginning with the first."""
+    cache = FeatureCache(tmp_path, gsva, verify_every=3)
+    plain = batch(0, 1)
+    new = cache.files.look_up(plain)
+    assert new["fresh_images"] == [0, 1] and new["stored_images"] == new["stored_features"] == []
+    assert torch.equal(new["sam_pixel_values"], plain["sam_pixel_values"])
+    cache.fill(new)
+    seen = []
+    for seeds in ((0, 2), (1, 0), (0, 1)):
+        given = cache.files.look_up(batch(*seeds))
+        seen.append((given["stored_images"], given["fresh_images"]))
+        assert ("pixel_values" in given) == ("sam_pixel_values" in given) == bool(given["fresh_images"])
+        assert all(len(part) == len(given["stored_images"]) for part in given["stored_features"])
+        assert len(given.get("pixel_values", ())) == len(given["fresh_images"])
+    assert seen == [([0], [0, 1]), ([0, 1], []), ([0, 1], [0])]
+    assert (
+        plain.keys() >= {"pixel_values", "sam_pixel_values"} and "image_names" not in plain
+    )  # the batch itself stays
+
+
+def test_what_was_stored_after_a_batch_was_made_is_not_computed_again(gsva, batch, tmp_path):
+    """A data loader makes batches ahead of the steps."""
+    cache = FeatureCache(tmp_path, gsva)
+    ahead = [cache.files.look_up(batch(0, 1)) for _ in range(3)]
+    calls = count_encodings(gsva)
+    cache.files.reads.fill_(1)  # no comparison in this test
+    filled = [cache.fill(inputs)["sam_embeddings"] for inputs in ahead]
+    assert calls == [2] and (cache.misses, cache.hits) == (2, 4)
+    for embeddings in filled[1:]:
+        torch.testing.assert_close(embeddings, filled[0])
+
+
+def test_a_cache_of_before_is_found_again(gsva, batch, tmp_path):
+    """A file is named by the SHA-256 of the image's bytes for CLIP and for SAM, one after the other."""
+    inputs, cache = batch(0, 1), FeatureCache(tmp_path, gsva, torch.float32)
+    cache.folder.mkdir(parents=True)
+    clip, sam = (
+        gsva.model.get_vision_features(inputs["pixel_values"]),
+        gsva.get_sam_embeddings(inputs["sam_pixel_values"]),
+    )
+    for n in range(2):
+        pixels = inputs["pixel_values"][n].numpy().tobytes() + inputs["sam_pixel_values"][n].numpy().tobytes()
+        features = {"vision_features": clip[n].contiguous(), "sam_embeddings": sam[n].contiguous()}
+        save_file(features, cache.folder / f"{hashlib.sha256(pixels).hexdigest()}.safetensors")
+    filled = cache.fill(inputs)
+    assert (cache.misses, cache.hits) == (0, 2) and len(list(cache.folder.iterdir())) == 2
+    torch.testing.assert_close(filled["vision_features"], clip)
+    torch.testing.assert_close(filled["sam_embeddings"], sam)
+
+
 def test_a_broken_file_is_made_again_and_a_wrong_one_is_refused(gsva, batch, tmp_path):
     FeatureCache(tmp_path, gsva).fill(batch(0))
     (path,) = tmp_path.glob("*/*.safetensors")
@@ -156,11 +208,12 @@ def test_trained_towers_and_batches_without_pictures(make_model, gsva, tmp_path)
     assert FeatureCache(tmp_path, gsva).fill(words) is words
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     ("bf16", "kind", "tolerance"), [(False, "float32", 1e-5), (False, "float16", 2e-3), (True, "float16", 0.03)]
 )
 def test_training_with_the_cache_gives_the_same_losses(
-    make_model, processor, make_picture, tmp_path, bf16, kind, tolerance
+    make_model, processor, make_picture, tmp_path, bf16, kind, tolerance, workers
 ):
     """In bfloat16 the towers themselves round, which the cache does not: it keeps what they give in their own type."""
     from trainers.arguments import GsvaTrainingArguments, ModelArguments
@@ -179,9 +232,10 @@ def test_training_with_the_cache_gives_the_same_losses(
     for options in ({}, {"feature_cache": str(tmp_path / "kept"), "feature_cache_dtype": kind}):
         args = GsvaTrainingArguments(
             output_dir=str(tmp_path / "run"), use_cpu=True, max_steps=3, per_device_train_batch_size=2, save_strategy="no",
-            logging_steps=1, bf16=bf16, **options,
+            logging_steps=1, bf16=bf16, dataloader_num_workers=workers, **options,
         )  # fmt: skip
         model = prepare_for_training(make_model(), ModelArguments(lora_dropout=0.0))
+        calls = count_encodings(model.base_model.model)
         trainer = GsvaTrainer(
             model=model, args=args, train_dataset=Pictures(), data_collator=GsvaCollator(processor),
             processing_class=processor,
@@ -190,6 +244,7 @@ def test_training_with_the_cache_gives_the_same_losses(
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=tolerance) and len(losses[0]) == 3
     assert (trainer.features.misses, trainer.features.hits) == (2, 4)
+    assert calls == [2, 1]  # the first read of all epochs and workers is compared
 
 
 # ---- other mask models and bases -----------------------------------------------------------------------------------------
