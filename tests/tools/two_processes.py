@@ -16,13 +16,16 @@ STEPS = 3
 
 
 def batch(model, kind: str) -> dict:
-    """Return a batch of one conversation: "full", without a slot, with rejected slots alone, or of words alone."""
+    """
+    Return a batch of one conversation: "full", without a slot, with rejected slots alone, of words alone, or with the features
+    that `--feature_cache` has kept of its image.
+    """
     images = bases.make_images(FAMILY, 1)
     with torch.no_grad():
         count = sum(len(part) for part in model.language.encode(images).features.pooler_output)
     slots = {"full": [bases.SEG, 9, bases.REJ], "no slot": [9, 10, 11], "all rejected": [bases.REJ, 9, bases.REJ]}
     truth = torch.zeros(0 if kind in ("no slot", "words") else 2, 40, 64, dtype=torch.uint8)
-    if kind == "full":
+    if kind in ("full", "kept features"):
         truth[0, :20] = 1
     sizes = torch.tensor([[40, 64]])
     pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
@@ -32,7 +35,9 @@ def batch(model, kind: str) -> dict:
         return {
             "input_ids": ids, "labels": ids, "image_index": torch.tensor([-1]), "mask_labels": [truth], **of_image
         }  # fmt: skip
-    ids = torch.tensor([[1, *[bases.IMAGE] * count, 7, 8, *slots[kind], 2]])
+    if kind == "kept features":
+        of_image["sam_embeddings"] = model.get_sam_embeddings(of_image.pop("sam_pixel_values")).detach()
+    ids = torch.tensor([[1, *[bases.IMAGE] * count, 7, 8, *slots.get(kind, slots["full"]), 2]])
     return {"input_ids": ids, "labels": ids.masked_fill(ids == bases.IMAGE, -100), "mask_labels": [truth], **of_image}
 
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 from two_processes import in_two, train
 
-CASES = [("no slot", "sam"), ("all rejected", "sam"), ("words", "sam"), ("no slot", "sam2"), ("all rejected", "sam2")]
+CASES = [
+    ("no slot", "sam"),
+    ("all rejected", "sam"),
+    ("words", "sam"),
+    ("kept features", "sam"),
+    ("no slot", "sam2"),
+    ("all rejected", "sam2"),
+]
+WAYS = ["fsdp2", *(pytest.param(way, marks=pytest.mark.deepspeed) for way in ("zero2", "zero3"))]
 CARDS = pytest.param("cuda", marks=pytest.mark.gpu(2))
 
 
@@ -29,10 +37,10 @@ def gradients(tmp_path_factory):
 
 @pytest.mark.parametrize("device", ["cpu", CARDS])
 @pytest.mark.parametrize(("kind", "masks"), CASES)
-@pytest.mark.parametrize(
-    "way", ["fsdp2", *(pytest.param(way, marks=pytest.mark.deepspeed) for way in ("zero2", "zero3"))]
-)
+@pytest.mark.parametrize("way", WAYS)
 def test_a_rank_that_skips_a_part_trains_as_the_other_does(way, kind, masks, device, gradients):
+    if (way, kind) == ("zero3", "kept features"):
+        pytest.skip("each process gathers a tower when it runs it, so --feature_cache is refused (test_sharding.py)")
     if way.startswith("zero"):
         pytest.importorskip("deepspeed")
     (ddp, other), (found, last) = gradients("ddp", kind, masks, device), gradients(way, kind, masks, device)
