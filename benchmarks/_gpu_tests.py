@@ -42,6 +42,7 @@ def marked_files(folder: Path = ROOT / "tests") -> list[str]:
 
 def _add(report, outcome: str) -> None:
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr or "")
+    reason = reason.removeprefix("Skipped: ")
     line = {"name": report.nodeid, "outcome": outcome, "seconds": getattr(report, "duration", 0.0),
             "reason": " ".join(reason.split())[-300:], "measured": getattr(report, "user_properties", [])}  # fmt: skip
     with open(os.environ[LINES], "a", encoding="utf-8") as file:

@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
 from browsers import chromium, in_browser
 from paths import ROOT
 
 import run_gres
+from benchmarks import gpu
+from benchmarks._gpu_report import Figure
 from data_scripts import negatives
 from data_scripts.files import render
 from evaluation import calibrate
@@ -29,7 +32,7 @@ return [document.documentElement.clientWidth, document.scrollingElement.scrollWi
 
 @pytest.fixture(scope="module")
 def pages(model_dir, tmp_path_factory):
-    """The pages of an evaluation, of image files, of a calibration and of drawn absent expressions, with a long text in each."""
+    """The pages of an evaluation, of image files, of a calibration, of drawn absent expressions and of figures, with long texts."""
     folder = tmp_path_factory.mktemp("pages")
     images = folder / "a_long_name_of_a_folder"
     options = json.dumps({"size": 12, "cache_dir": str(folder / "cache")})
@@ -48,8 +51,17 @@ def pages(model_dir, tmp_path_factory):
         negatives.main(["shapes", "--dataset_options", options, "--out", str(folder / "n.jsonl"), "--drop_no_targets"])
         == 0
     )
+    figures = [Figure(LONG, 1234.5, "ms per image"), Figure("short", None, "", LONG)]
+    gpu.run(["mask_decoder"], torch.device("cpu"), 9, folder, lambda *of: iter(figures * 11), lambda words: None)
     found = sorted(folder.rglob("*.html"))
-    assert {path.stem.split("_")[0] for path in found} == {"report", "pictures", "predictions", "calibration", "n"}
+    assert {path.stem.split("_")[0] for path in found} == {
+        "report",
+        "pictures",
+        "predictions",
+        "calibration",
+        "n",
+        "gpu",
+    }
     return found
 
 
