@@ -119,6 +119,15 @@ def test_a_failed_figure_holds_no_memory(monkeypatch):
     assert alive == ["looked"]
 
 
+def test_the_planned_memory_is_that_of_the_documented_table():
+    row = next(
+        line
+        for line in (ROOT / "trainers/README.md").read_text().splitlines()
+        if line.startswith("| `finetune_gres_7b` | one_gpu")
+    )
+    assert _gpu_parts.planned_gib() == pytest.approx(float(row.split("|")[9]), abs=0.06)
+
+
 def test_versions_outside_the_range_are_said(monkeypatch):
     usual = _gpu_report.importlib.metadata.version
 
