@@ -28,10 +28,11 @@ test-slow: $(VENV)/installed
 	$(RUN) -m pytest
 
 # Run the tests marked gpu and measure workload L on one CUDA card, without a network (python -m benchmarks gpu --help). It takes
-# the environment of PYTHON, in which torch is, and installs nothing. make gpu GPU=--dry_run needs no card.
+# the environment of PYTHON, in which torch is, and installs nothing. make gpu --dry-run needs no card: it runs all of it on tiny
+# shapes, which is why the line begins with + (make itself would only print it). GPU="--only loading" gives it arguments.
 GPU ?=
 gpu:
-	$(PYTHON) -m benchmarks gpu $(GPU)
+	+@$(PYTHON) -m benchmarks gpu $(if $(findstring n,$(firstword -$(MAKEFLAGS))),--dry_run) $(GPU)
 
 # Train with the real DeepSpeed on two CPU processes. DeepSpeed compiles an operation once, into TORCH_EXTENSIONS_DIR.
 deepspeed: $(VENV)/installed

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,17 @@ def test_the_listing_names_every_part(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(gpu.PARTS)
     assert all(callable(getattr(_gpu_parts, name)) for name in gpu.PARTS if name != gpu.TESTS)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_s_own_dry_run_is_ours(tmp_path):
+    """make itself would only print the command."""
+    options = f"--only loading --output {tmp_path}"
+    command = ["make", "gpu", "--dry-run", f"PYTHON={sys.executable}", f"GPU={options}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("tests "), done.stdout + done.stderr
+    (part,) = read(tmp_path)[0]["parts"]
+    assert (part["name"], part["state"]) == ("loading", "done")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
