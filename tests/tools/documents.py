@@ -136,7 +136,7 @@ def check_command(words: list[str]) -> None:
         return
     if words[0] == "make":
         targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-        if unknown := [word for word in words[1:] if "=" not in word and word not in targets]:
+        if unknown := [word for word in words[1:] if "=" not in word and word not in {*targets, "--dry-run"}]:
             raise ValueError(f"the Makefile has no target {unknown}")
     elif words[0] == "pip":
         extras = configparser.ConfigParser()
