@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tiny_bases import BASES, COLOURS, GRID, IMAGE_SEED, SHAPES, SIZES
+from base_recipes import BASES, COLOURS, GRID, IMAGE_SEED, SHAPES, SIZES
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
