@@ -6,7 +6,8 @@ codes of the processes, negative for a signal:
 
     {"strategy": "zero3", "processes": 2, "script": "run_gres.py", "words": ["--do_train"], "log": "a.log", "kill_at": 3}
 
-`strategy` is an accelerate config of configs/accelerate/, or null for a single process without `accelerate launch`. The
+`strategy` is an accelerate config of configs/accelerate/ or a path without its ending, or null for a single process without
+`accelerate launch`. The
 environment of the processes is the one that `accelerate launch` and torchrun give them. At optimizer step `kill_at` each process
 kills itself. `memory` names a folder in which each process leaves the resident memory that the steps held at most, in bytes
 beyond what it held before the model was loaded, without the code of libraries.

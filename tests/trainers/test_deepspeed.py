@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.commands import accelerate_cli
 from conversions import FROZEN, assert_equal, expected, peft_names, run
-from data_trees import llava, ref, referring
+from data_trees import picture, ref, referring, write
 from paths import ROOT
 from safetensors.torch import load_file
 
@@ -32,7 +33,6 @@ SIGKILL = -9
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    pytest.importorskip("deepspeed")
     return {
         **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str(tmp_path_factory.mktemp("cache")),
@@ -42,6 +42,7 @@ def environment(tmp_path_factory):
 @pytest.fixture(scope="module")
 def forked(environment, tmp_path_factory):
     """Run a script in one or more processes, forked from one that has imported the libraries; return their exit codes."""
+    pytest.importorskip("deepspeed")
     logs = tmp_path_factory.mktemp("logs")
     server = subprocess.Popen(
         [sys.executable, str(ROOT / "tests/tools/forked_runs.py")],
@@ -125,10 +126,13 @@ def test_killed_and_resumed_it_has_the_losses_and_weights_of_data_parallel(train
     assert list((sharded / "checkpoint-4").glob(parts))  # the library wrote it
 
 
-def launch(strategy, given, environment):
-    """Run the documented command on two processes."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{strategy}.yaml",
-               "--num_processes", "2", "--main_process_port", "0", "run_gres.py", *map(str, given)]  # fmt: skip
+def launch(strategy, given, environment, processes=2):
+    """Run the documented command; `strategy` is a config of configs/accelerate/, or a path without its ending."""
+    if "zero" in str(strategy):
+        pytest.importorskip("deepspeed")
+    config = f"{ROOT / 'configs/accelerate' / strategy}.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", str(processes),
+               "--main_process_port", "0", "run_gres.py", *map(str, given)]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -186,66 +190,112 @@ def test_a_head_that_is_the_embedding_stays_one(forked, tmp_path, strategy, more
         torch.testing.assert_close(value, found[name], rtol=0, atol=1e-6, msg=name)
 
 
-def test_with_zero3_batches_may_have_no_image(forked, tmp_path):
-    """In some steps on one process, in some on both, in some on none."""
-    from data_scripts.shapes import make_row
-
-    pictures = tmp_path / "data" / "coco" / "train2017"
-    pictures.mkdir(parents=True)
-    records = []
-    for number, has_image in enumerate((True, True, False, False, True, False, False, False)):
-        turns = [{"from": "human", "value": "Is there a dog?"}, {"from": "gpt", "value": "No."}]
-        record = {"id": str(number), "conversations": turns}
-        if has_image:
-            (pictures / f"{number}.png").write_bytes(make_row(0, "train", number)["image"]["bytes"])
-            record["image"], turns[0]["value"] = f"{number}.png", "<image>\nIs there a dog?"
-        records.append(record)
-    (tmp_path / "data" / "llava_dataset").mkdir()
-    (tmp_path / "data" / "llava_dataset" / "llava_instruct_150k.json").write_text(json.dumps(records))
-    given = words("zero3", "lora", tmp_path / "out")
-    given[given.index("--dataset_options") + 1] = "{}"
-    given[given.index("--per_device_train_batch_size") + 1] = "1"
-    given += ["--dataset", "llava_instruct_150k", "--data_dir", tmp_path / "data", "--save_strategy", "no"]
-    forked("run_gres.py", given, strategy="zero3", processes=2)
-    assert len(losses(tmp_path / "out")) == 4
+KINDS = {"slots", "all rejected", "no slot", "no image"}
 
 
 def mixed_words(strategy, folder, on_cards=False):
-    """Eight steps over examples of which half are of words alone: in some, one process has slots, in some both or none."""
-    data = llava(referring(folder / "data", "refcoco", [ref()]), ("human", "<image>\nA dog?"), ("gpt", "No."))
+    """Twelve steps over examples with slots, with rejected ones alone, without any, and without an image."""
+    absent = {**ref(1), "ann_id": [-1], "no_target": True}
+    data = referring(referring(folder / "data", "refcoco", [ref()]), "grefcoco", [absent], {})
+    record = {"conversations": [{"from": "human", "value": "<image>\nA dog?"}, {"from": "gpt", "value": "No."}]}
+    of_words = {"conversations": [{"from": "human", "value": "Any dog?"}, {"from": "gpt", "value": "No."}]}
+    picture(data / "coco/train2017/1.jpg")
+    write(data / "llava_dataset/llava_instruct_150k.json",
+          [{"id": "1", "image": "1.jpg", **record}, {"id": "2", **of_words}])  # fmt: skip
     given = words(strategy, "lora", folder / strategy, on_cards)
     for argument, value in {
-        "--dataset_options": "{}", "--per_device_train_batch_size": "1", "--max_steps": "8", "--save_steps": "100",
+        "--dataset_options": "{}", "--per_device_train_batch_size": "1", "--max_steps": "12", "--save_steps": "100",
     }.items():  # fmt: skip
         given[given.index(argument) + 1] = value
-    mixture = {"refer_seg": ["refcoco"], "vqa": ["llava_instruct_150k"]}
+    mixture = {"refer_seg": ["refcoco", "grefcoco"], "vqa": ["llava_instruct_150k"]}
     return [
-        *given, "--dataset", "mixture", "--data_dir", data, "--mixture", json.dumps(mixture), "--steps_per_epoch", "8",
-        "--mixture_rates", '{"refer_seg": 1, "vqa": 1}',
+        *given, "--dataset", "mixture", "--data_dir", str(data), "--mixture", json.dumps(mixture), "--steps_per_epoch", "12",
+        "--mixture_rates", '{"refer_seg": 1, "vqa": 1}', "--all_absent", "true",
+        "--seed", "7",  # with which each kind comes to each process alone
     ]  # fmt: skip
 
 
-def assert_mixed_losses(folder, strategy, tolerance):
-    ddp = losses(folder / "ddp")
-    assert len(ddp) == 8 and losses(folder / strategy) == pytest.approx(ddp, rel=tolerance)
-    bce = [entry["mask_bce_loss"] for entry in json.loads((folder / "ddp/log_history.json").read_text())[:8]]
+def kinds_of_steps(folder) -> list[tuple[str, str]]:
+    """Return what the two processes have in each step of `mixed_words`: accelerate deals out batches in turn."""
+    from modeling_gsva import GsvaProcessor
+    from trainers.arguments import parse_arguments
+    from trainers.data import load_training_data
+    from trainers.trainer import EpochSampler
+
+    given = [*mixed_words("ddp", folder), "--steps_per_epoch", "24"]  # this process is alone
+    _, data, training = parse_arguments(given)
+    examples = load_training_data(GsvaProcessor.from_pretrained(MODEL), data, training)
+    kinds = [kind_of(examples[index]) for index in EpochSampler(len(examples), training.seed)]
+    return list(zip(kinds[::2], kinds[1::2], strict=True))
+
+
+def kind_of(example) -> str:
+    if example["image"] is None:
+        return "no image"
+    if not sum(len(of_one) for of_one in example["masks"]):
+        return "no slot"
+    return "slots" if any(of_one.any() for of_one in example["masks"]) else "all rejected"
+
+
+@pytest.fixture(scope="module")
+def mixed(request, environment, tmp_path_factory):
+    """Train by a strategy on two processes, once, and return the entries of its log."""
+    folder = tmp_path_factory.mktemp("mixed")
+
+    def train(strategy, device):
+        given = mixed_words(strategy, folder / device, device == "cuda")
+        log = folder / device / strategy / "log_history.json"
+        if device == "cuda" and not log.exists():
+            launch(strategy, given, environment)
+        elif not log.exists():
+            script = "tests/tools/fsdp_on_cpu.py" if strategy == "fsdp2" else "run_gres.py"
+            request.getfixturevalue("forked")(script, given, strategy=strategy, processes=2)
+        return [entry for entry in json.loads(log.read_text()) if "loss" in entry]
+
+    return train
+
+
+def test_each_kind_of_batch_comes_to_one_process_alone(tmp_path, monkeypatch, environment):
+    monkeypatch.setenv("HF_DATASETS_CACHE", environment["HF_DATASETS_CACHE"])
+    apart = [step for step in kinds_of_steps(tmp_path) if step[0] != step[1]]
+    assert {step[0] for step in apart} == {step[1] for step in apart} == KINDS
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(2))])
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
+def test_a_process_may_have_no_slot_or_no_image(mixed, strategy, device):
+    """By the command line; on cards it is the documented one, over NCCL, and accelerate shards by itself."""
+    ddp, sharded = mixed("ddp", device), mixed(strategy, device)
+    expected = [entry["loss"] for entry in ddp]
+    tolerance = 1e-5 if device == "cpu" else 1e-3
+    assert len(ddp) == 12 and [entry["loss"] for entry in sharded] == pytest.approx(expected, rel=tolerance)
+    bce = [entry["mask_bce_loss"] for entry in ddp]
     assert any(bce) and not all(bce)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
-def test_a_process_may_have_no_slot(forked, tmp_path, strategy):
-    for name in ("ddp", strategy):
-        forked("run_gres.py", mixed_words(name, tmp_path), strategy=name, processes=2)
-    assert_mixed_losses(tmp_path, strategy, 1e-5)
-
-
-@pytest.mark.gpu(2)
-@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
-def test_a_process_may_have_no_slot_on_cards(environment, tmp_path, strategy):
-    """By the documented command, over NCCL, and sharded by accelerate itself."""
-    for name in ("ddp", strategy):
-        launch(name, mixed_words(name, tmp_path, on_cards=True), environment)
-    assert_mixed_losses(tmp_path, strategy, 1e-3)
+def test_offloading_on_one_card_has_the_losses_of_training_without(request, environment, tmp_path, strategy, device):
+    """With PyTorch's AdamW, since DeepSpeed's own for the CPU is compiled first."""
+    deepspeed = json.loads((ROOT / f"configs/accelerate/deepspeed_{strategy}.json").read_text())
+    zero = deepspeed["zero_optimization"]
+    for part in ["offload_optimizer", *["offload_param"] * (strategy == "zero3")]:
+        zero[part] = {"device": "cpu"}
+    config = yaml.safe_load((ROOT / f"configs/accelerate/{strategy}.yaml").read_text())
+    config["deepspeed_config"]["deepspeed_config_file"] = str(
+        write(tmp_path / "ds.json", {**deepspeed, "zero_force_ds_cpu_optimizer": False})
+    )
+    write(tmp_path / "zero_offload.yaml", yaml.safe_dump(config))
+    for name, config_file in {"offload": tmp_path / "zero_offload", "plain": "one_gpu"}.items():
+        if device == "cuda":
+            given = words(strategy, "lora", tmp_path / name, on_cards=True)
+            launch(config_file, given, environment, processes=1)
+            continue
+        given = words("zero2" if name == "offload" else "ddp", "lora", tmp_path / name)
+        how = {"strategy": str(config_file)} if name == "offload" else {}
+        request.getfixturevalue("forked")("run_gres.py", given, processes=1, **how)
+    plain, offloaded = losses(tmp_path / "plain"), losses(tmp_path / "offload")
+    assert len(plain) == 4 and offloaded == pytest.approx(plain, rel=1e-5 if device == "cpu" else 1e-3)
 
 
 def test_a_file_of_the_original_s_training_form_becomes_a_model(forked, original, tmp_path):

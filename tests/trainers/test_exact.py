@@ -114,6 +114,24 @@ def test_two_processes_resume_exactly_and_are_as_good_as_one(model_dir, environm
     )
 
 
+def test_two_processes_take_the_same_number_of_steps_of_rows_that_do_not_divide(model_dir, environment, tmp_path):
+    """Five images are three batches for each process, of which the last of one is filled: two steps an epoch, of 2 and 1."""
+    command = ["--model", model_dir, "--output_dir", tmp_path / "run", "--dataset", "shapes", "--dataset_options", '{"size": 5}',
+               "--num_train_epochs", "2", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2",
+               "--save_steps", "1", "--save_total_limit", "4", "--report_to", "none", "--threads", "1",
+               "--do_train", "--use_cpu"]  # fmt: skip
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run_gres.py"]
+    done = subprocess.run([sys.executable, "-m", *launcher, *map(str, command), "--ddp_backend", "gloo"], cwd=ROOT,
+                          env=environment, capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    checkpoints = sorted((tmp_path / "run").glob("checkpoint-*"))
+    assert [path.name for path in checkpoints] == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
+    for path in checkpoints:  # each process has left its random numbers at each step
+        assert {file.name for file in path.glob("rng_state_*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    state = json.loads((checkpoints[-1] / "trainer_state.json").read_text())
+    assert (state["global_step"], state["epoch"]) == (4, 2.0)
+
+
 def test_a_run_that_diverges_stops_and_leaves_its_batch(model_dir, environment, tmp_path, monkeypatch, capsys):
     """A learning rate without sense, through the program: said at once, and started again with another one it goes on."""
     monkeypatch.setenv("HF_DATASETS_CACHE", environment["HF_DATASETS_CACHE"])
