@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from base_recipes import BASES, COLOURS, GRID, IMAGE_SEED, SHAPES, SIZES
+from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
