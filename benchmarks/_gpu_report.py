@@ -88,7 +88,7 @@ def device_facts(device: torch.device) -> dict[str, Any]:
         "capability": f"{facts.major}.{facts.minor}", "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
         "flash_attention": torch.backends.cuda.is_flash_attention_available(),
         "tf32_in_matrix_products": torch.backends.cuda.matmul.allow_tf32,
-        "tf32_in_convolutions": torch.backends.cudnn.allow_tf32, **smi(f"GPU-{facts.uuid}"),
+        "tf32_in_convolutions": torch.backends.cudnn.allow_tf32, **smi("GPU-" + str(getattr(facts, "uuid", "")).removeprefix("GPU-")),
     }  # fmt: skip
 
 
