@@ -323,6 +323,8 @@ def qlora_step(bench: Bench) -> Iterator[Figure]:
 def _training(bench: Bench, quantize: bool) -> Iterator[Figure]:
     model, processor, optimizer = _prepared(bench, quantize)
     batch = _moved(bench, _host_batch(bench, processor))
+    if bench.is_cuda:  # the peak is the step's, not that of weights before they were quantized
+        torch.cuda.reset_peak_memory_stats(bench.device)
     step = seconds(lambda: _step(model, batch, optimizer, bench.device), bench.device, bench.work.repeats)
     yield Figure("step", step, "s")
     yield Figure("images", bench.work.train_batch / step, "per second")

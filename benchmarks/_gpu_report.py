@@ -88,16 +88,16 @@ def device_facts(device: torch.device) -> dict[str, Any]:
         "capability": f"{facts.major}.{facts.minor}", "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
         "flash_attention": torch.backends.cuda.is_flash_attention_available(),
         "tf32_in_matrix_products": torch.backends.cuda.matmul.allow_tf32,
-        "tf32_in_convolutions": torch.backends.cudnn.allow_tf32, **smi(device),
+        "tf32_in_convolutions": torch.backends.cudnn.allow_tf32, **smi("GPU-" + str(getattr(facts, "uuid", "")).removeprefix("GPU-")),
     }  # fmt: skip
 
 
-def smi(device: torch.device) -> dict[str, str]:
-    """Return what nvidia-smi says of a card, nothing where there is no such command."""
+def smi(card: str) -> dict[str, str]:
+    """Return what nvidia-smi says of a card by its UUID (it numbers also those that CUDA_VISIBLE_DEVICES hides), else nothing."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return {}
-    query = [f"--query-gpu={','.join(SMI.values())}", "--format=csv,noheader", f"--id={device.index or 0}"]
+    query = [f"--query-gpu={','.join(SMI.values())}", "--format=csv,noheader", f"--id={card}"]
     try:
         run = subprocess.run([program, *query], capture_output=True, text=True, timeout=20, check=True)
     except (subprocess.SubprocessError, OSError):

@@ -40,6 +40,19 @@ def marked_files(folder: Path = ROOT / "tests") -> list[str]:
     ]
 
 
+def left_out(file: str, why: str, root: Path) -> Iterator[Figure]:
+    """Yield each marked test of a file that pytest could not read, found without importing it; the file where none is found."""
+    tree = ast.parse((root / file).read_text(encoding="utf-8"))
+    whole = any("mark.gpu" in ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign))
+    names = [
+        f"{file}::{node.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        if whole or any("mark.gpu" in ast.unparse(decorator) for decorator in node.decorator_list)
+    ]
+    yield from (Figure(name, None, "", f"left out: {why}") for name in names or [file])
+
+
 def _add(report, outcome: str) -> None:
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr or "")
     reason = reason.removeprefix("Skipped: ")
@@ -80,7 +93,8 @@ def run_tests(minutes: float, files: list[str] | None = None, root: Path = ROOT)
     """
     files = marked_files() if files is None else files
     if importlib.util.find_spec("pytest") is None:
-        yield from (Figure(file, None, "", "left out: pytest is not installed") for file in files)
+        for file in files:
+            yield from left_out(file, "pytest is not installed", root)
         return
     end, bad, named, rest = time.monotonic() + 60 * minutes, [], set(), ""
     with tempfile.TemporaryDirectory() as folder:
@@ -102,7 +116,10 @@ def run_tests(minutes: float, files: list[str] | None = None, root: Path = ROOT)
                         line, rest = json.loads(rest), ""
                         named.add(line["name"].partition("::")[0])
                         bad += [line["name"]] * (line["outcome"] == "failed")
-                        yield from figures_of(line)
+                        if line["outcome"] == "left out":
+                            yield from left_out(line["name"], line["reason"], root)
+                        else:
+                            yield from figures_of(line)
                     if is_over:
                         break
                     time.sleep(0.2)
@@ -112,7 +129,7 @@ def run_tests(minutes: float, files: list[str] | None = None, root: Path = ROOT)
         said = output.read_text(errors="replace").strip().splitlines()
         left = [file for file in files if file not in named]
         for file in left:
-            yield Figure(file, None, "", f"left out: {' '.join(said[-3:])[-300:]}")
+            yield from left_out(file, " ".join(said[-3:])[-300:], root)
     if bad:
         raise TestsFailed(f"{len(bad)} tests failed: {', '.join(bad[:5])}")
     if time.monotonic() > end or code < 0 or left:

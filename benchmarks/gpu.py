@@ -28,6 +28,7 @@ from benchmarks._gpu_report import STATES, Figure, Result, device_facts, version
 from benchmarks._gpu_tests import TestsFailed, run_tests
 
 TESTS = "tests"
+TESTS_SHARE = 0.4  # of the time, so that a test that hangs leaves the workload its part
 # What each part measures: a function of _gpu_parts, but for the tests. The order is that of worth for a first hour.
 PARTS = {
     TESTS: "The tests marked `gpu`, in a process of their own",
@@ -49,7 +50,7 @@ PARTS = {
 def figures_of(name: str, device: torch.device, minutes: float) -> Iterator[Figure]:
     """Yield the figures of a part. Its libraries are imported here, so that one that is too old costs the parts that need it."""
     if name == TESTS:
-        yield from run_tests(minutes)
+        yield from run_tests(minutes * TESTS_SHARE)
         return
     parts, workload = import_module("benchmarks._gpu_parts"), import_module("benchmarks._gpu_workload")
     work = workload.LARGE if device.type == "cuda" else workload.TINY

@@ -209,7 +209,8 @@ def test_tests_are_told_one_by_one(tmp_path):
 @pytest.mark.parametrize("end", ["os._exit(3)", "os.kill(os.getpid(), 9)"])
 def test_a_test_that_ends_the_process_loses_no_other(tmp_path, end):
     figures, reason = outcomes(tmp_path, test_x=TESTS.replace("assert 1 == 2", end), test_y=TESTS)
-    assert [figure.what for figure in figures] == ["distance", "test_x.py::test_a", "test_y.py"]
+    left = [f"test_y.py::test_{name}" for name in "abc"]
+    assert [figure.what for figure in figures] == ["distance", "test_x.py::test_a", *left]
     assert figures[2].reason.startswith("left out") and "pytest ended with" in reason
 
 
@@ -217,6 +218,12 @@ def test_a_test_that_hangs_loses_no_other(tmp_path):
     figures, reason = outcomes(tmp_path, 0.25, test_x=TESTS.replace("assert 1 == 2", "time.sleep(600)"))
     assert [figure.what for figure in figures] == ["distance", "test_x.py::test_a"]
     assert reason == "not finished in time"
+
+
+def test_tests_that_an_older_library_leaves_out_are_named(tmp_path):
+    figures, _ = outcomes(tmp_path, test_old="from transformers import NotYet\n" + TESTS)
+    assert [figure.what for figure in figures] == [f"test_old.py::test_{name}" for name in "abc"]
+    assert all(figure.reason.startswith("left out: ") and "NotYet" in figure.reason for figure in figures)
 
 
 def test_every_file_with_a_marked_test_is_found():
