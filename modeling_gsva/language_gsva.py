@@ -27,6 +27,7 @@ SOFTCAPPED = ("gemma3", "paligemma")
 
 def build_vlm(config: PreTrainedConfig) -> PreTrainedModel:
     """Build the vision-language model of a configuration, with new weights."""
+    # CODEPATH: the original's checkpoints are LLaVA v1, which transformers does not have; it builds every other base.
     if isinstance(config, LlavaV1Config) or config.model_type == LlavaV1Config.model_type:
         return LlavaV1ForConditionalGeneration(config)
     return AutoModelForImageTextToText.from_config(config)
@@ -121,6 +122,7 @@ class LanguageAdapter:
         allowed = (order <= queries) & cached.bool()[:, None]  # (B, width, cached)
         distance = columns[:, count - width :, None] - columns[:, None]
         near = allowed & (distance < self.text_config.sliding_window)
+        # CODEPATH: in Gemma 3 the tokens of an image see each other both ways; other bases with a window are causal.
         if is_image is not None and self.config.model_type == "gemma3":
             both = F.pad(is_image[:, :, None] * is_image[:, None], (count - width, 0)).bool()
             allowed, near = allowed | both, near | both
@@ -274,6 +276,7 @@ class LanguageAdapter:
         """Return (..., vocabulary) logits of hidden states (..., hidden)."""
         logits = self.vlm.get_output_embeddings()(states)
         cap = getattr(self.text_config, "final_logit_softcapping", None)
+        # CODEPATH: Gemma 3 and PaliGemma cap their logits; the others give those of the head.
         if cap is not None and self.config.model_type in SOFTCAPPED:
             logits = torch.tanh(logits / cap) * cap
         return logits

@@ -126,6 +126,7 @@ def batch_mask_losses(
             ious.append(iou)
         for n, area in enumerate(each):
             is_cut = n >= len(logits)  # by truncation: the original gives it zero logits, whatever its mask
+            # CODEPATH: the original's checkpoints were trained with "zero_logits"; "ignore" is for new training alone.
             if is_cut and area or not area and config.rejected_slot_loss == "zero_logits":
                 bce, dice = zero_logits_losses(area, math.prod(sizes[image]))
                 bce_sum, dice_sum, count = bce_sum + bce, dice_sum + dice, count + 1

@@ -31,7 +31,8 @@ from .results_gsva import ResultsMixin
 BASE_CLASS = "base_processor_class"
 
 
-class GsvaProcessor(ResultsMixin, ProcessorMixin):
+# ProcessorMixin comes first: transformers compares a processor with its first base to see what it overrides.
+class GsvaProcessor(ProcessorMixin, ResultsMixin):
     r"""
     Turns images and expressions (or conversations) into model inputs, and segmentation outputs into results.
 

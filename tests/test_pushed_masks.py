@@ -24,7 +24,9 @@ def answers(tmp_path_factory):
     command = [sys.executable, "-I", str(TOOL), "ask", str(folder)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)["models"]
+    answers = json.loads(done.stdout)
+    assert not answers["of_project"], "the code of the directory should have answered, not the project's"
+    return answers["models"]
 
 
 def pixels(runs: list[int]) -> np.ndarray:

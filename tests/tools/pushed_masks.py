@@ -61,7 +61,8 @@ def ask(folder: Path) -> dict:
              "runs": np.diff(np.flatnonzero(np.diff(np.pad(result["mask"].ravel(), 1))), prepend=0).tolist()}
             for of_picture in results for result in of_picture
         ]  # fmt: skip
-    return {"transformers": transformers.__version__, "models": answers}
+    of_project = "modeling_gsva" in sys.modules  # an editable installation would offer it
+    return {"transformers": transformers.__version__, "of_project": of_project, "models": answers}
 
 
 def record() -> None:
