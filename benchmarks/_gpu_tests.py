@@ -11,11 +11,13 @@ import ast
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +42,23 @@ def marked_files(folder: Path = ROOT / "tests") -> list[str]:
     ]
 
 
-def left_out(file: str, why: str, root: Path) -> Iterator[Figure]:
-    """Yield each marked test of a file that pytest could not read, found without importing it; the file where none is found."""
+def left_out(file: str, why: str, root: Path, told: set[str]) -> Iterator[Figure]:
+    """
+    Yield each marked test of a file of which nothing was told, found without importing it; the file where there is none at all.
+    """
     tree = ast.parse((root / file).read_text(encoding="utf-8"))
-    whole = any("mark.gpu" in ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign))
-    names = [
-        f"{file}::{node.name}"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-        if whole or any("mark.gpu" in ast.unparse(decorator) for decorator in node.decorator_list)
-    ]
-    yield from (Figure(name, None, "", f"left out: {why}") for name in names or [file])
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign) and "mark.gpu" in ast.unparse(node.value)]
+    marks = {ast.unparse(target) for node in assigned for target in node.targets}  # say DEVICES, or pytestmark for all
+
+    def is_marked(function: ast.FunctionDef) -> bool:
+        nodes = [node for decorator in function.decorator_list for node in ast.walk(decorator)]
+        by_name = any(isinstance(node, ast.Name) and node.id in marks for node in nodes)
+        return "pytestmark" in marks or by_name or any(ast.unparse(node).endswith("mark.gpu") for node in nodes)
+
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    names = [f"{file}::{node.name}" for node in functions if node.name.startswith("test_") and is_marked(node)]
+    missing = [name for name in names if name not in told] if told & {file, *names} else names or [file]
+    yield from (Figure(name, None, "", f"left out: {why}") for name in missing)
 
 
 def _add(report, outcome: str) -> None:
@@ -94,9 +102,10 @@ def run_tests(minutes: float, files: list[str] | None = None, root: Path = ROOT)
     files = marked_files() if files is None else files
     if importlib.util.find_spec("pytest") is None:
         for file in files:
-            yield from left_out(file, "pytest is not installed", root)
+            yield from left_out(file, "pytest is not installed", root, set())
         return
-    end, bad, named, rest = time.monotonic() + 60 * minutes, [], set(), ""
+    end, bad, rest = time.monotonic() + 60 * minutes, [], ""
+    told: set[str] = set()  # tests, without their parameters
     with tempfile.TemporaryDirectory() as folder:
         lines, output = Path(folder) / "lines", Path(folder) / "output"
         lines.touch()
@@ -104,7 +113,9 @@ def run_tests(minutes: float, files: list[str] | None = None, root: Path = ROOT)
                    "--continue-on-collection-errors", *files]  # fmt: skip
         environment = {**os.environ, LINES: str(lines), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
         with output.open("w") as log:
-            process = subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
         try:
             with lines.open(encoding="utf-8") as file:
                 while True:
@@ -114,22 +125,24 @@ def run_tests(minutes: float, files: list[str] | None = None, root: Path = ROOT)
                         if not rest.endswith("\n"):
                             continue  # half a line so far
                         line, rest = json.loads(rest), ""
-                        named.add(line["name"].partition("::")[0])
                         bad += [line["name"]] * (line["outcome"] == "failed")
                         if line["outcome"] == "left out":
-                            yield from left_out(line["name"], line["reason"], root)
+                            names = list(left_out(line["name"], line["reason"], root, told))
+                            told |= {figure.what for figure in names}
+                            yield from names
                         else:
+                            told.add(line["name"].partition("[")[0])
                             yield from figures_of(line)
                     if is_over:
                         break
                     time.sleep(0.2)
         finally:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes of tests on several cards
             code = process.wait()
-        said = output.read_text(errors="replace").strip().splitlines()
-        left = [file for file in files if file not in named]
-        for file in left:
-            yield from left_out(file, " ".join(said[-3:])[-300:], root)
+        said = " ".join(output.read_text(errors="replace").strip().splitlines()[-3:])[-300:]
+        left = [figure for file in files for figure in left_out(file, said, root, told)]
+        yield from left
     if bad:
         raise TestsFailed(f"{len(bad)} tests failed: {', '.join(bad[:5])}")
     if time.monotonic() > end or code < 0 or left:

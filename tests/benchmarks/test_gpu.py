@@ -209,14 +209,15 @@ def test_tests_are_told_one_by_one(tmp_path):
 @pytest.mark.parametrize("end", ["os._exit(3)", "os.kill(os.getpid(), 9)"])
 def test_a_test_that_ends_the_process_loses_no_other(tmp_path, end):
     figures, reason = outcomes(tmp_path, test_x=TESTS.replace("assert 1 == 2", end), test_y=TESTS)
-    left = [f"test_y.py::test_{name}" for name in "abc"]
+    left = ["test_x.py::test_b", "test_x.py::test_c", *(f"test_y.py::test_{name}" for name in "abc")]
     assert [figure.what for figure in figures] == ["distance", "test_x.py::test_a", *left]
     assert figures[2].reason.startswith("left out") and "pytest ended with" in reason
 
 
 def test_a_test_that_hangs_loses_no_other(tmp_path):
     figures, reason = outcomes(tmp_path, 0.25, test_x=TESTS.replace("assert 1 == 2", "time.sleep(600)"))
-    assert [figure.what for figure in figures] == ["distance", "test_x.py::test_a"]
+    assert [figure.what for figure in figures[:2]] == ["distance", "test_x.py::test_a"]
+    assert [figure.what for figure in figures[2:]] == ["test_x.py::test_b", "test_x.py::test_c"]
     assert reason == "not finished in time"
 
 
@@ -234,6 +235,13 @@ def test_every_file_with_a_marked_test_is_found():
     assert all(
         f"{file}::" in listed or f"{file}:" in listed for file in files if file != "tests/benchmarks/test_gpu.py"
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card, on which they would run")
+def test_nothing_is_left_out_of_this_project_s_tests():
+    """Each marked test is told, and no test that is not marked: here, that each needs a device."""
+    figures = list(_gpu_tests.run_tests(9))
+    assert len(figures) > 20 and all(figure.reason.startswith("skipped: needs ") for figure in figures), figures
 
 
 def test_a_signal_keeps_what_there_is(tmp_path):
