@@ -94,7 +94,9 @@ def test_a_file_in_the_way_and_an_empty_data_set_are_named(stream, model, proces
     (tmp_path / "predictions-a-b.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="predictions-a-b.parquet is not a shard of predictions"):
         predict_dataset(predictor, stream, tmp_path, show_progress=False)
-    Dataset.from_dict({"image": []}).cast_column("image", Image()).to_parquet(tmp_path / "none/a.parquet")
+    (tmp_path / "none").mkdir()
+    empty = Dataset.from_dict({"image": []}).cast_column("image", Image())
+    pq.write_table(empty.data.table, tmp_path / "none/a.parquet")  # to_parquet of datasets 5.1 divides by zero here
     with pytest.raises(ValueError, match="holds no images"):
         predict_dataset(
             Predictor("tiny", expressions=["a"], loaded=(processor, model)),
