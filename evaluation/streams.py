@@ -23,6 +23,9 @@ from huggingface_hub import HfApi
 
 # The kinds of local files, in the order in which a folder is searched for them, and the builders that read them.
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+# Rows that are read from a parquet file at a time. By itself `datasets` takes as many as a file's first group of rows has, and fails
+# where that has none, as in the empty parts that Spark writes.
+PARQUET_ROWS = 64
 SPLIT = "all"  # local files have one
 IDS = ("image_id", "id", "__key__")  # columns that name the images, the first that is there
 
@@ -219,7 +222,8 @@ def _open_files(path: Path) -> tuple[IterableDataset, str, int | None, str | Non
     for suffix, builder in BUILDERS.items():
         if found := [file for file in files if file.suffix.lower() == suffix]:
             names = [glob.escape(str(file)) for file in found]
-            rows = _load(str(path), builder, data_files={SPLIT: names}, split=SPLIT)
+            options = {"batch_size": PARQUET_ROWS} if builder == "parquet" else {}
+            rows = _load(str(path), builder, data_files={SPLIT: names}, split=SPLIT, **options)
             return rows, _digest(path, found), sum(_count(path, file) for file in found), None
     found = [file for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS]
     if not found:

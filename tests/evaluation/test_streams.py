@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, Image
 
@@ -49,6 +50,20 @@ def test_a_folder_with_metadata_has_more_columns(tmp_path, content):
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     stream = open_stream(str(tmp_path), Columns(expressions="queries"))
     assert [row["expressions"] for row in read(stream)] == [["thing 0"], ["thing 1"], ["thing 2"]]
+
+
+def test_empty_parts_and_groups_are_passed_over(tmp_path, rows):
+    """Spark writes a part without rows for each partition without any."""
+    table = rows.data.table
+    pq.write_table(table.slice(0, 0), tmp_path / "part-0.parquet")
+    with pq.ParquetWriter(tmp_path / "part-1.parquet", table.schema) as writer:
+        for start, count in ((0, 0), (0, 2), (2, 0), (2, 3)):
+            writer.write_table(table.slice(start, count))
+    with pq.ParquetWriter(tmp_path / "part-2.parquet", table.schema):
+        pass  # no group at all
+    pq.write_table(table.slice(5), tmp_path / "part-3.parquet")
+    stream = open_stream(str(tmp_path), Columns())
+    assert stream.total == 12 and [row["image_id"] for row in read(stream)] == [f"i{n}" for n in range(12)]
 
 
 def test_parquet_arrow_and_webdataset(tmp_path, rows, content):
