@@ -477,6 +477,7 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         total = F.cross_entropy(logits, targets[places].to(logits.device), reduction="sum")
         return self.config.ce_loss_weight * total / (supervised.sum().clamp(min=1) if num_items is None else num_items)
 
+    @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, **kwargs):
         """
         Generate text like [`GenerationMixin.generate`], with any of its strategies. Inputs that only masks need are
@@ -492,6 +493,11 @@ class GsvaForConditionalGeneration(GsvaPreTrainedModel, SegmentationMixin, Gener
         if attention_mask is not None and attention_mask.ndim == 2:
             check_padding(attention_mask)
             self.check_generation(attention_mask, kwargs)
+        if (image_index := kwargs.pop("image_index", None)) is not None and prompts is not None:
+            # The bases know an image for each conversation; here conversations share images, each encoded once.
+            names = {*self.language.image_inputs, "pixel_values", "vision_features"} & kwargs.keys()
+            images = self.language.encode({name: kwargs.pop(name) for name in names})
+            kwargs |= self.language.generate_inputs(prompts, images, image_index)
         self.vlm.generation_config = self.generation_config
         return self.vlm.generate(
             inputs, **{name: value for name, value in kwargs.items() if name not in MASK_ONLY_INPUTS}

@@ -89,6 +89,20 @@ def test_generate_writes_the_bases_own_tokens(model, inputs):
     assert torch.equal(outputs.sequences, expected)
 
 
+def test_generate_takes_what_segment_takes(model, inputs):
+    """Conversations that share an image, which the bases' own `generate` does not know, and inputs of the masks alone."""
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.segment(
+        **{k: v for k, v in inputs.items() if not k.startswith("answer")}, method="generate", **options
+    )
+    assert len(set(INDEX)) < len(INDEX) and torch.equal(model.generate(**inputs, **options), expected.sequences)
+    words = inputs["input_ids"].clone()
+    words[words == IMAGE] = 7
+    without = {"input_ids": words, "attention_mask": inputs["attention_mask"]}
+    index = torch.full((len(words),), -1)
+    assert torch.equal(model.generate(**without, image_index=index, **options), model.generate(**without, **options))
+
+
 @pytest.mark.parametrize("method", ["slots", "teacher_forced"])
 def test_segment_is_a_plain_forward_pass_over_the_same_tokens(model, inputs, method):
     """The hidden states that prompt the masks are compared, the scores of the slots, and the masks."""
